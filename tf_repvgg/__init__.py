@@ -1,0 +1,24 @@
+"""Train RepVGG networks that survive low-bit integer deployment.
+
+Importing this package selects Keras 2 (``tf_keras``), which tensorflow-model-optimization needs, and registers
+the layers, so that saved models load without ``custom_objects``.
+"""
+
+import os
+
+# The one place that selects Keras 2: TensorFlow reads this when ``tf.keras`` is first touched.
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+import tensorflow as tf  # noqa: E402
+import tf_keras  # noqa: E402
+
+if tf.keras.layers.Layer is not tf_keras.layers.Layer:
+    raise ImportError(
+        f"tf_repvgg needs Keras 2, but tf.keras is already Keras {tf.keras.__version__} in this process. "
+        "Import tf_repvgg before anything that touches tf.keras, or set TF_USE_LEGACY_KERAS=1 in the environment."
+    )
+
+from tf_repvgg import layers  # noqa: E402,F401  (registers the layers for loading)
+from tf_repvgg.version import __version__  # noqa: E402,F401
+
+

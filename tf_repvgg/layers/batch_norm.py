@@ -1,0 +1,154 @@
+"""Outlier-aware batch normalization (arXiv:2402.07200, section 3)."""
+
+import contextlib
+import math
+import threading
+
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg.layers.clip_limit import ClipLimit
+
+CLIP_MODES = ("project", "straight_through", "return_only")
+
+
+@tf.custom_gradient
+def _clip_straight_through(gamma, limit):
+    """clip(gamma, -limit, limit); d/dgamma = 1 everywhere."""
+    return tf.clip_by_value(gamma, -limit, limit), lambda upstream: (upstream, None)
+
+
+@tf.custom_gradient
+def _clip_return_only(gamma, limit):
+    """clip(gamma, -limit, limit); d/dgamma = 1 inside, and outside only where descent moves gamma back inside."""
+
+    def gradient(upstream):
+        outside = tf.abs(gamma) > limit
+        descent_returns = upstream * gamma > 0
+        return tf.where(outside & ~descent_returns, tf.zeros_like(upstream), upstream), None
+
+    return tf.clip_by_value(gamma, -limit, limit), gradient
+
+
+class _ProjectGamma(keras.constraints.Constraint):
+    """Stores the clipped gamma after each optimizer step; built by the layer, hence never serialized."""
+
+    def __init__(self, layer, inner):
+        self._layer = layer
+        self._inner = inner
+
+    def __call__(self, gamma):
+        if self._inner is not None:
+            gamma = self._inner(gamma)
+        limit = self._layer.gamma_limit()
+        return tf.clip_by_value(gamma, -limit, limit)
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
+    r"""Batch normalization whose scale is clipped against the running variance.
+
+    Forward, per channel (arXiv:2402.07200):
+
+        gamma_hat = clip(gamma, -k * sqrt(variance_running + epsilon), +k * sqrt(variance_running + epsilon))
+        y = gamma_hat * (x - mean) / sqrt(variance + epsilon) + beta
+
+    so that the factor which merging a branch puts into the kernel, gamma_hat / sqrt(variance_running + epsilon),
+    never exceeds k in magnitude: during training, at inference, after loading any weights, and in the fused kernel.
+
+    Backward: what the stored gamma receives from dL/dgamma_hat depends on `clip_mode`:
+
+        project            the gradient as it is; after each optimizer step the stored gamma is clipped too
+        straight_through   the gradient as it is; the stored gamma may wander outside the limit
+        return_only        as it is inside the limit; outside, only gradients whose descent leads back inside
+
+    Args:
+      k: limit of |gamma_hat| / sqrt(variance_running + epsilon): a number above 0; infinity gives exactly
+        BatchNormalization; "6std" means six standard deviations of the merged kernel without its identity branch,
+        which only a block can provide (see `kernel_spread`).
+      clip_mode: one of `CLIP_MODES`.
+      **kwargs: as for BatchNormalization.
+
+    Attributes:
+      kernel_spread: callable without arguments returning a scalar tensor; the owning block sets it when k is
+        relative. It is not serialized: the block sets it again.
+
+    Raises:
+      ValueError: if k is not above 0, `clip_mode` is unknown, or `scale=False` leaves no gamma to clip.
+    """
+
+    def __init__(self, k=0.1, clip_mode="project", **kwargs):
+        # Keras assigns attributes through __setattr__, which needs the layer to be initialized first.
+        super().__init__(**kwargs)
+        try:
+            self._clip_limit = ClipLimit.parse(k)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+        self.k = k
+        if clip_mode not in CLIP_MODES:
+            raise ValueError(f"{type(self).__name__}: clip_mode is {clip_mode!r}; known: {', '.join(CLIP_MODES)}")
+        if not self.scale:
+            raise ValueError(f"{type(self).__name__}: scale=False leaves no gamma to clip; use BatchNormalization")
+        self.clip_mode = clip_mode
+        self.kernel_spread = None
+        self._calling = threading.local()
+
+    @property
+    def gamma(self):
+        """The stored gamma; while the parent's `call` runs, the clipped one.
+
+        The parent reads `self.gamma` in several code paths (fused, synchronized, renormalized). Serving the clipped
+        tensor there keeps all of them, without a copy of their code. Per thread, as replicas of a distribution
+        strategy run the same layer in several.
+        """
+        clipped = getattr(self._calling, "gamma", None)
+        return self._stored_gamma if clipped is None else clipped
+
+    @gamma.setter
+    def gamma(self, variable):
+        self._stored_gamma = variable
+
+    def add_weight(self, name=None, constraint=None, **kwargs):
+        if name == "gamma" and self.clip_mode == "project" and self.clips:
+            constraint = _ProjectGamma(self, constraint)
+        return super().add_weight(name=name, constraint=constraint, **kwargs)
+
+    @property
+    def clips(self) -> bool:
+        """False for k = infinity, which is plain batch normalization."""
+        return not math.isinf(self._clip_limit.value)
+
+    def gamma_limit(self):
+        """k * sqrt(variance_running + epsilon), shape [channels]; never a path for gradients."""
+        k = self._clip_limit.value
+        if self._clip_limit.relative:
+            if self.kernel_spread is None:
+                raise ValueError(
+                    f"{self.name}: k={self.k!r} is relative to a kernel, but this layer stands alone; give k as a number"
+                )
+            k *= self.kernel_spread()
+        return tf.stop_gradient(k * tf.sqrt(self.moving_variance + self.epsilon))
+
+    def effective_gamma(self):
+        """gamma_hat, the scale that is in force: shape [channels], differentiable as `clip_mode` says."""
+        if not self.clips:
+            return tf.convert_to_tensor(self._stored_gamma)
+        clip = _clip_return_only if self.clip_mode == "return_only" else _clip_straight_through
+        return clip(tf.convert_to_tensor(self._stored_gamma), self.gamma_limit())
+
+    @contextlib.contextmanager
+    def _clipped_gamma(self):
+        self._calling.gamma = self.effective_gamma()
+        try:
+            yield
+        finally:
+            self._calling.gamma = None
+
+    def call(self, inputs, training=None, mask=None):
+        if not self.clips:
+            return super().call(inputs, training=training, mask=mask)
+        with self._clipped_gamma():
+            return super().call(inputs, training=training, mask=mask)
+
+    def get_config(self):
+        return {**super().get_config(), "k": self.k, "clip_mode": self.clip_mode}

@@ -1,0 +1,394 @@
+"""Multi-branch blocks that merge into one 3x3 convolution: RepVGG (arXiv:2101.03697) and QARepVGG (arXiv:2212.01593).
+
+Kernels are HWIO, activations NHWC. With t = gamma / sqrt(variance + epsilon) of a branch, per output channel:
+
+    kernel = sum over branches of t * place(branch kernel)        bias = sum over branches of beta - mean * t
+
+where `place` puts a 1x1 kernel or the identity on the centre tap of a 3x3 kernel.
+"""
+
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg.layers.batch_norm import OutlierAwareBatchNormalization
+from tf_repvgg.layers.clip_limit import ClipLimit
+
+NORMS = ("bn", "oabn")
+OABN_BRANCHES = ("identity", "all")
+IDENTITIES = ("norm", "none", "constant")
+PADDINGS = ("same", "symmetric")
+
+_KERNEL_SIZE = 3
+
+
+def _one_of(owner, argument, value, known):
+    if value not in known:
+        raise ValueError(f"{owner}: {argument} is {value!r}; known: {', '.join(known)}")
+
+
+def _scale_and_shift(norm):
+    """t and beta - mean * t of a batch normalization on its running statistics, each of shape [channels]."""
+    gamma = norm.effective_gamma() if isinstance(norm, OutlierAwareBatchNormalization) else norm.gamma
+    scale = gamma / tf.sqrt(norm.moving_variance + norm.epsilon)
+    return scale, norm.beta - norm.moving_mean * scale
+
+
+def _place(kernel):
+    """Puts a 1x1 kernel [1, 1, in, out] on the centre tap of a 3x3 one."""
+    return tf.pad(kernel, [[1, 1], [1, 1], [0, 0], [0, 0]])
+
+
+def _output_variance(norm):
+    """Variance that a batch normalization gives its output, per channel, on its running statistics."""
+    scale, _ = _scale_and_shift(norm)
+    return tf.square(scale) * norm.moving_variance
+
+
+class ReparameterizedBlock(keras.layers.Layer):
+    """What the blocks share: a 3x3 convolution beside a 1x1 one that reads the pixel under the centre tap.
+
+    A block is ``activation(sum of branches)``; subclasses add their normalizations and say in `branches` what every
+    branch contributes to the merged kernel.
+
+    Args:
+      filters: number of output channels.
+      strides: step of the output grid, the same in height and width.
+      padding: "same" as Keras has it, or "symmetric": one row and column of zeros (times the dilation) on every
+        side, as PyTorch-trained weights assume. They differ for strides above 1 only.
+      dilation_rate: spacing of the 3x3 taps; only with strides=1.
+      groups: number of groups the channels of both convolutions are split into.
+      activation: anything `keras.activations.get` accepts.
+      momentum, epsilon: of every batch normalization in the block.
+
+    Raises:
+      ValueError: where the branches could not be merged exactly.
+    """
+
+    def __init__(
+        self,
+        filters,
+        strides=1,
+        padding="same",
+        dilation_rate=1,
+        groups=1,
+        activation="relu",
+        momentum=0.9,
+        epsilon=1e-5,
+        kernel_initializer="he_normal",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        _one_of(self._kind, "padding", padding, PADDINGS)
+        for argument, value in {"filters": filters, "strides": strides, "groups": groups}.items():
+            if not (isinstance(value, int) and value > 0):
+                raise ValueError(f"{self._kind}: {argument} is {value!r}; it must be a whole number above 0")
+        if not (isinstance(dilation_rate, int) and dilation_rate > 0):
+            raise ValueError(f"{self._kind}: dilation_rate is {dilation_rate!r}; it must be a whole number above 0")
+        if dilation_rate > 1 and strides > 1:
+            raise ValueError(
+                f"{self._kind}: dilation {dilation_rate} with stride {strides} cannot be fused exactly; use stride 1"
+            )
+        if filters % groups:
+            raise ValueError(f"{self._kind}: {filters} filters cannot be split into {groups} groups")
+        self.filters = filters
+        self.strides = strides
+        self.padding = padding
+        self.dilation_rate = dilation_rate
+        self.groups = groups
+        self.activation = keras.activations.get(activation)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.conv3x3 = self._conv(_KERNEL_SIZE, name="conv3x3")
+        self.conv1x1 = self._conv(1, name="conv1x1")
+
+    @property
+    def _kind(self):
+        return type(self).__name__
+
+    def _conv(self, size, name):
+        spatial = {1: {}, _KERNEL_SIZE: self._spatial_arguments()}[size]
+        return keras.layers.Conv2D(
+            self.filters,
+            size,
+            groups=self.groups,
+            use_bias=False,
+            # A copy for each convolution: an initializer instance draws the same values on every call.
+            kernel_initializer=keras.initializers.get(keras.initializers.serialize(self.kernel_initializer)),
+            dtype=self.dtype_policy,
+            name=name,
+            **spatial,
+        )
+
+    def _spatial_arguments(self):
+        """Stride, dilation and padding of the 3x3 convolution, in training and in deploy form."""
+        padding = "valid" if self.needs_explicit_padding else "same"
+        return {"strides": self.strides, "dilation_rate": self.dilation_rate, "padding": padding}
+
+    @property
+    def needs_explicit_padding(self) -> bool:
+        """True where "symmetric" is not what Keras's "same" does; costs a PAD operation in the exported file."""
+        return self.padding == "symmetric" and self.strides > 1
+
+    def _batch_norm(self, name):
+        return keras.layers.BatchNormalization(
+            momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype_policy, name=name
+        )
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        if channels is None:
+            raise ValueError(f"{self.name}: the number of input channels must be known, but the shape is {input_shape}")
+        if channels % self.groups:
+            raise ValueError(f"{self.name}: {channels} input channels cannot be split into {self.groups} groups")
+        super().build(input_shape)
+
+    def _keeps_shape(self, input_shape):
+        return self.strides == 1 and input_shape[-1] == self.filters
+
+    def _conv3x3(self, inputs):
+        if self.needs_explicit_padding:
+            inputs = tf.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]])
+        return self.conv3x3(inputs)
+
+    def _conv1x1(self, inputs):
+        """The 1x1 convolution on the pixels under the 3x3 convolution's centre tap.
+
+        A slice, then stride 1: a stride-2 1x1 convolution would read pixel 2i where "same" padding on an even input
+        centres the 3x3 taps on 2i+1, and merging would be silently wrong. (It also keeps clear of a heap corruption
+        in TensorFlow 2.21's gradient of strided 1x1 convolutions.)
+        """
+        if self.strides > 1:
+            row, column = (self._centre_offset(inputs, axis) for axis in (1, 2))
+            inputs = inputs[:, row :: self.strides, column :: self.strides]
+        return self.conv1x1(inputs)
+
+    def _centre_offset(self, inputs, axis):
+        """Input pixel under the centre tap of output 0: 0 or 1, as the size at run time decides ("same" padding)."""
+        if self.padding == "symmetric":
+            return 0
+        size = inputs.shape[axis]
+        if size is None:
+            size = tf.shape(inputs)[axis]
+        # TensorFlow pads max((ceil(n / s) - 1) * s + 3 - n, 0) in total, the smaller half in front: one row in
+        # front when n % s == 1 (or s = 1), and none otherwise.
+        return tf.where(size % self.strides == 1, 0, 1) if tf.is_tensor(size) else int(size % self.strides != 1)
+
+    def _identity_kernel(self):
+        """The identity as a 3x3 kernel: shape [3, 3, filters / groups, filters]."""
+        eye = tf.tile(tf.eye(self.filters // self.groups), [1, self.groups])
+        return _place(eye[tf.newaxis, tf.newaxis])
+
+    def branches(self):
+        """What each branch adds to the merged kernel: {name: (3x3 kernel, bias)}, on running statistics."""
+        raise NotImplementedError
+
+    def equivalent_kernel_and_bias(self):
+        """The merged kernel [3, 3, in / groups, out] and bias [out], float32; differentiable in every weight."""
+        kernels, biases = zip(*self.branches().values(), strict=True)
+        return tf.add_n(list(kernels)), tf.add_n(list(biases))
+
+    def pre_activation_statistics(self):
+        """(mean, variance) of the merged convolution's output as the normalizations imply, each [out] or None."""
+        raise NotImplementedError
+
+    def deploy_layers(self):
+        """New, unbuilt layers that compute the same function; the last is the convolution that takes the kernel."""
+        padding = [keras.layers.ZeroPadding2D(1, name=f"{self.name}_padding")] if self.needs_explicit_padding else []
+        conv = keras.layers.Conv2D(
+            self.filters,
+            _KERNEL_SIZE,
+            groups=self.groups,
+            activation=self.activation,
+            name=self.name,
+            **self._spatial_arguments(),
+        )
+        return [*padding, conv]
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, _ = input_shape
+        sizes = [None if size is None else -(-size // self.strides) for size in (height, width)]
+        return tf.TensorShape([batch, *sizes, self.filters])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+            "groups": self.groups,
+            "activation": keras.activations.serialize(self.activation),
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class RepVGGBlock(ReparameterizedBlock):
+    """RepVGG's training form (arXiv:2101.03697, equation 1): act(BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x)).
+
+    The identity branch exists where the block keeps its input's shape.
+
+    Args:
+      norm: "bn", or "oabn" for `OutlierAwareBatchNormalization`.
+      oabn_k: its limit k; may be relative to the block's own kernel, as in "6std".
+      oabn_branches: "identity" to clip the identity branch only, "all" to clip every branch.
+      clip_mode: its way of training clipped gammas.
+      identity: "norm" as published; the controls "none" (no identity branch) and "constant" (identity_gain * x,
+        nothing trained).
+      identity_gain: the gain of identity="constant".
+      **kwargs: as for `ReparameterizedBlock`.
+
+    Raises:
+      ValueError: for an unknown choice, or norm="oabn" where no branch is left to clip.
+    """
+
+    def __init__(
+        self,
+        filters,
+        norm="bn",
+        oabn_k=0.1,
+        oabn_branches="identity",
+        clip_mode="project",
+        identity="norm",
+        identity_gain=0.1,
+        **kwargs,
+    ):
+        super().__init__(filters, **kwargs)
+        _one_of(self._kind, "norm", norm, NORMS)
+        _one_of(self._kind, "oabn_branches", oabn_branches, OABN_BRANCHES)
+        _one_of(self._kind, "identity", identity, IDENTITIES)
+        if norm == "oabn" and oabn_branches == "identity" and identity != "norm":
+            raise ValueError(
+                f"{self._kind}: norm='oabn' clips the identity branch, but identity={identity!r} leaves none with a "
+                "normalization; use norm='bn' or oabn_branches='all'"
+            )
+        if norm == "oabn" and oabn_branches == "all" and ClipLimit.parse(oabn_k).relative:
+            raise ValueError(
+                f"{self._kind}: oabn_k={oabn_k!r} is relative to the kernel that oabn_branches='all' clips itself; "
+                "give oabn_k as a number, or use oabn_branches='identity'"
+            )
+        self.norm = norm
+        self.oabn_k = oabn_k
+        self.oabn_branches = oabn_branches
+        self.clip_mode = clip_mode
+        self.identity = identity
+        self.identity_gain = identity_gain
+        self.norm3x3 = self._branch_norm("norm3x3")
+        self.norm1x1 = self._branch_norm("norm1x1")
+        self.norm_identity = None
+
+    def _branch_norm(self, name):
+        is_clipped = self.norm == "oabn" and (self.oabn_branches == "all" or name == "norm_identity")
+        if not is_clipped:
+            return self._batch_norm(name)
+        norm = OutlierAwareBatchNormalization(
+            k=self.oabn_k,
+            clip_mode=self.clip_mode,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        norm.kernel_spread = self._conv_kernel_spread
+        return norm
+
+    def _conv_kernel_spread(self):
+        """Standard deviation of the merged kernel without its identity branch: the scale other weights live on."""
+        return tf.math.reduce_std(self._conv_branch(self.conv3x3, self.norm3x3)[0] + self._conv1x1_branch()[0])
+
+    def build(self, input_shape):
+        if self.identity == "norm" and self._keeps_shape(input_shape):
+            self.norm_identity = self._branch_norm("norm_identity")
+        self.has_constant_identity = self.identity == "constant" and self._keeps_shape(input_shape)
+        super().build(input_shape)
+
+    def call(self, inputs, training=None):
+        outputs = self.norm3x3(self._conv3x3(inputs), training=training)
+        outputs += self.norm1x1(self._conv1x1(inputs), training=training)
+        if self.norm_identity is not None:
+            outputs += self.norm_identity(inputs, training=training)
+        elif self.has_constant_identity:
+            outputs += self.identity_gain * tf.cast(inputs, outputs.dtype)
+        return self.activation(outputs)
+
+    @staticmethod
+    def _conv_branch(conv, norm):
+        scale, shift = _scale_and_shift(norm)
+        # Under a mixed policy the kernel reads as bfloat16 while a layer runs, and the statistics as float32.
+        return tf.cast(conv.kernel, scale.dtype) * scale, shift
+
+    def _conv1x1_branch(self):
+        kernel, bias = self._conv_branch(self.conv1x1, self.norm1x1)
+        return _place(kernel), bias
+
+    def branches(self):
+        found = {"conv3x3": self._conv_branch(self.conv3x3, self.norm3x3), "conv1x1": self._conv1x1_branch()}
+        if self.norm_identity is not None:
+            scale, shift = _scale_and_shift(self.norm_identity)
+            found["identity"] = self._identity_kernel() * scale, shift
+        elif self.has_constant_identity:
+            found["identity"] = self._identity_kernel() * self.identity_gain, tf.zeros([self.filters])
+        return found
+
+    def pre_activation_statistics(self):
+        """Mean: the sum of the betas, exact. Variance: the sum over branches, as if they were uncorrelated.
+
+        None for a constant identity, whose statistics no normalization knows.
+        """
+        if self.has_constant_identity:
+            return None
+        norms = [norm for norm in (self.norm3x3, self.norm1x1, self.norm_identity) if norm is not None]
+        return tf.add_n([norm.beta for norm in norms]), tf.add_n([_output_variance(norm) for norm in norms])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "norm": self.norm,
+            "oabn_k": self.oabn_k,
+            "oabn_branches": self.oabn_branches,
+            "clip_mode": self.clip_mode,
+            "identity": self.identity,
+            "identity_gain": self.identity_gain,
+        }
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class QARepVGGBlock(ReparameterizedBlock):
+    """QARepVGG's training form (arXiv:2212.01593, S4): act(BN(BN(conv3x3(x)) + conv1x1(x) + x)).
+
+    No normalization on the 1x1 and identity branches, one after the sum. The identity branch exists where the block
+    keeps its input's shape.
+    """
+
+    def __init__(self, filters, **kwargs):
+        super().__init__(filters, **kwargs)
+        self.norm3x3 = self._batch_norm("norm3x3")
+        self.norm_sum = self._batch_norm("norm_sum")
+
+    def build(self, input_shape):
+        self.has_identity = self._keeps_shape(input_shape)
+        super().build(input_shape)
+
+    def call(self, inputs, training=None):
+        outputs = self.norm3x3(self._conv3x3(inputs), training=training) + self._conv1x1(inputs)
+        if self.has_identity:
+            outputs += tf.cast(inputs, outputs.dtype)
+        return self.activation(self.norm_sum(outputs, training=training))
+
+    def branches(self):
+        scale3x3, shift3x3 = _scale_and_shift(self.norm3x3)
+        scale, shift = _scale_and_shift(self.norm_sum)
+        found = {
+            "conv3x3": (self.conv3x3.kernel * (scale3x3 * scale), shift3x3 * scale + shift),
+            "conv1x1": (_place(tf.convert_to_tensor(self.conv1x1.kernel)) * scale, tf.zeros([self.filters])),
+        }
+        if self.has_identity:
+            found["identity"] = self._identity_kernel() * scale, tf.zeros([self.filters])
+        return found
+
+    def pre_activation_statistics(self):
+        """Both exact: beta of the normalization after the sum, and its gamma squared on running statistics."""
+        return tf.convert_to_tensor(self.norm_sum.beta), _output_variance(self.norm_sum)

@@ -1,0 +1,62 @@
+"""Parameters and multiply-accumulates of a model, in training form and in deploy form."""
+
+import dataclasses
+
+import tf_keras as keras
+
+from tf_repvgg.layers import ReparameterizedBlock
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """Counts of one layer or one model. MACs are per image; normalizations and activations count nothing."""
+
+    training_parameters: int = 0
+    deploy_parameters: int = 0
+    training_macs: int = 0
+    deploy_macs: int = 0
+
+    def __add__(self, other):
+        return Complexity(
+            *(mine + its for mine, its in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
+
+
+def _pixels(layer):
+    _, height, width, _ = layer.output_shape
+    if height is None or width is None:
+        raise ValueError(f"MACs of {layer.name!r} need a fixed image size; build the model with input_shape=(H, W, C)")
+    return height * width
+
+
+def _layer_complexity(layer) -> Complexity:
+    parameters = layer.count_params()
+    if isinstance(layer, keras.Model):
+        return complexity(layer)
+    if isinstance(layer, ReparameterizedBlock):
+        conv3x3, conv1x1 = layer.conv3x3.count_params(), layer.conv1x1.count_params()
+        pixels = _pixels(layer)
+        return Complexity(parameters, conv3x3 + layer.filters, pixels * (conv3x3 + conv1x1), pixels * conv3x3)
+    macs = 0
+    if isinstance(layer, keras.layers.Conv2D):
+        macs = _pixels(layer) * int(layer.kernel.shape.num_elements())
+    elif isinstance(layer, keras.layers.Dense):
+        macs = int(layer.kernel.shape.num_elements())
+    return Complexity(parameters, parameters, macs, macs)
+
+
+def complexity(model: keras.Model) -> Complexity:
+    """Counts of a functional model with a fixed input size; blocks count in both forms, other layers alike in both."""
+    return sum((_layer_complexity(layer) for layer in model.layers), Complexity())
+
+
+def summary(model: keras.Model, print_fn=print) -> None:
+    """Prints parameters and MACs of both forms, layer by layer and in total."""
+    row = "{:<18} {:>17} {:>12} {:>12} {:>13} {:>13}".format
+    print_fn(row("layer", "output", "params train", "deploy", "MACs train", "deploy"))
+    for layer in model.layers:
+        counts = _layer_complexity(layer)
+        if counts.deploy_parameters:
+            shape = "x".join(str(size) for size in layer.output_shape[1:])
+            print_fn(row(layer.name, shape, *(f"{count:,}" for count in dataclasses.astuple(counts))))
+    print_fn(row("total", "", *(f"{count:,}" for count in dataclasses.astuple(complexity(model)))))

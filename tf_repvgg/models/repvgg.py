@@ -1,0 +1,130 @@
+"""The variants of RepVGG (arXiv:2101.03697, tables 2 and 3), a family for small images, and their builder."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import tf_keras as keras
+
+from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
+from tf_repvgg.layers.clip_limit import limit_for
+
+BLOCKS = ("repvgg", "qarepvgg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Shape of a RepVGG network: a stem of one block, then stages of blocks.
+
+    Attributes:
+      stem_width: output channels of the stem.
+      widths: output channels of each stage.
+      depths: number of blocks of each stage.
+      stem_stride: 2 as published; 1 for small images.
+      strides: stride of each stage's first block.
+    """
+
+    stem_width: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    stem_stride: int = 2
+    strides: tuple[int, ...] = (2, 2, 2, 2)
+
+
+def _published(depths, a, b):
+    """Widths of the paper: 64, 128 and 256 times a, 512 times b; the stem has at most 64 channels."""
+    return Variant(min(64, int(64 * a)), (int(64 * a), int(128 * a), int(256 * a), int(512 * b)), depths)
+
+
+_DEPTHS_A = (2, 4, 14, 1)
+_DEPTHS_B = (4, 6, 16, 1)
+
+VARIANTS = {
+    "A0": _published(_DEPTHS_A, 0.75, 2.5),
+    "A1": _published(_DEPTHS_A, 1.0, 2.5),
+    "A2": _published(_DEPTHS_A, 1.5, 2.75),
+    "B0": _published(_DEPTHS_B, 1.0, 2.5),
+    "B1": _published(_DEPTHS_B, 2.0, 4.0),
+    "B2": _published(_DEPTHS_B, 2.5, 5.0),
+    "B3": _published(_DEPTHS_B, 3.0, 5.0),
+    "digits": Variant(16, (16, 32, 64), (2, 2, 2), stem_stride=1, strides=(1, 2, 2)),
+    "cifar-s": Variant(16, (32, 64, 128, 192), (2, 3, 3, 1), stem_stride=1),
+    "cifar-m": Variant(24, (48, 96, 192), (3, 4, 2), stem_stride=1, strides=(2, 2, 2)),
+    "cifar-l": Variant(32, (64, 128, 256, 512), (2, 4, 6, 1), stem_stride=1, strides=(1, 2, 2, 2)),
+}
+
+
+def build_repvgg(
+    variant: str | Variant,
+    input_shape: tuple[int | None, int | None, int],
+    num_classes: int,
+    norm: str = "bn",
+    block: str = "repvgg",
+    identity: str = "norm",
+    oabn_k: float | str | Mapping[str, float | str] = 0.1,
+    oabn_branches: str = "identity",
+    clip_mode: str = "project",
+    identity_gain: float = 0.1,
+    padding: str = "same",
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+) -> keras.Model:
+    """Builds a training-form classifier that ends in logits.
+
+    Args:
+      variant: a name in `VARIANTS`, or a `Variant`.
+      input_shape: (height, width, channels); height and width may be None.
+      num_classes: number of logits.
+      norm: "bn" or "oabn" (RepVGG blocks only).
+      block: "repvgg" or "qarepvgg".
+      identity: "norm", or one of the controls "none" and "constant" (RepVGG blocks only).
+      oabn_k: limit k of OABN, or a mapping {pattern of block names: k}, first match wins; "6std" makes it relative.
+      oabn_branches, clip_mode, identity_gain: see `RepVGGBlock`.
+      padding: "same", or "symmetric" for weights trained in PyTorch.
+      momentum, epsilon: of every batch normalization.
+
+    Returns:
+      A functional model [batch, height, width, channels] -> float32 logits [batch, num_classes]; its blocks are
+      named "stem" and "stage1_block1" onwards.
+
+    Raises:
+      ValueError: for an unknown choice, or options that do not go together.
+    """
+    if isinstance(variant, str):
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; known: {', '.join(VARIANTS)}")
+        variant = VARIANTS[variant]
+    if block not in BLOCKS:
+        raise ValueError(f"block is {block!r}; known: {', '.join(BLOCKS)}")
+    if block == "qarepvgg" and (norm, identity) != ("bn", "norm"):
+        raise ValueError(
+            f"block='qarepvgg' has no normalization on its identity branch to change, but norm={norm!r} and "
+            f"identity={identity!r}; use norm='bn' and identity='norm'"
+        )
+    common = {"padding": padding, "momentum": momentum, "epsilon": epsilon}
+
+    def make_block(name, filters, strides):
+        if block == "qarepvgg":
+            return QARepVGGBlock(filters, strides=strides, name=name, **common)
+        return RepVGGBlock(
+            filters,
+            strides=strides,
+            norm=norm,
+            oabn_k=limit_for(name, oabn_k),
+            oabn_branches=oabn_branches,
+            clip_mode=clip_mode,
+            identity=identity,
+            identity_gain=identity_gain,
+            name=name,
+            **common,
+        )
+
+    inputs = keras.Input(input_shape, name="image")
+    features = make_block("stem", variant.stem_width, variant.stem_stride)(inputs)
+    stages = zip(variant.widths, variant.depths, variant.strides, strict=True)
+    for stage, (width, depth, stride) in enumerate(stages, start=1):
+        for index in range(1, depth + 1):
+            features = make_block(f"stage{stage}_block{index}", width, stride if index == 1 else 1)(features)
+    features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
+    # Logits stay float32 under a mixed policy: softmax on bfloat16 loses the loss's small differences.
+    logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")(features)
+    return keras.Model(inputs, logits, name="repvgg")

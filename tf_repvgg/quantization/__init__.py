@@ -1,0 +1,1 @@
+"""Number formats for weights and the methods that put weights on them."""

@@ -1,0 +1,146 @@
+"""The folder a training run lives in: what is written there, under which names, and how it is read back."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import tensorflow as tf
+import tf_keras as keras
+
+MODEL_NAME = "model.keras"
+CONFIG_NAME = "config.flags"
+INPUT_NAME = "input.json"
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a temporary path beside `path` that takes its place when the block ends without an error."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
+
+
+def write_json(path, content):
+    """Writes JSON so that the file is whole or absent."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict:
+    """What a measurement was made on: stands beside every number."""
+    model_name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return {
+        "cpu": model_name,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+    }
+
+
+class Run:
+    """The workdir of a training run.
+
+    Raises:
+      NotADirectoryError: if `workdir` is a file.
+      PermissionError: if nothing can be written there.
+    """
+
+    def __init__(self, workdir):
+        self.path = Path(workdir)
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"workdir {workdir!r} is a file; give a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise PermissionError(f"workdir {workdir!r} cannot be written to ({error.strerror})") from None
+        self.checkpoints_path = str(self.path / "checkpoints")
+        self.tensorboard_path = str(self.path / "tensorboard")
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.model_path = self.path / MODEL_NAME
+
+    @property
+    def is_complete(self) -> bool:
+        """True once training has ended and the final model is there."""
+        return self.model_path.exists()
+
+    def write_config(self, flag_values, data):
+        """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects.
+
+        Raises:
+          ValueError: if the workdir already holds a run with other flags.
+        """
+        text = _flags_of_main(flag_values)
+        path = self.path / CONFIG_NAME
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            changed = set(path.read_text(encoding="utf-8").splitlines()) ^ set(text.splitlines())
+            names = sorted({line.lstrip("-").removeprefix("no").split("=")[0] for line in changed})
+            raise ValueError(
+                f"workdir {str(self.path)!r} holds a run with other values of {', '.join(names)}; "
+                "use another workdir, or the same flags to continue"
+            )
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        write_json(self.path / INPUT_NAME, {"dataset": data.name, **dataclasses.asdict(data.preprocessing)})
+
+    def save_model(self, model):
+        with written_whole(self.model_path) as temporary:
+            model.save(temporary)
+
+    def write_result(self, result, training_seconds):
+        """Leaves result.json; keeps the time of the training when a finished run is only evaluated again."""
+        path = self.path / "result.json"
+        record = {**result, "training_seconds": round(training_seconds, 1), "machine": machine()}
+        if path.exists() and training_seconds < 1:
+            record["training_seconds"] = json.loads(path.read_text(encoding="utf-8")).get("training_seconds")
+        write_json(path, record)
+
+
+def _flags_of_main(flag_values):
+    """The program's own flags as a flagfile; not what says where to write or how to look at it."""
+    flags = flag_values.get_key_flags_for_module("__main__")
+    left_out = {"workdir", "evaluate_only"}
+    return "".join(f"{flag.serialize()}\n" for flag in flags if flag.name not in left_out and flag.value is not None)
+
+
+def load_model(path) -> keras.Model:
+    """Loads a training-form model from a .keras file or from the workdir that holds one.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if the file is no whole Keras model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / MODEL_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {str(path)!r}; train one with train/main.py --workdir={path.parent}")
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:  # Keras raises whatever zipfile, json or h5py do.
+        raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
+
+
+def copy_weights(source, target):
+    """Copies all weights between models of one architecture.
+
+    Raises:
+      ValueError: if names or shapes differ; names the first difference.
+    """
+    ours, theirs = ([(w.name, tuple(w.shape)) for w in model.weights] for model in (target, source))
+    for mine, its in zip(ours, theirs, strict=False):
+        if mine != its:
+            raise ValueError(f"the checkpoint is of another network: it has {its[0]} {its[1]} where {mine[0]} {mine[1]} is")
+    if len(ours) != len(theirs):
+        raise ValueError(f"the checkpoint is of another network: it has {len(theirs)} weights, this one {len(ours)}")
+    target.set_weights(source.get_weights())

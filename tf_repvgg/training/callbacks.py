@@ -1,0 +1,80 @@
+"""Keras callbacks: one progress bar for the whole run, a line of JSON per epoch, and resuming."""
+
+import json
+import time
+
+import tensorflow as tf
+import tf_keras as keras
+from tqdm import tqdm
+
+
+class Progress(keras.callbacks.Callback):
+    """One bar over all steps of the run, with time left and the latest metrics."""
+
+    def __init__(self, steps_per_epoch, epochs, first_epoch=0):
+        super().__init__()
+        self._bar = tqdm(
+            total=steps_per_epoch * epochs, initial=steps_per_epoch * first_epoch, unit="step", mininterval=1.0
+        )
+        self._epochs = epochs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._bar.set_description(f"epoch {epoch + 1}/{self._epochs}")
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._bar.update()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._bar.set_postfix({name: f"{value:.4f}" for name, value in (logs or {}).items()})
+
+    def on_train_end(self, logs=None):
+        self._bar.close()
+
+
+class MetricsLog(keras.callbacks.Callback):
+    """Appends one JSON object per epoch to a file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self._path = path
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._started = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        seconds = time.monotonic() - self._started
+        record = {"epoch": epoch + 1, "seconds": round(seconds, 2)}
+        record |= {_with_unit(name): value * _factor(name) for name, value in (logs or {}).items()}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _with_unit(name):
+    return f"{name}_percent" if name.endswith("top1") else name
+
+
+def _factor(name):
+    return 100 if name.endswith("top1") else 1
+
+
+class Resume(keras.callbacks.Callback):
+    """Checkpoints weights, optimizer and epoch after every epoch, and restores the last one when made.
+
+    Attributes:
+      first_epoch: the epoch to continue with, counted from 0.
+    """
+
+    def __init__(self, directory, trainer):
+        super().__init__()
+        # Slots must exist before they can be restored.
+        trainer.optimizer.build(trainer.trainable_variables)
+        self._epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
+        checkpoint = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer, epochs_done=self._epochs_done)
+        self._manager = tf.train.CheckpointManager(checkpoint, directory, max_to_keep=2)
+        if self._manager.latest_checkpoint:
+            checkpoint.restore(self._manager.latest_checkpoint).assert_existing_objects_matched()
+        self.first_epoch = int(self._epochs_done.numpy())
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._epochs_done.assign(epoch + 1)
+        self._manager.save(epoch + 1)

@@ -1,0 +1,146 @@
+"""Trains RepVGG: python train/main.py --flagfile=configs/digits_oabn.flags
+
+A flag on the command line overrides the flagfile. The same command continues an interrupted run, and evaluates a
+finished one again. What a run leaves in its workdir: model.keras (the final weights, what export/main.py reads),
+metrics.jsonl, result.json, config.flags (reruns it), checkpoints/ and tensorboard/.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import time
+
+import tf_keras as keras
+from absl import flags
+
+from tf_repvgg import cli, layers, runs
+from tf_repvgg.data import ClassificationData
+from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
+from tf_repvgg.layers.clip_limit import parse_by_name
+from tf_repvgg.training import callbacks, optimization
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("dataset", "digits", "TFDS name of an image classification set; 'digits' comes with the package.")
+flags.DEFINE_string("data_dir", None, "TFDS data directory that holds the set; by default TFDS's own, with download.")
+flags.DEFINE_integer("image_size", None, "Height and width to resize to; needed where a set's images differ in size.")
+flags.DEFINE_boolean("validation", True, "Hold validation data out of training and report on them, not on the test set.")
+flags.DEFINE_string("workdir", None, "Folder the run writes to.", required=True)
+flags.DEFINE_enum("variant", "digits", list(VARIANTS), "Network to build.")
+flags.DEFINE_enum("block", "repvgg", BLOCKS, "Block of the training form.")
+flags.DEFINE_enum("norm", "bn", layers.NORMS, "Normalization: plain, or outlier-aware (OABN).")
+flags.DEFINE_string(
+    "oabn_k", "0.1", "OABN's limit: a number, '6std' relative to each kernel, or by block name: 'stage4_.*=0.05,.*=0.1'."
+)
+flags.DEFINE_enum("oabn_branches", "identity", layers.OABN_BRANCHES, "Branches that OABN clips.")
+flags.DEFINE_enum("oabn_clip_mode", "project", layers.CLIP_MODES, "How clipped gammas are trained.")
+flags.DEFINE_enum("identity", "norm", layers.IDENTITIES, "Identity branch: as published, or one of the controls.")
+flags.DEFINE_float("identity_gain", 0.1, "Gain of --identity=constant.")
+flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is what PyTorch does.")
+flags.DEFINE_integer("epochs", 10, "Passes over the training data.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 0.1, "Peak of the cosine schedule.", lower_bound=0)
+flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
+flags.DEFINE_float("momentum", 0.9, "Momentum of Nesterov SGD.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float(
+    "weight_decay", 5e-3, "Decoupled: kernels shrink by this times the learning rate per step.", lower_bound=0
+)
+flags.DEFINE_float("label_smoothing", 0.0, "Probability spread over all classes.", lower_bound=0, upper_bound=1)
+flags.DEFINE_enum("precision", "float32", ["float32", "mixed_bfloat16"], "Keras dtype policy of training.")
+flags.DEFINE_integer("seed", 0, "Of initial weights, shuffling and augmentation.", lower_bound=0)
+flags.DEFINE_string("init_from", None, "model.keras, or a workdir with one, whose weights training starts from.")
+flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras, train nothing.")
+
+
+def make_data():
+    size = None if FLAGS.image_size is None else (FLAGS.image_size, FLAGS.image_size)
+    return ClassificationData(FLAGS.dataset, FLAGS.data_dir, size, hold_out=FLAGS.validation, seed=FLAGS.seed)
+
+
+def make_model(data):
+    keras.utils.set_random_seed(FLAGS.seed)
+    keras.mixed_precision.set_global_policy(FLAGS.precision)
+    model = build_repvgg(
+        FLAGS.variant,
+        data.image_shape,
+        data.num_classes,
+        norm=FLAGS.norm,
+        block=FLAGS.block,
+        identity=FLAGS.identity,
+        oabn_k=parse_by_name(FLAGS.oabn_k),
+        oabn_branches=FLAGS.oabn_branches,
+        clip_mode=FLAGS.oabn_clip_mode,
+        identity_gain=FLAGS.identity_gain,
+        padding=FLAGS.padding,
+    )
+    if FLAGS.init_from:
+        runs.copy_weights(runs.load_model(FLAGS.init_from), model)
+    return model
+
+
+def train(run, data, model):
+    """Trains `model` from the run's last checkpoint to the end and leaves run.model_path."""
+    steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
+    # A second model on the same layers: the optimizer belongs to it, and `model` is saved without one.
+    trainer = keras.Model(model.inputs, model.outputs)
+    trainer.compile(
+        optimization.make_optimizer(
+            FLAGS.learning_rate,
+            steps=steps_per_epoch * FLAGS.epochs,
+            warmup_steps=round(steps_per_epoch * FLAGS.warmup_epochs),
+            momentum=FLAGS.momentum,
+            weight_decay=FLAGS.weight_decay,
+        ),
+        optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")],
+    )
+    resume = callbacks.Resume(run.checkpoints_path, trainer)
+    trainer.fit(
+        data.training(FLAGS.batch_size, FLAGS.epochs, first_epoch=resume.first_epoch),
+        steps_per_epoch=steps_per_epoch,
+        initial_epoch=resume.first_epoch,
+        epochs=FLAGS.epochs,
+        validation_data=data.evaluation("validation", 500) if FLAGS.validation else None,
+        verbose=0,
+        callbacks=[
+            callbacks.Progress(steps_per_epoch, FLAGS.epochs, resume.first_epoch),
+            callbacks.MetricsLog(run.metrics_path),
+            keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
+            keras.callbacks.TerminateOnNaN(),
+            resume,
+        ],
+    )
+    run.save_model(model)
+
+
+def evaluate(data, model, split):
+    """Top-1 in percent on every image of a split."""
+    evaluator = keras.Model(model.inputs, model.outputs)
+    evaluator.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")])
+    return 100 * evaluator.evaluate(data.evaluation(split, 500), verbose=0, return_dict=True)["top1"]
+
+
+def main(_):
+    with cli.bad_input_exits():
+        run = runs.Run(FLAGS.workdir)
+        data = make_data()
+        if FLAGS.evaluate_only:
+            model = runs.load_model(FLAGS.workdir)
+        else:
+            model = make_model(data)
+            run.write_config(FLAGS, data)
+    started = time.monotonic()
+    if not FLAGS.evaluate_only and not run.is_complete:
+        summary(model)
+        train(run, data, model)
+    seconds = time.monotonic() - started
+    model = runs.load_model(FLAGS.workdir)
+    split = "validation" if FLAGS.validation else "test"
+    result = {"split": split, "top1_percent": evaluate(data, model, split), "images": data.num_examples(split)}
+    run.write_result(result, training_seconds=seconds)
+    print(f"top-1 on the {split} split ({result['images']} images): {result['top1_percent']:.2f} %")
+
+
+if __name__ == "__main__":
+    cli.run(main)
