@@ -6,11 +6,17 @@ the layers, so that saved models load without ``custom_objects``.
 
 import os
 
+from tf_repvgg import native_output
+
 # The one place that selects Keras 2: TensorFlow reads this when ``tf.keras`` is first touched.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
-import tensorflow as tf  # noqa: E402
-import tf_keras  # noqa: E402
+with native_output.hidden():
+    import tensorflow as tf
+    import tf_keras
+
+    # Looks for GPUs now, so that what TensorFlow has to say about missing drivers is said here.
+    tf.config.list_physical_devices()
 
 if tf.keras.layers.Layer is not tf_keras.layers.Layer:
     raise ImportError(
@@ -20,5 +26,3 @@ if tf.keras.layers.Layer is not tf_keras.layers.Layer:
 
 from tf_repvgg import layers  # noqa: E402,F401  (registers the layers for loading)
 from tf_repvgg.version import __version__  # noqa: E402,F401
-
-

@@ -1,16 +1,17 @@
-"""What the command lines share: bad input gives one line and exit status 2."""
+"""What the command lines share: quiet logs, and bad input that gives one line and exit status 2."""
 
 import contextlib
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 BAD_INPUT = 2
 
 
 def run(main):
     """Runs an absl program whose malformed flags end it with one line and exit status 2."""
+    logging.set_verbosity(logging.WARNING)  # TFDS tells every file it opens.
     app.run(main, flags_parser=_parse_flags)
 
 

@@ -32,6 +32,31 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_bytes(path, content):
+    """Writes bytes so that the file is whole or absent."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def writable_folder(path) -> Path:
+    """Makes a folder if need be.
+
+    Raises:
+      NotADirectoryError: if `path` is a file.
+      PermissionError: if nothing can be written there.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{str(path)!r} is a file; give a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{str(path)!r} cannot be written to ({error.strerror})") from None
+    return path
+
+
 def machine() -> dict:
     """What a measurement was made on: stands beside every number."""
     model_name = next(
@@ -55,15 +80,7 @@ class Run:
     """
 
     def __init__(self, workdir):
-        self.path = Path(workdir)
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"workdir {workdir!r} is a file; give a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise PermissionError(f"workdir {workdir!r} cannot be written to ({error.strerror})") from None
+        self.path = writable_folder(workdir)
         self.checkpoints_path = str(self.path / "checkpoints")
         self.tensorboard_path = str(self.path / "tensorboard")
         self.metrics_path = self.path / "metrics.jsonl"

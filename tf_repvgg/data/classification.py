@@ -10,6 +10,8 @@ from tf_repvgg.data.digits import Digits
 
 _CACHE_BYTES = 2 * 1024**3
 _CROP_PADDING = 4
+_PARALLEL_CALLS = 2
+_PREFETCHED_BATCHES = 4
 # Mirrored digits are other shapes, not other pictures of the same digit.
 _NO_FLIP = frozenset({"digits", "mnist", "svhn_cropped", "emnist", "kmnist"})
 
@@ -75,9 +77,9 @@ class ClassificationData:
 
     def images(self, split: str) -> tf.data.Dataset:
         """(uint8 image, int64 label) of a split in its stored order, resized, cached if small."""
-        dataset = self._builder.as_dataset(self.splits[split], as_supervised=True)
+        dataset = self._builder.as_dataset(self.splits[split], as_supervised=True).with_options(_options())
         if self._resizes:
-            dataset = dataset.map(self._resize, num_parallel_calls=tf.data.AUTOTUNE)
+            dataset = dataset.map(self._resize, num_parallel_calls=_PARALLEL_CALLS)
         height, width, channels = self.image_shape
         if self.num_examples(split) * height * width * channels <= _CACHE_BYTES:
             dataset = dataset.cache()
@@ -86,7 +88,7 @@ class ClassificationData:
     def evaluation(self, split: str, batch_size: int) -> tf.data.Dataset:
         """Batches (float32 images, labels), every image of the split once, in order, not augmented."""
         dataset = self.images(split).batch(batch_size)
-        return dataset.map(lambda images, labels: (self.preprocessing(images), labels)).prefetch(tf.data.AUTOTUNE)
+        return dataset.map(lambda images, labels: (self.preprocessing(images), labels)).prefetch(_PREFETCHED_BATCHES)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in one pass over the training split."""
@@ -110,15 +112,21 @@ class ClassificationData:
             batches = images.shuffle(min(count, 50_000), seed=self.seed + epoch).batch(batch_size, drop_remainder=True)
             return batches.enumerate().map(
                 lambda index, batch: (self._augment(batch[0], [self.seed * 1000 + epoch, index]), batch[1]),
-                num_parallel_calls=tf.data.AUTOTUNE,
+                num_parallel_calls=_PARALLEL_CALLS,
             )
 
         batches = functools.reduce(tf.data.Dataset.concatenate, map(one_epoch, range(first_epoch, epochs)))
-        return batches.map(lambda x, y: (self.preprocessing(x), y)).prefetch(tf.data.AUTOTUNE)
+        return batches.map(lambda x, y: (self.preprocessing(x), y)).prefetch(_PREFETCHED_BATCHES)
 
-    def calibration(self, count: int) -> tf.data.Dataset:
-        """The first `count` training images, normalised, one by one: what activation ranges are measured on."""
-        return self.images("train").take(count).map(lambda image, _: self.preprocessing(image))
+    def calibration(self, count: int, split: str = "train") -> tf.data.Dataset:
+        """The first `count` images of a split, normalised, one by one: what activation ranges are measured on.
+
+        Raises:
+          ValueError: if the split has fewer images.
+        """
+        if count > self.num_examples(split):
+            raise ValueError(f"{count} calibration images asked for, but {split!r} has {self.num_examples(split)}")
+        return self.images(split).take(count).map(lambda image, _: self.preprocessing(image))
 
     def _resize(self, image, label):
         resized = tf.image.resize(image, self.preprocessing.size, antialias=True)
@@ -140,6 +148,16 @@ class ClassificationData:
         if self.name not in _NO_FLIP:
             columns = tf.where(draws[2] < 0.5, columns, columns[:, ::-1])
         return tf.gather(rows, columns, batch_dims=1, axis=2)
+
+
+def _options():
+    """No autotuning: its thread sleeps up to a minute at a time, and whoever drops an iterator waits for it to wake.
+
+    (TensorFlow 2.21: an epoch's end, or a short evaluation, takes 10 s.)
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 def _builder(name, data_dir):

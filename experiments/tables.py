@@ -1,0 +1,26 @@
+"""Accuracy tables out of what export/main.py measured."""
+
+import json
+from pathlib import Path
+
+from tabulate import tabulate
+
+GRANULARITIES = {"per_tensor": "per tensor", "per_channel": "per channel"}
+
+
+def bits_table(exports: dict[str, dict], bits, tablefmt="github") -> str:
+    """One row per model: float top-1, then integer top-1 per weight width, "per tensor / per channel", in percent."""
+    rows = []
+    for name, report in exports.items():
+        top1 = {(entry["weight_bits"], entry["granularity"]): entry["top1_percent"] for entry in report["files"]}
+        cells = [" / ".join(f"{top1[width, granularity]:.1f}" for granularity in GRANULARITIES) for width in bits]
+        rows.append([name, f"{report['float_fused_top1_percent']:.1f}", *cells])
+    headers = ["model", "FP32", *(f"{width} bit" for width in bits)]
+    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
+
+
+def write_results(folder: Path, name: str, record: dict, page: str) -> None:
+    """Leaves results/<name>.json and the readable page beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page.rstrip() + "\n", encoding="utf-8")

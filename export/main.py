@@ -1,0 +1,153 @@
+"""Fuses a trained RepVGG, writes integer TFLite files and runs them: python export/main.py --workdir=runs/x
+
+Writes one file per weight width and granularity to the output folder, and export.json with everything measured.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import collections
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from tf_repvgg import cli, fusion, outliers, runs, tflite
+from tf_repvgg.data import ClassificationData
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("workdir", None, "Run folder of train/main.py, or a .keras file.", required=True)
+flags.DEFINE_string("output", None, "Folder to write to; by default 'export' in the workdir.")
+flags.DEFINE_string("dataset", None, "TFDS name; by default the one the run was trained on.")
+flags.DEFINE_string("data_dir", None, "TFDS data directory that holds the set; by default TFDS's own.")
+flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, 2 to 8; one file each.")
+flags.DEFINE_list("granularity", ["per_channel"], "Weight scales: per_tensor, per_channel, or both; one file each.")
+flags.DEFINE_enum("inference_type", "int8", list(tflite.INFERENCE_TYPES), "Type of the file's input and output.")
+flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
+flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
+flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
+flags.DEFINE_integer("latency_runs", 100, "Timed inferences.", lower_bound=50)
+flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
+
+GRANULARITIES = ("per_tensor", "per_channel")
+# Why a fully integer RepVGG may hold more than convolutions, a mean and a dense layer.
+EXTRA_OPERATORS = {
+    "PAD": "symmetric padding of a strided block",
+    "QUANTIZE": "input or output is not int8",
+    "DEQUANTIZE": "output is float",
+}
+
+
+def read_flags():
+    """(bits, granularities) as asked for; the flags are lists of words."""
+    unknown = [word for word in FLAGS.granularity if word not in GRANULARITIES]
+    if unknown:
+        raise ValueError(f"--granularity is {unknown[0]!r}; known: {', '.join(GRANULARITIES)}")
+    bits = [int(word) if word.isdigit() else 0 for word in FLAGS.weight_bits]
+    if not bits or not all(2 <= width <= 8 for width in bits):
+        raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
+    return bits, FLAGS.granularity
+
+
+def training_input(workdir):
+    """What input.json of a run says about the images its model expects."""
+    folder = Path(workdir) if Path(workdir).is_dir() else Path(workdir).parent
+    path = folder / runs.INPUT_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; it says which dataset and image size the model expects")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_split(data, split):
+    """All images, normalised, and labels of a split."""
+    batches = [(images.numpy(), labels.numpy()) for images, labels in data.evaluation(split, 500)]
+    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return images, labels
+
+
+def percent(matches):
+    return round(100 * float(np.mean(matches)), 3)
+
+
+def measure(file, images, labels, float_classes, name):
+    """What there is to say about one written file."""
+    classes = tflite.predict(file, images, description=name).argmax(axis=1)
+    latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
+    return {
+        "top1_percent": percent(classes == labels),
+        "agreement_with_float_percent": percent(classes == float_classes),
+        "file_bytes": len(file),
+        "latency_ms_p50": round(latency.p50_ms, 4),
+        "latency_ms_p90": round(latency.p90_ms, 4),
+        "latency_runs": latency.runs,
+        "latency_threads": latency.threads,
+        "operators": dict(collections.Counter(operator.name for operator in tflite.operators(file))),
+    }
+
+
+def print_table(report):
+    print(f"\n{report['evaluation_split']} split, {report['images']} images")
+    print(f"float, training form   {report['float_training_form_top1_percent']:6.2f} %")
+    print(f"float, fused           {report['float_fused_top1_percent']:6.2f} %\n")
+    row = "{:<22} {:>8} {:>10} {:>10} {:>9} {:>9}".format
+    print(row("file", "top-1 %", "agrees %", "bytes", "p50 ms", "p90 ms"))
+    for entry in report["files"]:
+        cells = [f"{entry[key]:.2f}" for key in ("top1_percent", "agreement_with_float_percent")]
+        times = [f"{entry[key]:.3f}" for key in ("latency_ms_p50", "latency_ms_p90")]
+        print(row(entry["file"], *cells, f"{entry['file_bytes']:,}", *times))
+    print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK\n")
+    found = report["files"][0]["operators"]
+    print("operators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    for name in sorted(EXTRA_OPERATORS.keys() & found.keys()):
+        print(f"  {name}: {EXTRA_OPERATORS[name]}")
+
+
+def main(_):
+    with cli.bad_input_exits():
+        bits, granularities = read_flags()
+        trained_on = training_input(FLAGS.workdir)
+        model = runs.load_model(FLAGS.workdir)
+        data = ClassificationData(FLAGS.dataset or trained_on["dataset"], FLAGS.data_dir, trained_on["size"])
+        default = Path(FLAGS.workdir) if Path(FLAGS.workdir).is_dir() else Path(FLAGS.workdir).parent
+        output = runs.writable_folder(FLAGS.output or default / "export")
+        if model.output_shape[-1] != data.num_classes:
+            raise ValueError(
+                f"the model has {model.output_shape[-1]} classes, but {data.name!r} has {data.num_classes}"
+            )
+    fused = fusion.fuse(model)
+    images, labels = load_split(data, FLAGS.evaluation_split)
+    training_form = model.predict(images, batch_size=500, verbose=0).argmax(axis=1)
+    float_classes = fused.predict(images, batch_size=500, verbose=0).argmax(axis=1)
+    calibrated = tflite.convert(
+        fused, data.calibration(FLAGS.calibration_images, FLAGS.calibration_split), inference_type=FLAGS.inference_type
+    )
+    report = {
+        "input": trained_on,
+        "evaluation_split": FLAGS.evaluation_split,
+        "images": len(images),
+        "calibration": f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}",
+        "inference_type": FLAGS.inference_type,
+        "float_training_form_top1_percent": percent(training_form == labels),
+        "float_fused_top1_percent": percent(float_classes == labels),
+        "outliers": outliers.as_records(outliers.report(model)),
+        "files": [],
+        "machine": runs.machine(),
+    }
+    for width in bits:
+        for granularity in granularities:
+            name = f"{FLAGS.inference_type}_w{width}_{granularity}.tflite"
+            per_channel = granularity == "per_channel"
+            file = tflite.with_weights(calibrated, fused, width, per_channel, metadata=trained_on)
+            runs.write_bytes(output / name, file)
+            entry = {"file": name, "weight_bits": width, "granularity": granularity}
+            report["files"].append(entry | measure(file, images, labels, float_classes, name))
+    runs.write_json(output / "export.json", report)
+    print_table(report)
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Weights on a uniform, symmetric integer grid."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel:
+    """A kernel as integer codes and scales: weight = code * scale.
+
+    Attributes:
+      codes: int8 array in the kernel's own layout, output channels last.
+      scale: float32, of shape [1] (per tensor) or [output channels].
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+
+    def dequantize(self) -> np.ndarray:
+        """The float32 kernel that the codes stand for."""
+        return self.codes.astype(np.float32) * self.scale
+
+
+def quantize_min_max(kernel, bits=8, per_channel=True, min_scale=0.0) -> QuantizedKernel:
+    """Rounds a kernel to codes -(2^(bits-1) - 1) .. 2^(bits-1) - 1, scaled so that its largest weight is the largest code.
+
+    Args:
+      kernel: float array [..., output channels].
+      bits: 2 to 8.
+      per_channel: one scale per output channel, or one for the tensor.
+      min_scale: smallest scale allowed, a number or [output channels].
+
+    Raises:
+      ValueError: if `bits` is out of range or the kernel is not finite.
+    """
+    if bits not in range(2, 9):
+        raise ValueError(f"weight bits are {bits!r}; they must be a whole number from 2 to 8")
+    kernel = np.asarray(kernel, np.float32)
+    if not np.all(np.isfinite(kernel)):
+        raise ValueError("the kernel holds infinities or NaN; was training stable?")
+    largest_code = 2 ** (bits - 1) - 1
+    magnitude = np.abs(kernel)
+    largest = np.max(magnitude, axis=tuple(range(kernel.ndim - 1))) if per_channel else np.max(magnitude).reshape(1)
+    min_scale = np.asarray(min_scale, np.float32)
+    scale = np.maximum(largest / largest_code, min_scale if per_channel else np.max(min_scale))
+    # All-zero channels need some scale; any other channel's makes their bias as fine as its neighbours'.
+    scale = np.where(scale > 0, scale, np.max(scale) if np.max(scale) > 0 else 1.0).astype(np.float32)
+    codes = np.clip(np.round(kernel / scale), -largest_code, largest_code)
+    return QuantizedKernel(codes.astype(np.int8), scale)

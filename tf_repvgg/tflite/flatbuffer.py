@@ -1,0 +1,71 @@
+"""The flatbuffer of a TFLite file as Python objects, and the few edits that this package makes to it."""
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+FILE_IDENTIFIER = b"TFL3"
+# Where the operators that hold weights have them among their inputs.
+WEIGHTS_INPUT = {
+    schema.BuiltinOperator.CONV_2D: 1,
+    schema.BuiltinOperator.DEPTHWISE_CONV_2D: 1,
+    schema.BuiltinOperator.FULLY_CONNECTED: 1,
+}
+BIAS_INPUT = 2
+
+
+def unpack(file: bytes) -> schema.ModelT:
+    """Parses a file.
+
+    Raises:
+      ValueError: if it is no TFLite file.
+    """
+    if file[4:8] != FILE_IDENTIFIER:
+        raise ValueError(f"not a TFLite file: it should have {FILE_IDENTIFIER!r} at byte 4, but has {bytes(file[4:8])!r}")
+    return schema.ModelT.InitFromPackedBuf(file, 0)
+
+
+def pack(model: schema.ModelT) -> bytes:
+    """Serializes a model."""
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=FILE_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def operator_code(model, operator) -> int:
+    return model.operatorCodes[operator.opcodeIndex].builtinCode
+
+
+def constant(model, tensor, dtype) -> np.ndarray:
+    """The values of a constant tensor, in its shape."""
+    data = model.buffers[tensor.buffer].data
+    return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(tensor.shape)
+
+
+def set_constant(model, tensor, values, scale):
+    """Gives a tensor new values and scales in a buffer of its own: the converter lets equal constants share one."""
+    model.buffers.append(buffer := schema.BufferT())
+    buffer.data = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
+    tensor.buffer = len(model.buffers) - 1
+    tensor.quantization.scale = np.asarray(scale, np.float32)
+    tensor.quantization.zeroPoint = np.zeros(len(tensor.quantization.scale), np.int64)
+
+
+def set_metadata(model, name, content: bytes):
+    """Adds a named block of bytes to the file, which interpreters ignore."""
+    model.buffers.append(buffer := schema.BufferT())
+    buffer.data = np.frombuffer(content, np.uint8)
+    entry = schema.MetadataT()
+    entry.name = name
+    entry.buffer = len(model.buffers) - 1
+    model.metadata = [*(model.metadata or []), entry]
+
+
+def drop_unused_buffers(model):
+    """Removes buffers that no tensor and no metadata refer to; buffer 0 stays, as the format asks."""
+    owners = [tensor for graph in model.subgraphs for tensor in graph.tensors] + (model.metadata or [])
+    kept = sorted({0} | {owner.buffer for owner in owners})
+    position = {old: new for new, old in enumerate(kept)}
+    model.buffers = [model.buffers[old] for old in kept]
+    for owner in owners:
+        owner.buffer = position[owner.buffer]
