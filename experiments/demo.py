@@ -28,10 +28,10 @@ def main():
     for name, config in MODELS.items():
         workdir = f"{FOLDER}/{config}"
         trained[name] = train(config, workdir)
-        exported[name] = export(
-            workdir, weight_bits=",".join(map(str, BITS)), granularity="per_tensor,per_channel"
-        )
-    draw({name: runs.load_model(ROOT / FOLDER / MODELS[name]) for name in ("BN", "OABN")}, ROOT / FOLDER / "weights.png")
+        exported[name] = export(workdir, weight_bits=",".join(map(str, BITS)), granularity="per_tensor,per_channel")
+    draw(
+        {name: runs.load_model(ROOT / FOLDER / MODELS[name]) for name in ("BN", "OABN")}, ROOT / FOLDER / "weights.png"
+    )
     report = {
         "seconds": round(time.monotonic() - started, 1),
         "models": {

@@ -49,17 +49,17 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> kera
     statistics = {}
 
     def deploy_form(layer):
-        if not isinstance(layer, ReparameterizedBlock):
-            return _float32_copy(layer)
-        statistics[layer.name] = _statistics(layer)
-        return _deploy_layers(layer)
+        if isinstance(layer, ReparameterizedBlock):
+            statistics[layer.name] = _statistics(layer)
+            return _deploy_layers(layer)
+        if hidden := _blocks(layer):
+            raise ValueError(
+                f"block {hidden[0].name!r} is inside another layer, where it cannot be replaced; "
+                "use blocks directly in functional models"
+            )
+        return _float32_copy(layer)
 
     fused = _rebuild(model, deploy_form)
-    if hidden := _blocks(fused):
-        raise ValueError(
-            f"block {hidden[0].name!r} is inside another layer, where it cannot be replaced; "
-            "use blocks directly in functional models"
-        )
     _check(model, fused, tolerance, check_inputs)
     fused.pre_activation_statistics = statistics
     return fused
@@ -81,7 +81,7 @@ def _deploy_layers(block):
     conv.build((None, None, None, kernel.shape[2] * block.groups))
     conv.set_weights([kernel.numpy(), bias.numpy()])
 
-    def call(inputs):
+    def call(inputs, **_):  # the block may have been called with training=False, which a convolution does not know
         for layer in (*padding, conv):
             inputs = layer(inputs)
         return inputs
@@ -90,29 +90,33 @@ def _deploy_layers(block):
 
 
 def _float32_copy(layer):
-    """A copy of a layer with its weights, computing in float32 where it computed in mixed precision."""
+    """A copy of a layer with its weights, computing in float32 where it computed in mixed precision; as a callable."""
     config = layer.get_config()
     if layer.compute_dtype != layer.variable_dtype:
         config["dtype"] = layer.variable_dtype
     copy = type(layer).from_config(config)
-    if layer.weights:
-        copy.build(layer.get_build_config()["input_shape"])
+
+    def call(*arguments, **keywords):
+        outputs = copy(*arguments, **keywords)
+        # Only now does every kind of layer have its weights: some make theirs, or their sublayers', when called.
         copy.set_weights(layer.get_weights())
-    return copy
+        return outputs
+
+    return call
 
 
-def _rebuild(model, replace):
+def _rebuild(model, replace, replacements=None):
     """Replays the graph of a functional model with `replace(layer)` called in place of every layer.
 
     Keras 2 can clone a model one layer for one layer; a block may become two. Hence a walk over the nodes, as Keras
-    itself does when it calls a functional model; shared layers are replaced once.
+    itself does when it calls a functional model; shared layers are replaced once, across nested models too.
     """
-    replacements = {}
+    replacements = {} if replacements is None else replacements
 
     def replacement(layer):
         if id(layer) not in replacements:
             is_model = isinstance(layer, keras.Model) and getattr(layer, "_is_graph_network", False)
-            replacements[id(layer)] = _rebuild(layer, replace) if is_model else replace(layer)
+            replacements[id(layer)] = _rebuild(layer, replace, replacements) if is_model else replace(layer)
         return replacements[id(layer)]
 
     inputs = [keras.Input(tensor.shape[1:], dtype=tensor.dtype, name=tensor.node.layer.name) for tensor in model.inputs]

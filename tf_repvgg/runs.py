@@ -114,13 +114,14 @@ class Run:
         with written_whole(self.model_path) as temporary:
             model.save(temporary)
 
-    def write_result(self, result, training_seconds):
-        """Leaves result.json; keeps the time of the training when a finished run is only evaluated again."""
-        path = self.path / "result.json"
-        record = {**result, "training_seconds": round(training_seconds, 1), "machine": machine()}
-        if path.exists() and training_seconds < 1:
-            record["training_seconds"] = json.loads(path.read_text(encoding="utf-8")).get("training_seconds")
-        write_json(path, record)
+    def write_result(self, result):
+        """Leaves result.json; the time of the training is the sum over its epochs, interruptions left out."""
+        epochs = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        seconds = {entry["epoch"]: entry["seconds"] for entry in epochs}
+        write_json(
+            self.path / "result.json",
+            {**result, "training_seconds": round(sum(seconds.values()), 1), "machine": machine()},
+        )
 
 
 def _flags_of_main(flag_values):
@@ -157,7 +158,9 @@ def copy_weights(source, target):
     ours, theirs = ([(w.name, tuple(w.shape)) for w in model.weights] for model in (target, source))
     for mine, its in zip(ours, theirs, strict=False):
         if mine != its:
-            raise ValueError(f"the checkpoint is of another network: it has {its[0]} {its[1]} where {mine[0]} {mine[1]} is")
+            raise ValueError(
+                f"the checkpoint is of another network: it has {its[0]} {its[1]} where {mine[0]} {mine[1]} is"
+            )
     if len(ours) != len(theirs):
         raise ValueError(f"the checkpoint is of another network: it has {len(theirs)} weights, this one {len(ours)}")
     target.set_weights(source.get_weights())

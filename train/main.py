@@ -9,29 +9,33 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import time
-
 import tf_keras as keras
 from absl import flags
 
 from tf_repvgg import cli, layers, runs
 from tf_repvgg.data import ClassificationData
-from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
 from tf_repvgg.layers.clip_limit import parse_by_name
+from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
 from tf_repvgg.training import callbacks, optimization
 
 FLAGS = flags.FLAGS
+EVALUATION_BATCH = 500
 
 flags.DEFINE_string("dataset", "digits", "TFDS name of an image classification set; 'digits' comes with the package.")
 flags.DEFINE_string("data_dir", None, "TFDS data directory that holds the set; by default TFDS's own, with download.")
 flags.DEFINE_integer("image_size", None, "Height and width to resize to; needed where a set's images differ in size.")
-flags.DEFINE_boolean("validation", True, "Hold validation data out of training and report on them, not on the test set.")
+flags.DEFINE_integer("crop_padding", 2, "Training images are padded by this many pixels, then cropped.", lower_bound=0)
+flags.DEFINE_boolean(
+    "validation", True, "Hold validation data out of training and report on them, not on the test set."
+)
 flags.DEFINE_string("workdir", None, "Folder the run writes to.", required=True)
 flags.DEFINE_enum("variant", "digits", list(VARIANTS), "Network to build.")
 flags.DEFINE_enum("block", "repvgg", BLOCKS, "Block of the training form.")
 flags.DEFINE_enum("norm", "bn", layers.NORMS, "Normalization: plain, or outlier-aware (OABN).")
 flags.DEFINE_string(
-    "oabn_k", "0.1", "OABN's limit: a number, '6std' relative to each kernel, or by block name: 'stage4_.*=0.05,.*=0.1'."
+    "oabn_k",
+    "0.1",
+    "OABN's limit: a number, '6std' relative to each kernel, or by block name: 'stage4_.*=0.05,.*=0.1'.",
 )
 flags.DEFINE_enum("oabn_branches", "identity", layers.OABN_BRANCHES, "Branches that OABN clips.")
 flags.DEFINE_enum("oabn_clip_mode", "project", layers.CLIP_MODES, "How clipped gammas are trained.")
@@ -39,6 +43,8 @@ flags.DEFINE_enum("identity", "norm", layers.IDENTITIES, "Identity branch: as pu
 flags.DEFINE_float("identity_gain", 0.1, "Gain of --identity=constant.")
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is what PyTorch does.")
 flags.DEFINE_integer("epochs", 10, "Passes over the training data.", lower_bound=1)
+flags.DEFINE_integer("early_epochs", 0, "The first so many epochs train on smaller, cheaper crops.", lower_bound=0)
+flags.DEFINE_integer("early_crop", 24, "Height and width of those crops.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.1, "Peak of the cosine schedule.", lower_bound=0)
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
@@ -55,15 +61,23 @@ flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras
 
 def make_data():
     size = None if FLAGS.image_size is None else (FLAGS.image_size, FLAGS.image_size)
-    return ClassificationData(FLAGS.dataset, FLAGS.data_dir, size, hold_out=FLAGS.validation, seed=FLAGS.seed)
+    return ClassificationData(
+        FLAGS.dataset,
+        FLAGS.data_dir,
+        size,
+        hold_out=FLAGS.validation,
+        crop_padding=FLAGS.crop_padding,
+        seed=FLAGS.seed,
+    )
 
 
-def make_model(data):
+def make_model(data, image_shape):
+    """The network of the flags for one image shape; None for a height or width takes any."""
     keras.utils.set_random_seed(FLAGS.seed)
     keras.mixed_precision.set_global_policy(FLAGS.precision)
-    model = build_repvgg(
+    return build_repvgg(
         FLAGS.variant,
-        data.image_shape,
+        image_shape,
         data.num_classes,
         norm=FLAGS.norm,
         block=FLAGS.block,
@@ -74,16 +88,14 @@ def make_model(data):
         identity_gain=FLAGS.identity_gain,
         padding=FLAGS.padding,
     )
+
+
+def make_trainer(run, data):
+    """The compiled model, and the callback that has put it where the run's last checkpoint left it."""
+    trainer = make_model(data, (None, None, data.channels))
     if FLAGS.init_from:
-        runs.copy_weights(runs.load_model(FLAGS.init_from), model)
-    return model
-
-
-def train(run, data, model):
-    """Trains `model` from the run's last checkpoint to the end and leaves run.model_path."""
+        runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
     steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
-    # A second model on the same layers: the optimizer belongs to it, and `model` is saved without one.
-    trainer = keras.Model(model.inputs, model.outputs)
     trainer.compile(
         optimization.make_optimizer(
             FLAGS.learning_rate,
@@ -95,50 +107,60 @@ def train(run, data, model):
         optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")],
     )
-    resume = callbacks.Resume(run.checkpoints_path, trainer)
-    trainer.fit(
-        data.training(FLAGS.batch_size, FLAGS.epochs, first_epoch=resume.first_epoch),
-        steps_per_epoch=steps_per_epoch,
-        initial_epoch=resume.first_epoch,
-        epochs=FLAGS.epochs,
-        validation_data=data.evaluation("validation", 500) if FLAGS.validation else None,
-        verbose=0,
-        callbacks=[
-            callbacks.Progress(steps_per_epoch, FLAGS.epochs, resume.first_epoch),
-            callbacks.MetricsLog(run.metrics_path),
-            keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
-            keras.callbacks.TerminateOnNaN(),
-            resume,
-        ],
-    )
-    run.save_model(model)
+    return trainer, callbacks.Resume(run.checkpoints_path, trainer)
+
+
+def train(run, data, trainer, resume):
+    """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images."""
+    steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
+    every_phase = [
+        callbacks.MetricsLog(run.metrics_path),
+        keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
+        keras.callbacks.TerminateOnNaN(),
+        resume,
+    ]
+    early_end = min(FLAGS.early_epochs, FLAGS.epochs)
+    with callbacks.Progress(steps_per_epoch, FLAGS.epochs, resume.first_epoch) as progress:
+        for start, end, crop in ((0, early_end, FLAGS.early_crop), (early_end, FLAGS.epochs, None)):
+            epochs = range(max(start, resume.first_epoch), end)
+            if not epochs:
+                continue
+            trainer.fit(
+                data.training(FLAGS.batch_size, epochs, image_size=crop),
+                steps_per_epoch=steps_per_epoch,
+                initial_epoch=epochs.start,
+                epochs=epochs.stop,
+                validation_data=data.evaluation("validation", EVALUATION_BATCH) if FLAGS.validation else None,
+                verbose=0,
+                callbacks=[progress, *every_phase],
+            )
 
 
 def evaluate(data, model, split):
     """Top-1 in percent on every image of a split."""
-    evaluator = keras.Model(model.inputs, model.outputs)
-    evaluator.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")])
-    return 100 * evaluator.evaluate(data.evaluation(split, 500), verbose=0, return_dict=True)["top1"]
+    model.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")])
+    return 100 * model.evaluate(data.evaluation(split, EVALUATION_BATCH), verbose=0, return_dict=True)["top1"]
 
 
 def main(_):
     with cli.bad_input_exits():
-        run = runs.Run(FLAGS.workdir)
         data = make_data()
-        if FLAGS.evaluate_only:
-            model = runs.load_model(FLAGS.workdir)
-        else:
-            model = make_model(data)
+        model = runs.load_model(FLAGS.workdir) if FLAGS.evaluate_only else make_model(data, data.image_shape)
+        run = runs.Run(FLAGS.workdir)
+        if not FLAGS.evaluate_only:
             run.write_config(FLAGS, data)
-    started = time.monotonic()
-    if not FLAGS.evaluate_only and not run.is_complete:
+        if run.is_complete:
+            model = runs.load_model(run.path)
+        else:
+            trainer, resume = make_trainer(run, data)
+    if not run.is_complete:
         summary(model)
-        train(run, data, model)
-    seconds = time.monotonic() - started
-    model = runs.load_model(FLAGS.workdir)
+        train(run, data, trainer, resume)
+        model.set_weights(trainer.get_weights())
+        run.save_model(model)
     split = "validation" if FLAGS.validation else "test"
     result = {"split": split, "top1_percent": evaluate(data, model, split), "images": data.num_examples(split)}
-    run.write_result(result, training_seconds=seconds)
+    run.write_result(result)
     print(f"top-1 on the {split} split ({result['images']} images): {result['top1_percent']:.2f} %")
 
 

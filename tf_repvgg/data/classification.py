@@ -9,7 +9,6 @@ import tensorflow_datasets as tfds
 from tf_repvgg.data.digits import Digits
 
 _CACHE_BYTES = 2 * 1024**3
-_CROP_PADDING = 4
 _PARALLEL_CALLS = 2
 _PREFETCHED_BATCHES = 4
 # Mirrored digits are other shapes, not other pictures of the same digit.
@@ -41,6 +40,7 @@ class ClassificationData:
       data_dir: TFDS data directory; None for TFDS's own, where a missing set is downloaded.
       image_size: (height, width) to resize to; None where the set's images have one size.
       hold_out: True to hold the validation split out of training; False to train on everything but the test split.
+      crop_padding: pixels that training images are padded by on every side before they are cropped at random.
       seed: of shuffling and augmentation.
 
     The test split is the set's "test", or its "validation" where there is no test. Where validation data are then
@@ -51,9 +51,10 @@ class ClassificationData:
       FileNotFoundError: if `data_dir` is given and does not hold the set.
     """
 
-    def __init__(self, name, data_dir=None, image_size=None, hold_out=True, seed=0):
+    def __init__(self, name, data_dir=None, image_size=None, hold_out=True, crop_padding=0, seed=0):
         self.name = name
         self.seed = seed
+        self._crop_padding = crop_padding
         self._builder = _builder(name, data_dir)
         info = self._builder.info
         if not {"image", "label"} <= set(info.features or {}):
@@ -94,15 +95,22 @@ class ClassificationData:
         """Full batches in one pass over the training split."""
         return self.num_examples("train") // batch_size
 
-    def training(self, batch_size: int, epochs: int, first_epoch: int = 0) -> tf.data.Dataset:
-        """Augmented, shuffled batches from `first_epoch` on, `steps_per_epoch` for each epoch.
+    def training(self, batch_size: int, epochs: range, image_size: int | None = None) -> tf.data.Dataset:
+        """Augmented, shuffled batches of the given epochs, `steps_per_epoch` for each.
 
         Order and augmentation depend on seed and epoch alone, so a run that continues at an epoch sees what an
         uninterrupted one would have seen.
 
+        Args:
+          batch_size: images in a batch.
+          epochs: numbers of the epochs, from 0.
+          image_size: height and width of the crops, where they are not to be those of the images: smaller ones are
+            cheaper to train on.
+
         Raises:
           ValueError: if the training split has no full batch.
         """
+        height, width = (image_size, image_size) if image_size else self.preprocessing.size
         count = self.num_examples("train")
         if count < batch_size:
             raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
@@ -111,11 +119,14 @@ class ClassificationData:
         def one_epoch(epoch):
             batches = images.shuffle(min(count, 50_000), seed=self.seed + epoch).batch(batch_size, drop_remainder=True)
             return batches.enumerate().map(
-                lambda index, batch: (self._augment(batch[0], [self.seed * 1000 + epoch, index]), batch[1]),
+                lambda index, batch: (
+                    self._augment(batch[0], height, width, [self.seed * 1000 + epoch, index]),
+                    batch[1],
+                ),
                 num_parallel_calls=_PARALLEL_CALLS,
             )
 
-        batches = functools.reduce(tf.data.Dataset.concatenate, map(one_epoch, range(first_epoch, epochs)))
+        batches = functools.reduce(tf.data.Dataset.concatenate, map(one_epoch, epochs))
         return batches.map(lambda x, y: (self.preprocessing(x), y)).prefetch(_PREFETCHED_BATCHES)
 
     def calibration(self, count: int, split: str = "train") -> tf.data.Dataset:
@@ -132,17 +143,18 @@ class ClassificationData:
         resized = tf.image.resize(image, self.preprocessing.size, antialias=True)
         return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8), label
 
-    def _augment(self, images, seed):
-        """Pads a batch by 4 (1 below 16 pixels), crops each image at random, flips where a mirrored class is the same.
+    def _augment(self, images, height, width, seed):
+        """Pads a batch, crops each image at random, and flips it where a mirrored class is the same.
 
         On whole batches: per image, these few small operations took a tenth of a training step.
         """
-        height, width, _ = self.image_shape
-        padding = _CROP_PADDING if min(height, width) >= 16 else 1
-        count = tf.shape(images)[0]
+        # Smaller crops move over the image by themselves.
+        padding = self._crop_padding if (height, width) == self.preprocessing.size else 0
         padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
+        count, padded_height, padded_width, _ = tf.unstack(tf.shape(padded))
         draws = tf.random.stateless_uniform([3, count, 1], seed)
-        top, left = tf.unstack(tf.cast(draws[:2] * (2 * padding + 1), tf.int32))
+        offsets = tf.cast(tf.stack([padded_height - height + 1, padded_width - width + 1]), tf.float32)
+        top, left = tf.unstack(tf.cast(draws[:2] * offsets[:, tf.newaxis, tf.newaxis], tf.int32))
         rows = tf.gather(padded, top + tf.range(height), batch_dims=1, axis=1)
         columns = left + tf.range(width)
         if self.name not in _NO_FLIP:

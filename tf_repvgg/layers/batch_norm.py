@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import threading
 
 import tensorflow as tf
 import tf_keras as keras
@@ -91,7 +90,6 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
             raise ValueError(f"{type(self).__name__}: scale=False leaves no gamma to clip; use BatchNormalization")
         self.clip_mode = clip_mode
         self.kernel_spread = None
-        self._calling = threading.local()
 
     @property
     def gamma(self):
@@ -99,9 +97,9 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
 
         The parent reads `self.gamma` in several code paths (fused, synchronized, renormalized). Serving the clipped
         tensor there keeps all of them, without a copy of their code. Per thread, as replicas of a distribution
-        strategy run the same layer in several.
+        strategy run the same layer in several; in Keras's own thread-local object, which copies of a layer renew.
         """
-        clipped = getattr(self._calling, "gamma", None)
+        clipped = getattr(self._thread_local, "clipped_gamma", None)
         return self._stored_gamma if clipped is None else clipped
 
     @gamma.setter
@@ -138,11 +136,11 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
 
     @contextlib.contextmanager
     def _clipped_gamma(self):
-        self._calling.gamma = self.effective_gamma()
+        self._thread_local.clipped_gamma = self.effective_gamma()
         try:
             yield
         finally:
-            self._calling.gamma = None
+            self._thread_local.clipped_gamma = None
 
     def call(self, inputs, training=None, mask=None):
         if not self.clips:

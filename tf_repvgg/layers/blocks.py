@@ -33,6 +33,11 @@ def _scale_and_shift(norm):
     return scale, norm.beta - norm.moving_mean * scale
 
 
+def _scaled(kernel, scale):
+    """kernel * scale; under a mixed policy the kernel reads as bfloat16 while a layer runs, statistics as float32."""
+    return tf.cast(kernel, scale.dtype) * scale
+
+
 def _place(kernel):
     """Puts a 1x1 kernel [1, 1, in, out] on the centre tap of a 3x3 one."""
     return tf.pad(kernel, [[1, 1], [1, 1], [0, 0], [0, 0]])
@@ -141,6 +146,10 @@ class ReparameterizedBlock(keras.layers.Layer):
             raise ValueError(f"{self.name}: the number of input channels must be known, but the shape is {input_shape}")
         if channels % self.groups:
             raise ValueError(f"{self.name}: {channels} input channels cannot be split into {self.groups} groups")
+        for layer in self._flatten_layers(recursive=False, include_self=False):
+            is_conv = isinstance(layer, keras.layers.Conv2D)
+            with tf.name_scope(layer.name):
+                layer.build(input_shape if is_conv else (*input_shape[:-1], self.filters))
         super().build(input_shape)
 
     def _keeps_shape(self, input_shape):
@@ -193,13 +202,19 @@ class ReparameterizedBlock(keras.layers.Layer):
         raise NotImplementedError
 
     def deploy_layers(self):
-        """New, unbuilt layers that compute the same function; the last is the convolution that takes the kernel."""
-        padding = [keras.layers.ZeroPadding2D(1, name=f"{self.name}_padding")] if self.needs_explicit_padding else []
+        """New, unbuilt layers that compute the same function; the last is the convolution that takes the kernel.
+
+        They compute in the type of the weights, whatever policy trained them or is set now.
+        """
+        padding = []
+        if self.needs_explicit_padding:
+            padding = [keras.layers.ZeroPadding2D(1, dtype=self.variable_dtype, name=f"{self.name}_padding")]
         conv = keras.layers.Conv2D(
             self.filters,
             _KERNEL_SIZE,
             groups=self.groups,
             activation=self.activation,
+            dtype=self.variable_dtype,
             name=self.name,
             **self._spatial_arguments(),
         )
@@ -270,6 +285,8 @@ class RepVGGBlock(ReparameterizedBlock):
                 f"{self._kind}: oabn_k={oabn_k!r} is relative to the kernel that oabn_branches='all' clips itself; "
                 "give oabn_k as a number, or use oabn_branches='identity'"
             )
+        if norm == "oabn":
+            OutlierAwareBatchNormalization(oabn_k, clip_mode)  # refuses bad arguments here, not first at build
         self.norm = norm
         self.oabn_k = oabn_k
         self.oabn_branches = oabn_branches
@@ -317,8 +334,7 @@ class RepVGGBlock(ReparameterizedBlock):
     @staticmethod
     def _conv_branch(conv, norm):
         scale, shift = _scale_and_shift(norm)
-        # Under a mixed policy the kernel reads as bfloat16 while a layer runs, and the statistics as float32.
-        return tf.cast(conv.kernel, scale.dtype) * scale, shift
+        return _scaled(conv.kernel, scale), shift
 
     def _conv1x1_branch(self):
         kernel, bias = self._conv_branch(self.conv1x1, self.norm1x1)
@@ -382,8 +398,8 @@ class QARepVGGBlock(ReparameterizedBlock):
         scale3x3, shift3x3 = _scale_and_shift(self.norm3x3)
         scale, shift = _scale_and_shift(self.norm_sum)
         found = {
-            "conv3x3": (self.conv3x3.kernel * (scale3x3 * scale), shift3x3 * scale + shift),
-            "conv1x1": (_place(tf.convert_to_tensor(self.conv1x1.kernel)) * scale, tf.zeros([self.filters])),
+            "conv3x3": (_scaled(self.conv3x3.kernel, scale3x3 * scale), shift3x3 * scale + shift),
+            "conv1x1": (_place(_scaled(self.conv1x1.kernel, scale)), tf.zeros([self.filters])),
         }
         if self.has_identity:
             found["identity"] = self._identity_kernel() * scale, tf.zeros([self.filters])

@@ -21,7 +21,9 @@ def unpack(file: bytes) -> schema.ModelT:
       ValueError: if it is no TFLite file.
     """
     if file[4:8] != FILE_IDENTIFIER:
-        raise ValueError(f"not a TFLite file: it should have {FILE_IDENTIFIER!r} at byte 4, but has {bytes(file[4:8])!r}")
+        raise ValueError(
+            f"not a TFLite file: it should have {FILE_IDENTIFIER!r} at byte 4, but has {bytes(file[4:8])!r}"
+        )
     return schema.ModelT.InitFromPackedBuf(file, 0)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress(keras.callbacks.Callback):
-    """One bar over all steps of the run, with time left and the latest metrics."""
+    """One bar over all steps of the run, with time left and the latest metrics; a context that closes it."""
 
     def __init__(self, steps_per_epoch, epochs, first_epoch=0):
         super().__init__()
@@ -27,7 +27,10 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in (logs or {}).items()})
 
-    def on_train_end(self, logs=None):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self._bar.close()
 
 
@@ -62,6 +65,9 @@ class Resume(keras.callbacks.Callback):
 
     Attributes:
       first_epoch: the epoch to continue with, counted from 0.
+
+    Raises:
+      ValueError: if the last checkpoint is damaged or of another network.
     """
 
     def __init__(self, directory, trainer):
@@ -71,8 +77,14 @@ class Resume(keras.callbacks.Callback):
         self._epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
         checkpoint = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer, epochs_done=self._epochs_done)
         self._manager = tf.train.CheckpointManager(checkpoint, directory, max_to_keep=2)
-        if self._manager.latest_checkpoint:
-            checkpoint.restore(self._manager.latest_checkpoint).assert_existing_objects_matched()
+        if latest := self._manager.latest_checkpoint:
+            try:
+                checkpoint.restore(latest).assert_existing_objects_matched()
+            except (tf.errors.OpError, ValueError, AssertionError) as error:
+                raise ValueError(
+                    f"checkpoint {latest!r} is damaged or of another network ({type(error).__name__}); "
+                    f"delete {directory!r} to start over"
+                ) from None
         self.first_epoch = int(self._epochs_done.numpy())
 
     def on_epoch_end(self, epoch, logs=None):
