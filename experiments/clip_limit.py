@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 from absl import app, flags
 from commands import ROOT, export, train
-from tables import write_results
+from tables import GRANULARITIES, write_results
 from tabulate import tabulate
 
 FLAGS = flags.FLAGS
@@ -57,9 +57,7 @@ def measure(candidate):
 def table(rows, chosen):
     def cells(row):
         pairs = [
-            " / ".join(
-                f"{row['integer_top1_percent'][f'{width} {kind}']:.1f}" for kind in ("per_tensor", "per_channel")
-            )
+            " / ".join(f"{row['integer_top1_percent'][f'{width} {kind}']:.1f}" for kind in GRANULARITIES)
             for width in BITS
         ]
         median = row["gamma_over_sigma_median"]
@@ -85,13 +83,13 @@ def main(_):
     chosen = max(absolute, key=lambda row: row["mean_integer_top1_percent"])
     page = f"""# Choosing OABN's limit k
 
-`python experiments/clip_limit.py`: the CIFAR-10 model of configs/cifar10_oabn.flags with {FLAGS.epochs} epochs on 45,000
-images, seed 0; top-1 in percent on the 5,000 held-out images, per tensor / per channel, in the LiteRT interpreter.
-Chosen (bold): the highest mean over the six integer columns. `inf` is plain batch normalization. "median
-gamma/sigma" is the range over blocks of the median over channels of |gamma_hat| / sqrt(variance + epsilon) on the
-identity branch; "clipped" the share of channels at the limit; "outlier" the largest merged weight over its layer's
-standard deviation, largest over layers. Images: JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir points at
-the project's shared copy.
+`python experiments/clip_limit.py`: the CIFAR-10 model of configs/cifar10_oabn.flags with {FLAGS.epochs} epochs on
+45,000 images, seed 0; top-1 in percent on the 5,000 held-out images, per tensor / per channel, in LiteRT. Chosen
+(bold): the highest mean over the six integer columns. `inf` is plain batch normalization. "median gamma/sigma" is
+the range over blocks of the median over channels of |gamma_hat| / sqrt(variance + epsilon) on the identity branch;
+"clipped" the share of channels at the limit; "outlier" the largest merged weight over its layer's standard
+deviation, largest over layers. Images: JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir points at the
+project's shared copy.
 
 {table(rows, chosen)}
 """

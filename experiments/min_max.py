@@ -37,7 +37,7 @@ def main(_):
         )
     page = f"""# Min-max quantization of CIFAR-10 models
 
-`python experiments/min_max.py`: one seed, {exported["BN"]["images"]:,} test images, every file run in the LiteRT interpreter.
+`python experiments/min_max.py`: one seed, {exported["BN"]["images"]:,} test images, every file run in LiteRT.
 Top-1 in percent; int8 activations, weights by min-max, per tensor / per channel. Images: JPEG re-encodings (quality
 75) of CIFAR-10 where --data_dir points at the project's shared copy.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from tabulate import tabulate
 
 from tf_repvgg import cli, fusion, outliers, runs, tflite
 from tf_repvgg.data import ClassificationData
@@ -92,12 +93,16 @@ def print_table(report):
     print(f"\n{report['evaluation_split']} split, {report['images']} images")
     print(f"float, training form   {report['float_training_form_top1_percent']:6.2f} %")
     print(f"float, fused           {report['float_fused_top1_percent']:6.2f} %\n")
-    row = "{:<22} {:>8} {:>10} {:>10} {:>9} {:>9}".format
-    print(row("file", "top-1 %", "agrees %", "bytes", "p50 ms", "p90 ms"))
-    for entry in report["files"]:
-        cells = [f"{entry[key]:.2f}" for key in ("top1_percent", "agreement_with_float_percent")]
-        times = [f"{entry[key]:.3f}" for key in ("latency_ms_p50", "latency_ms_p90")]
-        print(row(entry["file"], *cells, f"{entry['file_bytes']:,}", *times))
+    columns = {
+        "file": "file",
+        "top1_percent": "top-1 %",
+        "agreement_with_float_percent": "agrees %",
+        "file_bytes": "bytes",
+        "latency_ms_p50": "p50 ms",
+        "latency_ms_p90": "p90 ms",
+    }
+    rows = [[entry[key] for key in columns] for entry in report["files"]]
+    print(tabulate(rows, list(columns.values()), intfmt=",", floatfmt=("", ".2f", ".2f", "", ".3f", ".3f")))
     print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK\n")
     found = report["files"][0]["operators"]
     print("operators: " + ", ".join(f"{count} {name}" for name, count in found.items()))

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import tf_keras as keras
+from tabulate import tabulate
 
 from tf_repvgg.layers import OutlierAwareBatchNormalization, ReparameterizedBlock
 
@@ -101,11 +102,16 @@ def _of_block(block):
 
 
 def _print(statistics, print_fn):
-    row = "{:<16} {:>8} {:>8} {:>8} {:>8} {:>8}  {:<22} {:>8}".format
-    print_fn(row("layer", "std", "largest", "/ std", "channel", "kurtosis", "identity gamma/sigma", "clipped"))
-    for entry in statistics:
-        numbers = [f"{value:.4g}" for value in (entry.std, entry.largest)]
-        ratios = [f"{value:.1f}" for value in (entry.outlier_ratio, entry.channel_outlier_ratio, entry.kurtosis)]
-        gammas = " .. ".join(f"{value:.3f}" for value in entry.gamma_over_sigma or ())
-        clipped = "" if entry.clipped_share is None else f"{100 * entry.clipped_share:.0f} %"
-        print_fn(row(entry.name, *numbers, *ratios, gammas, clipped))
+    rows = [
+        [
+            entry.name,
+            entry.std,
+            entry.largest,
+            *(round(ratio, 1) for ratio in (entry.outlier_ratio, entry.channel_outlier_ratio, entry.kurtosis)),
+            " .. ".join(f"{value:.3f}" for value in entry.gamma_over_sigma or ()),
+            "" if entry.clipped_share is None else f"{100 * entry.clipped_share:.0f} %",
+        ]
+        for entry in statistics
+    ]
+    headers = ["layer", "std", "largest", "/ std", "per channel", "kurtosis", "identity gamma/sigma", "clipped"]
+    print_fn(tabulate(rows, headers, floatfmt=".4g"))

@@ -122,7 +122,7 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
         if self._clip_limit.relative:
             if self.kernel_spread is None:
                 raise ValueError(
-                    f"{self.name}: k={self.k!r} is relative to a kernel, but this layer stands alone; give k as a number"
+                    f"{self.name}: k={self.k!r} is relative to a kernel, but this layer stands alone; use a number"
                 )
             k *= self.kernel_spread()
         return tf.stop_gradient(k * tf.sqrt(self.moving_variance + self.epsilon))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import tf_keras as keras
+from tabulate import tabulate
 
 from tf_repvgg.layers import ReparameterizedBlock
 
@@ -52,11 +53,12 @@ def complexity(model: keras.Model) -> Complexity:
 
 def summary(model: keras.Model, print_fn=print) -> None:
     """Prints parameters and MACs of both forms, layer by layer and in total."""
-    row = "{:<18} {:>17} {:>12} {:>12} {:>13} {:>13}".format
-    print_fn(row("layer", "output", "params train", "deploy", "MACs train", "deploy"))
+    rows = []
     for layer in model.layers:
         counts = _layer_complexity(layer)
         if counts.deploy_parameters:
             shape = "x".join(str(size) for size in layer.output_shape[1:])
-            print_fn(row(layer.name, shape, *(f"{count:,}" for count in dataclasses.astuple(counts))))
-    print_fn(row("total", "", *(f"{count:,}" for count in dataclasses.astuple(complexity(model)))))
+            rows.append([layer.name, shape, *dataclasses.astuple(counts)])
+    rows.append(["total", "", *dataclasses.astuple(complexity(model))])
+    headers = ["layer", "output", "parameters, training", "deploy", "MACs, training", "deploy"]
+    print_fn(tabulate(rows, headers, intfmt=","))

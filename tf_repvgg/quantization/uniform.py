@@ -23,7 +23,7 @@ class QuantizedKernel:
 
 
 def quantize_min_max(kernel, bits=8, per_channel=True, min_scale=0.0) -> QuantizedKernel:
-    """Rounds a kernel to codes -(2^(bits-1) - 1) .. 2^(bits-1) - 1, scaled so that its largest weight is the largest code.
+    """Rounds a kernel to codes -(2^(bits-1) - 1) .. 2^(bits-1) - 1, the largest weight being the largest code.
 
     Args:
       kernel: float array [..., output channels].

@@ -9,6 +9,8 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from tqdm import tqdm
 
+from tf_repvgg import native_output
+
 _WARMUP_RUNS = 10
 
 
@@ -19,6 +21,13 @@ class Latency(NamedTuple):
     p90_ms: float
     runs: int
     threads: int
+
+
+def _interpreter(file, threads):
+    with native_output.hidden():  # it tells of its delegate each time
+        interpreter = Interpreter(model_content=file, num_threads=threads)
+        interpreter.allocate_tensors()
+    return interpreter
 
 
 def _quantized(images, details):
@@ -50,12 +59,11 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray:
       float32 array [count, outputs]: the dequantized outputs.
     """
     workers = os.cpu_count() or 1
+    interpreters = [_interpreter(file, threads=1) for _ in range(workers)]
     chunks = np.array_split(np.arange(len(images)), workers)
     with tqdm(total=len(images), desc=description, unit="image", disable=description is None, leave=False) as bar:
 
-        def run(indices):
-            interpreter = Interpreter(model_content=file, num_threads=1)
-            interpreter.allocate_tensors()
+        def run(interpreter, indices):
             (input_details,), (output_details,) = interpreter.get_input_details(), interpreter.get_output_details()
             outputs = np.empty([len(indices), *output_details["shape"][1:]], output_details["dtype"])
             for row, index in enumerate(indices):
@@ -66,13 +74,12 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray:
             return _dequantized(outputs, output_details)
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            return np.concatenate(list(pool.map(run, chunks)))
+            return np.concatenate(list(pool.map(run, interpreters, chunks)))
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
     """Times single inferences on random input, after a warm-up."""
-    interpreter = Interpreter(model_content=file, num_threads=threads)
-    interpreter.allocate_tensors()
+    interpreter = _interpreter(file, threads)
     (details,) = interpreter.get_input_details()
     noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
     interpreter.set_tensor(details["index"], _quantized(noise, details))
