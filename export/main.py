@@ -9,7 +9,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import collections
 import json
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -55,8 +54,7 @@ def read_flags():
 
 def training_input(workdir):
     """What input.json of a run says about the images its model expects."""
-    folder = Path(workdir) if Path(workdir).is_dir() else Path(workdir).parent
-    path = folder / runs.INPUT_NAME
+    path = runs.folder_of(workdir) / runs.INPUT_NAME
     if not path.exists():
         raise FileNotFoundError(f"no {path}; it says which dataset and image size the model expects")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -116,19 +114,17 @@ def main(_):
         trained_on = training_input(FLAGS.workdir)
         model = runs.load_model(FLAGS.workdir)
         data = ClassificationData(FLAGS.dataset or trained_on["dataset"], FLAGS.data_dir, trained_on["size"])
-        default = Path(FLAGS.workdir) if Path(FLAGS.workdir).is_dir() else Path(FLAGS.workdir).parent
-        output = runs.writable_folder(FLAGS.output or default / "export")
+        calibration = data.calibration(FLAGS.calibration_images, FLAGS.calibration_split)
         if model.output_shape[-1] != data.num_classes:
             raise ValueError(
                 f"the model has {model.output_shape[-1]} classes, but {data.name!r} has {data.num_classes}"
             )
+        output = runs.writable_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     fused = fusion.fuse(model)
     images, labels = load_split(data, FLAGS.evaluation_split)
     training_form = model.predict(images, batch_size=500, verbose=0).argmax(axis=1)
     float_classes = fused.predict(images, batch_size=500, verbose=0).argmax(axis=1)
-    calibrated = tflite.convert(
-        fused, data.calibration(FLAGS.calibration_images, FLAGS.calibration_split), inference_type=FLAGS.inference_type
-    )
+    calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type)
     report = {
         "input": trained_on,
         "evaluation_split": FLAGS.evaluation_split,

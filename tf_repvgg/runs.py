@@ -130,6 +130,12 @@ def _flags_of_main(flag_values):
     return "".join(f"{flag.serialize()}\n" for flag in flags if flag.name not in left_out and flag.value is not None)
 
 
+def folder_of(path) -> Path:
+    """The workdir that `path` is, or that the model file `path` lies in."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
 def load_model(path) -> keras.Model:
     """Loads a training-form model from a .keras file or from the workdir that holds one.
 

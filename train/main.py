@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import cli, layers, runs
+from tf_repvgg import cli, layers, outliers, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.layers.clip_limit import parse_by_name
 from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
@@ -158,6 +158,7 @@ def main(_):
         train(run, data, trainer, resume)
         model.set_weights(trainer.get_weights())
         run.save_model(model)
+    outliers.report(model, print_fn=print)
     split = "validation" if FLAGS.validation else "test"
     result = {"split": split, "top1_percent": evaluate(data, model, split), "images": data.num_examples(split)}
     run.write_result(result)
