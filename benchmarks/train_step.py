@@ -4,10 +4,6 @@ Times are ratios to plain BN within this run: the models take turns, and the rat
 busy machine slows all of them alike. Peak memory comes from one process per model.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import resource
 import subprocess
 import sys

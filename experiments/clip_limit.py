@@ -5,10 +5,6 @@ each kernel's spread, and the three ways of training clipped gammas. Evaluates i
 images. Resumable; leaves results/clip_limit.json and results/clip_limit.md.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import numpy as np
 from absl import app, flags
 from commands import ROOT, export, train

@@ -5,10 +5,6 @@ fuses, writes integer files at every weight width, runs all of them over the who
 runs/demo/report.json, the .tflite files and weights.png.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import time
 
 from commands import ROOT, export, train

@@ -5,10 +5,6 @@ each), exports every weight width, and tests once. Resumable; starts from the ch
 they are. Leaves results/min_max.json and results/min_max.md.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 from absl import app, flags
 from commands import ROOT, export, train
 from tables import bits_table, write_results

@@ -3,10 +3,6 @@
 Writes one file per weight width and granularity to the output folder, and export.json with everything measured.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import collections
 import json
 

@@ -10,6 +10,8 @@ from tf_repvgg import native_output
 
 # The one place that selects Keras 2: TensorFlow reads this when ``tf.keras`` is first touched.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+# Errors only, unless the user wants to hear more.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 with native_output.hidden():
     import tensorflow as tf

@@ -6,13 +6,14 @@ metrics.jsonl, result.json, config.flags (reruns it), checkpoints/ and tensorboa
 """
 
 import os
+import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from tf_repvgg import cli, layers, outliers, runs  # before Keras: it keeps TensorFlow's start quiet
 
+# isort: split
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import cli, layers, outliers, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.layers.clip_limit import parse_by_name
 from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
@@ -116,7 +117,7 @@ def train(run, data, trainer, resume):
     every_phase = [
         callbacks.MetricsLog(run.metrics_path),
         keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
-        keras.callbacks.TerminateOnNaN(),
+        callbacks.StopOnNaN(),
         resume,
     ]
     early_end = min(FLAGS.early_epochs, FLAGS.epochs)
@@ -155,7 +156,10 @@ def main(_):
             trainer, resume = make_trainer(run, data)
     if not run.is_complete:
         summary(model)
-        train(run, data, trainer, resume)
+        try:
+            train(run, data, trainer, resume)
+        except FloatingPointError as error:
+            sys.exit(f"{os.path.relpath(__file__)}: {error}")
         model.set_weights(trainer.get_weights())
         run.save_model(model)
     outliers.report(model, print_fn=print)

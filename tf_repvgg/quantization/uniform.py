@@ -43,8 +43,9 @@ def quantize_min_max(kernel, bits=8, per_channel=True, min_scale=0.0) -> Quantiz
     magnitude = np.abs(kernel)
     largest = np.max(magnitude, axis=tuple(range(kernel.ndim - 1))) if per_channel else np.max(magnitude).reshape(1)
     min_scale = np.asarray(min_scale, np.float32)
-    scale = np.maximum(largest / largest_code, min_scale if per_channel else np.max(min_scale))
+    scale = largest / largest_code
     # All-zero channels need some scale; any other channel's makes their bias as fine as its neighbours'.
-    scale = np.where(scale > 0, scale, np.max(scale) if np.max(scale) > 0 else 1.0).astype(np.float32)
+    scale = np.where(scale > 0, scale, np.max(scale) if np.max(scale) > 0 else 1.0)
+    scale = np.maximum(scale, min_scale if per_channel else np.max(min_scale)).astype(np.float32)
     codes = np.clip(np.round(kernel / scale), -largest_code, largest_code)
     return QuantizedKernel(codes.astype(np.int8), scale)

@@ -15,7 +15,8 @@ from tf_repvgg.tflite import flatbuffer
 
 INFERENCE_TYPES = {"int8": tf.int8, "uint8": tf.uint8, "float32": tf.float32}
 METADATA_NAME = "TF_REPVGG_INPUT"
-_MAX_BIAS_CODE = 2**31 - 1
+# Half of what 32 bits hold: the accumulator starts at the bias and needs room for the products.
+_MAX_BIAS_CODE = 2**30
 
 
 def convert(
@@ -104,19 +105,22 @@ def with_weights(
     Biases are int32 with scale (input scale * weight scale). Arguments as for `convert`.
 
     Raises:
-      ValueError: if an operator of the file has no counterpart in the model, or given codes leave no room for a bias.
+      ValueError: if an operator of the file has no counterpart in the model, `kernels` names no layer of it or has
+        another shape, or given codes leave no room for a bias.
     """
     flat = flatbuffer.unpack(file)
     kernels = dict(kernels or {})
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense)]
+    _check_given(kernels, layers)
     for graph in flat.subgraphs:
         for operator in graph.operators:
             if (position := flatbuffer.WEIGHTS_INPUT.get(flatbuffer.operator_code(flat, operator))) is None:
                 continue
             weights = graph.tensors[operator.inputs[position]]
-            layer = _layer_of(flat, weights, layers)
+            bias_tensor = flatbuffer.bias_tensor(graph, operator)
+            layer = _layer_of(flat, weights, bias_tensor, layers)
             input_scale = graph.tensors[operator.inputs[0]].quantization.scale[0]
-            bias = layer.bias.numpy() if layer.use_bias else np.zeros(layer.kernel.shape[-1], np.float32)
+            bias = _bias_of(layer)
             if layer.name in kernels:
                 quantized = kernels[layer.name]
             else:
@@ -126,31 +130,55 @@ def with_weights(
             flatbuffer.set_constant(flat, weights, np.moveaxis(quantized.codes, -1, 0), quantized.scale)
             weights.quantization.quantizedDimension = 0
             bias_scale = input_scale * quantized.scale
-            codes = np.round(bias / bias_scale)
+            codes = np.round(bias / bias_scale.astype(np.float64))
             if np.max(np.abs(codes)) > _MAX_BIAS_CODE:
                 channel = int(np.argmax(np.abs(codes)))
                 raise ValueError(
                     f"layer {layer.name!r}: the bias {bias[channel]:g} of channel {channel} overflows int32 at scale "
                     f"{np.broadcast_to(bias_scale, codes.shape)[channel]:g}; use a larger weight scale"
                 )
-            flatbuffer.set_constant(
-                flat, graph.tensors[operator.inputs[flatbuffer.BIAS_INPUT]], codes.astype(np.int32), bias_scale
-            )
+            if bias_tensor is not None:
+                flatbuffer.set_constant(flat, bias_tensor, codes.astype(np.int32), bias_scale)
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
     return flatbuffer.pack(flat)
 
 
-def _layer_of(flat, weights, layers):
-    """The layer whose kernel a weight tensor holds, found by value: names do not survive every conversion."""
+def _check_given(kernels, layers):
+    shapes = {layer.name: tuple(layer.kernel.shape) for layer in layers}
+    for name, quantized in kernels.items():
+        if name not in shapes:
+            raise ValueError(f"kernels names {name!r}, which is no layer of the model; known: {', '.join(shapes)}")
+        if quantized.codes.shape != shapes[name]:
+            raise ValueError(f"layer {name!r}: the codes have shape {quantized.codes.shape}, its kernel {shapes[name]}")
+
+
+def _bias_of(layer):
+    return layer.bias.numpy() if layer.use_bias else np.zeros(layer.kernel.shape[-1], np.float32)
+
+
+def _layer_of(flat, weights, bias_tensor, layers):
+    """The layer whose kernel a weight tensor holds, found by value: names do not survive every conversion.
+
+    Where several layers have that kernel, the one whose bias is nearest.
+    """
     codes = flatbuffer.constant(flat, weights, np.int8).astype(np.float32)
     scale = np.asarray(weights.quantization.scale).reshape(-1, *[1] * (codes.ndim - 1))
+    found = []
     for layer in layers:
         kernel = np.moveaxis(layer.kernel.numpy(), -1, 0)
         if kernel.shape == codes.shape and np.all(np.abs(kernel - codes * scale) <= 0.51 * scale):
-            return layer
-    raise ValueError(
-        f"the file's weights {weights.name.decode()!r} {list(weights.shape)} are those of no layer of the model; "
-        "was it changed after the conversion?"
+            found.append(layer)
+    if not found:
+        raise ValueError(
+            f"the file's weights {weights.name.decode()!r} {list(weights.shape)} are those of no layer of the model; "
+            "was it changed after the conversion?"
+        )
+    # The converter leaves out biases of zero.
+    bias = (
+        0.0
+        if bias_tensor is None
+        else flatbuffer.constant(flat, bias_tensor, np.int32) * bias_tensor.quantization.scale
     )
+    return min(found, key=lambda layer: np.max(np.abs(_bias_of(layer) - bias)))

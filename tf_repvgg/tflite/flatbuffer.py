@@ -11,7 +11,7 @@ WEIGHTS_INPUT = {
     schema.BuiltinOperator.DEPTHWISE_CONV_2D: 1,
     schema.BuiltinOperator.FULLY_CONNECTED: 1,
 }
-BIAS_INPUT = 2
+_BIAS_INPUT = 2
 
 
 def unpack(file: bytes) -> schema.ModelT:
@@ -38,6 +38,12 @@ def operator_code(model, operator) -> int:
     return model.operatorCodes[operator.opcodeIndex].builtinCode
 
 
+def bias_tensor(graph, operator):
+    """The bias among the inputs of an operator that holds weights; None where it is left out."""
+    has_bias = len(operator.inputs) > _BIAS_INPUT and operator.inputs[_BIAS_INPUT] >= 0
+    return graph.tensors[operator.inputs[_BIAS_INPUT]] if has_bias else None
+
+
 def constant(model, tensor, dtype) -> np.ndarray:
     """The values of a constant tensor, in its shape."""
     data = model.buffers[tensor.buffer].data
@@ -54,13 +60,14 @@ def set_constant(model, tensor, values, scale):
 
 
 def set_metadata(model, name, content: bytes):
-    """Adds a named block of bytes to the file, which interpreters ignore."""
+    """Puts a named block of bytes, which interpreters ignore, into the file in place of any of that name."""
     model.buffers.append(buffer := schema.BufferT())
     buffer.data = np.frombuffer(content, np.uint8)
     entry = schema.MetadataT()
     entry.name = name
     entry.buffer = len(model.buffers) - 1
-    model.metadata = [*(model.metadata or []), entry]
+    others = [old for old in model.metadata or [] if old.name not in (name, name.encode())]
+    model.metadata = [*others, entry]
 
 
 def drop_unused_buffers(model):

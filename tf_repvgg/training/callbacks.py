@@ -1,6 +1,7 @@
 """Keras callbacks: one progress bar for the whole run, a line of JSON per epoch, and resuming."""
 
 import json
+import math
 import time
 
 import tensorflow as tf
@@ -58,6 +59,19 @@ def _with_unit(name):
 
 def _factor(name):
     return 100 if name.endswith("top1") else 1
+
+
+class StopOnNaN(keras.callbacks.Callback):
+    """Raises FloatingPointError at the first step whose loss is not finite, before anything of it is saved."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = logs["loss"]
+        if not math.isfinite(loss):
+            step = int(self.model.optimizer.iterations.numpy())
+            raise FloatingPointError(
+                f"the loss became {loss} at step {step}; checkpoints up to the epoch before are kept, "
+                "try a lower learning rate"
+            )
 
 
 class Resume(keras.callbacks.Callback):
