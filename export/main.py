@@ -111,18 +111,25 @@ def main(_):
         model = runs.load_model(FLAGS.workdir)
         data = ClassificationData(FLAGS.dataset or trained_on["dataset"], FLAGS.data_dir, trained_on["size"])
         calibration = data.calibration(FLAGS.calibration_images, FLAGS.calibration_split)
-        if model.output_shape[-1] != data.num_classes:
+        expected, found = ((model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes))
+        if expected != found:
             raise ValueError(
-                f"the model has {model.output_shape[-1]} classes, but {data.name!r} has {data.num_classes}"
+                "the model takes images {} into {} classes, but ".format(*expected)
+                + "{name} has images {} of {} classes".format(*found, name=repr(data.name))
             )
+        if FLAGS.evaluation_split == "validation" and not trained_on["validation_held_out"]:
+            raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
+        fused = fusion.fuse(model)
         output = runs.writable_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
-    fused = fusion.fuse(model)
     images, labels = load_split(data, FLAGS.evaluation_split)
     training_form = model.predict(images, batch_size=500, verbose=0).argmax(axis=1)
     float_classes = fused.predict(images, batch_size=500, verbose=0).argmax(axis=1)
     calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type)
     report = {
         "input": trained_on,
+        "evaluation_dataset": data.name,
+        "flags": cli.key_flags(),
+        "model_sha256": runs.model_sha256(FLAGS.workdir),
         "evaluation_split": FLAGS.evaluation_split,
         "images": len(images),
         "calibration": f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}",

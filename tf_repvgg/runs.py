@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -90,24 +91,28 @@ class Run:
         """True once training has ended and the final model is there."""
         return self.model_path.exists()
 
-    def write_config(self, flag_values, data):
-        """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects.
+    def check_config(self, flag_values):
+        """Refuses flags other than those of the run that the workdir holds already.
 
         Raises:
-          ValueError: if the workdir already holds a run with other flags.
+          ValueError: names the flags that differ.
         """
         text = _flags_of_main(flag_values)
         path = self.path / CONFIG_NAME
         if path.exists() and path.read_text(encoding="utf-8") != text:
             changed = set(path.read_text(encoding="utf-8").splitlines()) ^ set(text.splitlines())
-            names = sorted({line.lstrip("-").removeprefix("no").split("=")[0] for line in changed})
+            names = sorted({_flag_name(line) for line in changed})
             raise ValueError(
                 f"workdir {str(self.path)!r} holds a run with other values of {', '.join(names)}; "
                 "use another workdir, or the same flags to continue"
             )
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        write_json(self.path / INPUT_NAME, {"dataset": data.name, **dataclasses.asdict(data.preprocessing)})
+
+    def write_config(self, flag_values, data):
+        """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects."""
+        with written_whole(self.path / CONFIG_NAME) as temporary:
+            temporary.write_text(_flags_of_main(flag_values), encoding="utf-8")
+        facts = {"dataset": data.name, "validation_held_out": data.hold_out}
+        write_json(self.path / INPUT_NAME, facts | dataclasses.asdict(data.preprocessing))
 
     def save_model(self, model):
         with written_whole(self.model_path) as temporary:
@@ -115,7 +120,9 @@ class Run:
 
     def write_result(self, result):
         """Leaves result.json; the time of the training is the sum over its epochs, interruptions left out."""
-        epochs = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        # A model that was trained elsewhere comes without its epochs.
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
+        epochs = [json.loads(line) for line in lines]
         seconds = {entry["epoch"]: entry["seconds"] for entry in epochs}
         write_json(
             self.path / "result.json",
@@ -124,15 +131,27 @@ class Run:
 
 
 def _flags_of_main(flag_values):
-    """The program's own flags as a flagfile; not what says where to write or how to look at it."""
+    """The program's own flags as a flagfile; not those that say where files are on this machine, or only to look."""
     flags = flag_values.get_key_flags_for_module("__main__")
-    left_out = {"workdir", "evaluate_only"}
+    left_out = {"workdir", "data_dir", "evaluate_only"}
     return "".join(f"{flag.serialize()}\n" for flag in flags if flag.name not in left_out and flag.value is not None)
 
 
+def _flag_name(line):
+    """The flag that a line of a flagfile sets: --name=value, --name or --noname."""
+    name, equals, _ = line.lstrip("-").partition("=")
+    return name if equals else name.removeprefix("no")
+
+
 def folder_of(path) -> Path:
-    """The workdir that `path` is, or that the model file `path` lies in."""
+    """The workdir that `path` is, or that the model file `path` lies in.
+
+    Raises:
+      FileNotFoundError: if there is neither.
+    """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist; give the workdir of a run, or its {MODEL_NAME}")
     return path if path.is_dir() else path.parent
 
 
@@ -152,6 +171,12 @@ def load_model(path) -> keras.Model:
         return keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises whatever zipfile, json or h5py do.
         raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
+
+
+def model_sha256(path) -> str:
+    """Tells one trained model from another: the hash of the run's model file."""
+    path = Path(path)
+    return hashlib.sha256((path / MODEL_NAME if path.is_dir() else path).read_bytes()).hexdigest()
 
 
 def copy_weights(source, target):

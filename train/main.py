@@ -91,8 +91,12 @@ def make_model(data, image_shape):
     )
 
 
-def make_trainer(run, data):
-    """The compiled model, and the callback that has put it where the run's last checkpoint left it."""
+def make_trainer(data):
+    """The compiled model at its start."""
+    if FLAGS.early_epochs and FLAGS.early_crop > min(data.preprocessing.size):
+        raise ValueError(
+            f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
+        )
     trainer = make_model(data, (None, None, data.channels))
     if FLAGS.init_from:
         runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
@@ -108,14 +112,14 @@ def make_trainer(run, data):
         optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")],
     )
-    return trainer, callbacks.Resume(run.checkpoints_path, trainer)
+    return trainer
 
 
 def train(run, data, trainer, resume):
     """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images."""
     steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
     every_phase = [
-        callbacks.MetricsLog(run.metrics_path),
+        callbacks.MetricsLog(run.metrics_path, resume.first_epoch),
         keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
         callbacks.StopOnNaN(),
         resume,
@@ -148,12 +152,13 @@ def main(_):
         data = make_data()
         model = runs.load_model(FLAGS.workdir) if FLAGS.evaluate_only else make_model(data, data.image_shape)
         run = runs.Run(FLAGS.workdir)
-        if not FLAGS.evaluate_only:
-            run.write_config(FLAGS, data)
+        run.check_config(FLAGS)
         if run.is_complete:
             model = runs.load_model(run.path)
         else:
-            trainer, resume = make_trainer(run, data)
+            trainer = make_trainer(data)
+            resume = callbacks.Resume(run.checkpoints_path, trainer)
+            run.write_config(FLAGS, data)  # after everything that can refuse: it binds the workdir to these flags
     if not run.is_complete:
         summary(model)
         try:

@@ -12,15 +12,15 @@ _CACHE_BYTES = 2 * 1024**3
 _PARALLEL_CALLS = 2
 _PREFETCHED_BATCHES = 4
 # Mirrored digits are other shapes, not other pictures of the same digit.
-_NO_FLIP = frozenset({"digits", "mnist", "svhn_cropped", "emnist", "kmnist"})
+_NO_FLIP = frozenset({"digits", "mnist", "mnist_corrupted", "svhn_cropped", "emnist", "kmnist"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """What a model expects: ``(pixel - mean) / std`` on pixels 0 to 255, resized to `size`.
 
-    The default maps pixels to -1 .. 127/128. Quantized to 8 bits that is scale 1/128 and zero point 0, so the int8
-    input of an exported model is just the pixel minus 128.
+    The default maps pixels to -1 .. 127/128. Calibrated on images with black and white pixels that is scale 1/128 and
+    zero point 0, so that the int8 input of an exported model is just the pixel minus 128.
     """
 
     size: tuple[int, int]
@@ -65,6 +65,7 @@ class ClassificationData:
         if image_size is None and None in (height, width):
             raise ValueError(f"images of dataset {name!r} differ in size; say which to resize to with image_size")
         self.preprocessing = Preprocessing(tuple(image_size) if self._resizes else (height, width))
+        self.hold_out = hold_out
         self.splits = _splits(info.splits, hold_out)
 
     @property
@@ -92,8 +93,15 @@ class ClassificationData:
         return dataset.map(lambda images, labels: (self.preprocessing(images), labels)).prefetch(_PREFETCHED_BATCHES)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches in one pass over the training split."""
-        return self.num_examples("train") // batch_size
+        """Full batches in one pass over the training split.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        count = self.num_examples("train")
+        if count < batch_size:
+            raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
+        return count // batch_size
 
     def training(self, batch_size: int, epochs: range, image_size: int | None = None) -> tf.data.Dataset:
         """Augmented, shuffled batches of the given epochs, `steps_per_epoch` for each.
@@ -106,21 +114,17 @@ class ClassificationData:
           epochs: numbers of the epochs, from 0.
           image_size: height and width of the crops, where they are not to be those of the images: smaller ones are
             cheaper to train on.
-
-        Raises:
-          ValueError: if the training split has no full batch.
         """
         height, width = (image_size, image_size) if image_size else self.preprocessing.size
         count = self.num_examples("train")
-        if count < batch_size:
-            raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
         images = self.images("train")
 
         def one_epoch(epoch):
-            batches = images.shuffle(min(count, 50_000), seed=self.seed + epoch).batch(batch_size, drop_remainder=True)
+            epoch_seed = 1000 * self.seed + epoch  # shared with no epoch of the next seeds
+            batches = images.shuffle(min(count, 50_000), seed=epoch_seed).batch(batch_size, drop_remainder=True)
             return batches.enumerate().map(
                 lambda index, batch: (
-                    self._augment(batch[0], height, width, [self.seed * 1000 + epoch, index]),
+                    self._augment(batch[0], height, width, [epoch_seed, index]),
                     batch[1],
                 ),
                 num_parallel_calls=_PARALLEL_CALLS,
@@ -157,7 +161,7 @@ class ClassificationData:
         top, left = tf.unstack(tf.cast(draws[:2] * offsets[:, tf.newaxis, tf.newaxis], tf.int32))
         rows = tf.gather(padded, top + tf.range(height), batch_dims=1, axis=1)
         columns = left + tf.range(width)
-        if self.name not in _NO_FLIP:
+        if self._builder.name not in _NO_FLIP:
             columns = tf.where(draws[2] < 0.5, columns, columns[:, ::-1])
         return tf.gather(rows, columns, batch_dims=1, axis=2)
 
@@ -179,7 +183,7 @@ def _builder(name, data_dir):
         return builder
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError:
+    except (tfds.core.registered.DatasetNotFoundError, AssertionError):  # the latter for versions it does not have
         raise ValueError(f"dataset {name!r} is not in TFDS; known here: digits, cifar10, or any TFDS name") from None
     if not builder.is_prepared():
         if data_dir is not None:

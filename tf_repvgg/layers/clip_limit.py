@@ -28,8 +28,6 @@ class ClipLimit:
         Raises:
           ValueError: if `k` is none of these or not above 0.
         """
-        if isinstance(k, ClipLimit):
-            return k
         text = str(k).strip()
         relative = text.endswith("std")
         try:
@@ -39,9 +37,6 @@ class ClipLimit:
         if not value > 0:
             raise ValueError(f"k is {k!r}; it must be {_FORM}")
         return cls(value, relative)
-
-    def __str__(self) -> str:
-        return f"{self.value:g}std" if self.relative else f"{self.value:g}"
 
 
 def parse_by_name(text: str) -> str | dict[str, str]:

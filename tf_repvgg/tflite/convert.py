@@ -124,8 +124,8 @@ def with_weights(
             if layer.name in kernels:
                 quantized = kernels[layer.name]
             else:
-                # Below this scale the bias would overflow its 32 bits.
-                floor = np.abs(bias) / (input_scale * _MAX_BIAS_CODE)
+                # Below this scale the bias would overflow its 32 bits; a hair above, as float32 rounds the product.
+                floor = 1.001 * np.abs(bias) / (input_scale * _MAX_BIAS_CODE)
                 quantized = quantize_min_max(layer.kernel.numpy(), weight_bits, per_channel, min_scale=floor)
             flatbuffer.set_constant(flat, weights, np.moveaxis(quantized.codes, -1, 0), quantized.scale)
             weights.quantization.quantizedDimension = 0

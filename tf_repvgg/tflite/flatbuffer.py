@@ -5,6 +5,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 FILE_IDENTIFIER = b"TFL3"
+DATA_ALIGNMENT = 16
 # Where the operators that hold weights have them among their inputs.
 WEIGHTS_INPUT = {
     schema.BuiltinOperator.CONV_2D: 1,
@@ -27,8 +28,29 @@ def unpack(file: bytes) -> schema.ModelT:
     return schema.ModelT.InitFromPackedBuf(file, 0)
 
 
+class _AlignedBuffer(schema.BufferT):
+    """A buffer whose data start at a multiple of 16 bytes, as the format demands and Python's flatbuffers forgets.
+
+    Kernels of microcontrollers read weights in place and may fault on others.
+    """
+
+    def Pack(self, builder):
+        if self.data is None or not len(self.data):
+            return super().Pack(builder)
+        content = np.asarray(self.data, np.uint8).tobytes()
+        builder.StartVector(1, len(content), DATA_ALIGNMENT)
+        builder.head -= len(content)
+        builder.Bytes[builder.head : builder.head + len(content)] = content
+        data = builder.EndVector()
+        schema.BufferStart(builder)
+        schema.BufferAddData(builder, data)
+        return schema.BufferEnd(builder)
+
+
 def pack(model: schema.ModelT) -> bytes:
     """Serializes a model."""
+    for buffer in model.buffers:
+        buffer.__class__ = _AlignedBuffer
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), file_identifier=FILE_IDENTIFIER)
     return bytes(builder.Output())

@@ -4,9 +4,12 @@ import json
 import math
 import time
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 from tqdm import tqdm
+
+from tf_repvgg import runs
 
 
 class Progress(keras.callbacks.Callback):
@@ -36,11 +39,18 @@ class Progress(keras.callbacks.Callback):
 
 
 class MetricsLog(keras.callbacks.Callback):
-    """Appends one JSON object per epoch to a file."""
+    """Appends one JSON object per epoch to a file.
 
-    def __init__(self, path):
+    Lines after the first `epochs_done` are dropped: those of a run that was cut off before its checkpoint.
+    """
+
+    def __init__(self, path, epochs_done=0):
         super().__init__()
         self._path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:epochs_done]
+            with runs.written_whole(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.monotonic()
@@ -62,16 +72,24 @@ def _factor(name):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Raises FloatingPointError at the first step whose loss is not finite, before anything of it is saved."""
+    """Raises FloatingPointError once the loss or, at an epoch's end, a weight is not finite, before it is saved."""
 
     def on_train_batch_end(self, batch, logs=None):
-        loss = logs["loss"]
-        if not math.isfinite(loss):
-            step = int(self.model.optimizer.iterations.numpy())
-            raise FloatingPointError(
-                f"the loss became {loss} at step {step}; checkpoints up to the epoch before are kept, "
-                "try a lower learning rate"
-            )
+        if not math.isfinite(logs["loss"]):
+            self._stop(f"the loss became {logs['loss']}")
+
+    def on_epoch_end(self, epoch, logs=None):
+        # The loss is that of the weights before the last step.
+        for variable in self.model.weights:
+            if not np.all(np.isfinite(variable.numpy())):
+                self._stop(f"{variable.name} holds infinities or NaN")
+
+    def _stop(self, what):
+        step = int(self.model.optimizer.iterations.numpy())
+        raise FloatingPointError(
+            f"{what} at step {step}; checkpoints up to the epoch before are kept; "
+            "try a lower learning rate in a new workdir"
+        )
 
 
 class Resume(keras.callbacks.Callback):
