@@ -119,7 +119,10 @@ def main(_):
             )
         if FLAGS.evaluation_split == "validation" and not trained_on["validation_held_out"]:
             raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
-        fused = fusion.fuse(model)
+        try:
+            fused = fusion.fuse(model)
+        except ArithmeticError as error:  # weights that are not finite, say
+            raise ValueError(error) from None
         output = runs.writable_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     images, labels = load_split(data, FLAGS.evaluation_split)
     training_form = model.predict(images, batch_size=500, verbose=0).argmax(axis=1)

@@ -36,7 +36,7 @@ def bad_input_exits():
     """Around everything that reads what the user gave: its errors become one line and exit status 2."""
     try:
         yield
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, OSError) as error:
         _exit(error)
 
 

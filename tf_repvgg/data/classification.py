@@ -56,6 +56,7 @@ class ClassificationData:
         self.seed = seed
         self._crop_padding = crop_padding
         self._builder = _builder(name, data_dir)
+        self._flips = self._builder.name not in _NO_FLIP
         info = self._builder.info
         if not {"image", "label"} <= set(info.features or {}):
             raise ValueError(f"dataset {name!r} has no image and label, but {', '.join(info.features)}")
@@ -161,7 +162,7 @@ class ClassificationData:
         top, left = tf.unstack(tf.cast(draws[:2] * offsets[:, tf.newaxis, tf.newaxis], tf.int32))
         rows = tf.gather(padded, top + tf.range(height), batch_dims=1, axis=1)
         columns = left + tf.range(width)
-        if self._builder.name not in _NO_FLIP:
+        if self._flips:
             columns = tf.where(draws[2] < 0.5, columns, columns[:, ::-1])
         return tf.gather(rows, columns, batch_dims=1, axis=2)
 

@@ -1,0 +1,248 @@
+"""Bad input: one clear line on stderr, exit status 2, nothing half-written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tf_keras as keras
+
+from tf_repvgg import cli, runs
+from tf_repvgg.fusion import fuse
+from tf_repvgg.models import build_repvgg
+
+TRAIN, EXPORT = "train/main.py", "export/main.py"
+
+# {case: (program, flags, what the line must say)}; "{here}" is the folder that the fixture prepares, "{new}" one that
+# does not exist yet and must not hold anything afterwards.
+CASES = {
+    "unknown flag value": (TRAIN, ["--workdir={new}", "--norm=gn"], r"norm", "bn|oabn"),
+    "unknown variant": (TRAIN, ["--workdir={new}", "--variant=A9"], "variant", "A0"),
+    "unknown flag": (TRAIN, ["--workdir={new}", "--varient=A0"], "varient", "Unknown"),
+    "flag of another type": (TRAIN, ["--workdir={new}", "--epochs=many"], "epochs", "many"),
+    "flag out of range": (TRAIN, ["--workdir={new}", "--epochs=0"], "epochs", "0"),
+    "no workdir": (TRAIN, [], "workdir", "required|None"),
+    "no such flagfile": (TRAIN, ["--flagfile={new}/x.flags"], "x.flags", ""),
+    "unknown dataset": (TRAIN, ["--workdir={new}", "--dataset=digitz"], "'digitz' is not in TFDS", "digits, cifar10"),
+    "data_dir without the dataset": (
+        TRAIN,
+        ["--workdir={new}", "--dataset=cifar10", "--data_dir={here}/empty"],
+        "does not hold the dataset 'cifar10'",
+        "empty",
+    ),
+    "word that is no flag": (TRAIN, ["--workdir={new}", "digits"], "'digits' is no flag", "--name=value"),
+    "crops larger than the images": (
+        TRAIN,
+        ["--workdir={new}", "--early_epochs=1", "--early_crop=9"],
+        "--early_crop=9 is larger than the images",
+        "8",
+    ),
+    "k of zero": (TRAIN, ["--workdir={new}", "--norm=oabn", "--oabn_k=0"], "k is '0'", "above 0"),
+    "negative k": (TRAIN, ["--workdir={new}", "--norm=oabn", "--oabn_k=-0.5"], "k is '-0.5'", "above 0"),
+    "k of zero without OABN": (TRAIN, ["--workdir={new}", "--oabn_k=0"], "k is '0'", "above 0"),
+    "k that names no block": (
+        TRAIN,
+        ["--workdir={new}", "--norm=oabn", "--oabn_k=stage1.*=0.1"],
+        "no pattern of k matches",
+        "stem",
+    ),
+    "options that do not go together": (
+        TRAIN,
+        ["--workdir={new}", "--block=qarepvgg", "--norm=oabn"],
+        "block='qarepvgg'",
+        "use norm='bn'",
+    ),
+    "batch larger than the set": (
+        TRAIN,
+        ["--workdir={new}", "--batch_size=5000"],
+        "batch size 5000 is larger than",
+        "digits",
+    ),
+    "checkpoint of another variant": (
+        TRAIN,
+        ["--workdir={new}", "--init_from={here}/other_variant.keras"],
+        "checkpoint is of another network",
+        "conv3x3/kernel",
+    ),
+    "truncated checkpoint": (
+        TRAIN,
+        ["--workdir={new}", "--init_from={here}/truncated.keras"],
+        "truncated.keras' is not a whole Keras model",
+        "",
+    ),
+    "no checkpoint": (TRAIN, ["--workdir={new}", "--init_from={here}/nothing.keras"], "no model at", "nothing.keras"),
+    "nothing to evaluate": (TRAIN, ["--workdir={new}", "--evaluate_only"], "no model at", "train/main.py"),
+    "workdir is a file": (TRAIN, ["--workdir={here}/file"], "file' is a file; give a folder", ""),
+    "workdir below a file": (TRAIN, ["--workdir={here}/file/run"], "cannot be written to", "file/run"),
+    # Nobody can make a folder there, root included.
+    "workdir that cannot be written": (TRAIN, ["--workdir=/proc/run"], "'/proc/run' cannot be written to", ""),
+    "workdir of a run with other flags": (
+        TRAIN,
+        ["--workdir={here}/run", "--norm=oabn", "--epochs=3"],
+        " norm, oabn_branches",
+        "use another workdir",
+    ),
+    "finished run, truncated model": (TRAIN, ["--workdir={here}/truncated_run"], "not a whole Keras model", ""),
+    "damaged training checkpoint": (TRAIN, ["--workdir={here}/damaged_run"], "checkpoint", "damaged"),
+    "export: no run": (EXPORT, ["--workdir={new}"], "does not exist", "workdir of a run"),
+    "export: no input.json": (EXPORT, ["--workdir={here}/empty"], "input.json", "dataset"),
+    "export: truncated model": (EXPORT, ["--workdir={here}/truncated_run"], "not a whole Keras model", ""),
+    "export: bits": (EXPORT, ["--workdir={here}/run", "--weight_bits=8,9"], "--weight_bits is '8,9'", "2 to 8"),
+    "export: granularity": (
+        EXPORT,
+        ["--workdir={here}/run", "--granularity=per_layer"],
+        "--granularity is 'per_layer'",
+        "per_tensor, per_channel",
+    ),
+    "export: too few calibration images": (
+        EXPORT,
+        ["--workdir={here}/run", "--calibration_images=5000"],
+        "5000 calibration images asked for",
+        "train",
+    ),
+    "export: already fused": (EXPORT, ["--workdir={here}/fused_run"], "contains no re-parameterized block", ""),
+    "export: output is a file": (
+        EXPORT,
+        ["--workdir={here}/run", "--output={here}/file"],
+        "file' is a file; give a folder",
+        "",
+    ),
+    "export: other classes": (
+        EXPORT,
+        ["--workdir={here}/other_classes_run"],
+        "into 3 classes",
+        "of 10 classes",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, digits):
+    """A folder with runs and files in every state that the cases need."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("not a folder")
+    build_repvgg("cifar-s", (8, 8, 1), 10).save(folder / "other_variant.keras")
+    model = build_repvgg("digits", (8, 8, 1), 10)
+    model.save(folder / "model.keras")
+    content = (folder / "model.keras").read_bytes()
+    (folder / "truncated.keras").write_bytes(content[: len(content) // 2])
+    facts = {"dataset": "digits", "size": [8, 8], "mean": 128.0, "std": 128.0, "validation_held_out": False}
+    for name in ("run", "truncated_run", "fused_run", "other_classes_run", "damaged_run"):
+        (folder / name).mkdir()
+        (folder / name / runs.INPUT_NAME).write_text(json.dumps(facts))
+    shutil.copy(folder / "model.keras", folder / "run")
+    (folder / "run" / runs.CONFIG_NAME).write_text("--epochs=10\n--norm=bn\n")
+    shutil.copy(folder / "truncated.keras", folder / "truncated_run" / runs.MODEL_NAME)
+    fuse(model).save(folder / "fused_run" / runs.MODEL_NAME)
+    build_repvgg("digits", (8, 8, 1), 3).save(folder / "other_classes_run" / runs.MODEL_NAME)
+    checkpoints = folder / "damaged_run" / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "checkpoint").write_text('model_checkpoint_path: "ckpt-1"\nall_model_checkpoint_paths: "ckpt-1"\n')
+    (checkpoints / "ckpt-1.index").write_bytes(b"\0" * 40)
+    (checkpoints / "ckpt-1.data-00000-of-00001").write_bytes(b"\0" * 40)
+    return folder
+
+
+def content_of(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def outcomes(here, tmp_path_factory, run_program):
+    """What every case wrote and how it ended, from one process that imports TensorFlow once."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    before = content_of(here)
+    cases, found = [], {}
+    for index, (name, (program, arguments, *_)) in enumerate(CASES.items()):
+        new = folder / f"new{index}"
+        filled = [argument.format(here=here, new=new) for argument in arguments]
+        cases.append({"command": [program, *filled], "output": str(folder / f"case{index}")})
+        found[name] = SimpleNamespace(new=new, output=Path(cases[-1]["output"]))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    result = run_program("tests/preloaded.py", folder / "cases.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for outcome in found.values():
+        outcome.status = int(outcome.output.with_suffix(".status").read_text())
+        outcome.stderr = outcome.output.with_suffix(".err").read_text()
+    found["changed"] = content_of(here).items() ^ before.items()
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(outcomes, case):
+    program, _, *wanted = CASES[case]
+    outcome = outcomes[case]
+    assert outcome.status == 2, outcome.stderr[-3000:]
+    lines = outcome.stderr.splitlines()
+    assert len(lines) == 1, outcome.stderr[-3000:]
+    assert lines[0].startswith(f"{program}: error: ")
+    for words in wanted:
+        assert any(word in lines[0] for word in words.split("|")), lines[0]
+    # Nothing but perhaps an empty folder.
+    assert not outcome.new.is_dir() or not list(outcome.new.iterdir())
+
+
+def test_bad_input_changes_nothing(outcomes):
+    """Not one file, but for the flags of a run whose own checkpoints turn out to be damaged."""
+    changed = {str(path.relative_to(path.parents[1])) for path, _ in outcomes["changed"]}
+    assert changed <= {f"damaged_run/{runs.CONFIG_NAME}", f"damaged_run/{runs.INPUT_NAME}"}
+
+
+def test_one_bad_command_as_a_user_runs_it(run_program, tmp_path):
+    """Without the forking helper: the same line and status from a real process."""
+    result = run_program(TRAIN, f"--workdir={tmp_path / 'run'}", "--dataset=digitz")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "train/main.py: error: dataset 'digitz' is not in TFDS; known here: digits, cifar10, or any TFDS name"
+    ]
+    assert result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("first\n  second"), FileNotFoundError("gone"), PermissionError("no")])
+def test_errors_become_one_line(error, capfd):
+    with pytest.raises(SystemExit) as exit_, cli.bad_input_exits():
+        raise error
+    assert exit_.value.code == 2
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.endswith(f"error: {' '.join(str(error).split())}\n")
+
+
+def test_faults_of_the_program_are_not_bad_input():
+    with pytest.raises(KeyError), cli.bad_input_exits():
+        raise KeyError
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    runs.write_json(path, {"top1_percent": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"top1_percent": object()})
+    assert json.loads(path.read_text()) == {"top1_percent": 1}
+    with pytest.raises(RuntimeError), runs.written_whole(tmp_path / "model.bin") as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["report.json"]
+    runs.write_bytes(path, b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+def test_weights_are_copied_between_equal_networks_only(tmp_path):
+    source, target = (build_repvgg("digits", (8, 8, 1), 10, norm=norm) for norm in ("bn", "oabn"))
+    runs.copy_weights(source, target)
+    for mine, its in zip(target.get_weights(), source.get_weights(), strict=True):
+        assert (mine == its).all()
+    for other in (
+        build_repvgg("digits", (8, 8, 1), 11),
+        build_repvgg("digits", (8, 8, 1), 10, identity="none"),
+        build_repvgg("digits", (8, 8, 1), 10, block="qarepvgg"),
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]),
+    ):
+        before = target.get_weights()
+        with pytest.raises(ValueError, match="the checkpoint is of another network"):
+            runs.copy_weights(other, target)
+        assert all((mine == its).all() for mine, its in zip(target.get_weights(), before, strict=True))

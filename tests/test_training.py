@@ -1,0 +1,138 @@
+"""Optimizer, loss, logs and resuming."""
+
+import json
+
+import numpy as np
+import pytest
+import tf_keras as keras
+
+from tf_repvgg.models import build_repvgg
+from tf_repvgg.training import callbacks, optimization
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    optimizer = optimization.make_optimizer(0.4, steps=100, warmup_steps=10)
+    schedule = optimizer._learning_rate
+    rates = np.array([float(schedule(step)) for step in range(101)])
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), atol=1e-6)
+    steps = np.arange(10, 101)
+    np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.pi * (steps - 10) / 90)), atol=1e-6)
+    assert rates[100] == pytest.approx(0, abs=1e-6)
+
+
+def test_weight_decay_leaves_normalizations_and_biases_alone():
+    model = build_repvgg("digits", (8, 8, 1), 10, norm="oabn", oabn_k="inf")
+    optimizer = optimization.make_optimizer(0.1, steps=10**6, warmup_steps=0, weight_decay=0.5)
+    optimizer.build(model.trainable_variables)
+    for variable in model.trainable_variables:
+        variable.assign(np.ones(variable.shape))
+    for _ in range(3):
+        optimizer.apply_gradients((0 * variable, variable) for variable in model.trainable_variables)
+    kinds = {"kernel": set(), "gamma": set(), "beta": set(), "bias": set()}
+    for variable in model.trainable_variables:
+        kind = variable.name.split("/")[-1].split(":")[0]
+        kinds[kind] |= set(np.unique(variable.numpy()))
+    assert kinds["gamma"] == kinds["beta"] == kinds["bias"] == {1.0}
+    (shrunk,) = kinds["kernel"]
+    # The first step of the warm-up has rate 0; each of the others shrinks by weight_decay * learning rate.
+    assert shrunk == pytest.approx(0.95**2, rel=1e-4)
+
+
+def test_cross_entropy_with_label_smoothing():
+    logits = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    labels = np.array([0, 1, 2, 3, 3, 0])
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for smoothing in (0.0, 0.2):
+        loss = optimization.CrossEntropy(4, smoothing)
+        targets = np.eye(4)[labels] * (1 - smoothing) + smoothing / 4
+        expected = -(targets * log_probabilities).sum(axis=1).mean()
+        assert float(loss(labels, logits)) == pytest.approx(expected, rel=1e-5)
+        assert float(loss(labels[:, None], logits)) == pytest.approx(expected, rel=1e-5)
+
+
+def tiny_trainer(units=3):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units, name="dense")])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), optimization.CrossEntropy(units))
+    return model
+
+
+def fit(model, folder, epochs):
+    generator = np.random.default_rng(0)
+    resume = callbacks.Resume(str(folder), model)
+    x, y = generator.normal(size=(32, 4)), generator.integers(0, 3, 32)
+    model.fit(x, y, 8, epochs, initial_epoch=resume.first_epoch, shuffle=False, verbose=0, callbacks=[resume])
+    return resume.first_epoch
+
+
+def test_resume_continues_as_if_nothing_had_happened(tmp_path):
+    uninterrupted, first, second = tiny_trainer(), tiny_trainer(), tiny_trainer()
+    assert fit(uninterrupted, tmp_path / "a", 4) == 0
+    assert fit(first, tmp_path / "b", 2) == 0
+    assert fit(second, tmp_path / "b", 4) == 2
+    assert int(second.optimizer.iterations) == 16
+    for mine, its in zip(second.get_weights(), uninterrupted.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-6)
+    assert callbacks.Resume(str(tmp_path / "b"), tiny_trainer()).first_epoch == 4
+
+
+def test_resume_refuses_checkpoints_it_cannot_use(tmp_path):
+    fit(tiny_trainer(), tmp_path / "a", 1)
+    with pytest.raises(ValueError, match=r"is damaged or of another network.*delete .* to start over"):
+        callbacks.Resume(str(tmp_path / "a"), tiny_trainer(units=5))
+    for path in (tmp_path / "a").glob("*.index"):
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="is damaged or of another network"):
+        callbacks.Resume(str(tmp_path / "a"), tiny_trainer())
+
+
+def test_metrics_log_is_one_line_per_epoch_also_after_interruptions(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def log(first, last, epochs_done):
+        logger = callbacks.MetricsLog(path, epochs_done)
+        for epoch in range(first, last):
+            logger.on_epoch_begin(epoch)
+            logger.on_epoch_end(epoch, {"loss": 0.5, "top1": 0.25, "val_top1": 0.125})
+
+    log(0, 3, 0)
+    with open(path, "a") as file:
+        file.write('{"epoch": 4, "sec')  # cut off while writing, and epoch 3 before its checkpoint
+    log(2, 4, 2)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    expected = {"loss": 0.5, "top1_percent": 25.0, "val_top1_percent": 12.5}
+    assert all(expected.items() <= record.items() for record in records)
+    assert all(record["seconds"] >= 0 for record in records)
+
+
+def test_progress_bar_counts_the_whole_run(capfd):
+    with callbacks.Progress(steps_per_epoch=5, epochs=4, first_epoch=1) as progress:
+        for epoch in range(1, 4):
+            progress.on_epoch_begin(epoch)
+            for batch in range(5):
+                progress.on_train_batch_end(batch)
+            progress.on_epoch_end(epoch, {"loss": 0.5})
+    printed = capfd.readouterr().err
+    assert "20/20" in printed
+    assert "epoch 4/4" in printed
+    assert "loss=0.5000" in printed
+
+
+def test_training_stops_before_anything_that_is_not_finite_is_saved(tmp_path):
+    model = tiny_trainer()
+    fit(model, tmp_path / "run", 1)
+    resume = callbacks.Resume(str(tmp_path / "run"), model)
+    x, y = np.full((8, 4), np.nan), np.zeros(8)
+    with pytest.raises(FloatingPointError, match=r"the loss became nan at step \d+; checkpoints .* are kept"):
+        model.fit(x, y, 4, 2, initial_epoch=1, verbose=0, callbacks=[callbacks.StopOnNaN(), resume])
+    again = tiny_trainer()
+    assert callbacks.Resume(str(tmp_path / "run"), again).first_epoch == 1
+    assert all(np.all(np.isfinite(weight)) for weight in again.get_weights())
+
+
+def test_weights_spoilt_by_the_last_step_stop_training_too():
+    model = tiny_trainer()
+    spoil = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: model.layers[-1].bias.assign([np.inf, 0, 0]))
+    with pytest.raises(FloatingPointError, match=r"bias:0 holds infinities or NaN at step 1"):
+        model.fit(np.zeros((4, 4)), np.zeros(4), 4, verbose=0, callbacks=[spoil, callbacks.StopOnNaN()])
