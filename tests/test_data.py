@@ -156,18 +156,6 @@ def test_smaller_crops_come_from_inside_the_image(held_out):
     assert {windows[image.tobytes()] for image in pixels} == {(top, left) for top in range(4) for left in range(4)}
 
 
-def test_flip_only_where_a_mirrored_class_is_the_same(held_out):
-    images = np.zeros((64, 8, 8, 1), np.uint8)
-    images[:, :, :4] = 200  # bright on the left
-    kept = held_out._augment(tf.constant(images), 8, 8, [0, 0]).numpy()
-    assert np.all(kept[:, 4, 1] == 200)
-    data = ClassificationData("digits", hold_out=True)
-    data._flips = True
-    flipped = data._augment(tf.constant(images), 8, 8, [0, 0]).numpy()
-    share = np.mean(flipped[:, 4, 1] == 0)
-    assert 0.25 < share < 0.75
-
-
 def test_calibration_images_are_the_first_of_the_split(held_out):
     for split in ("train", "validation"):
         found = np.stack(list(held_out.calibration(20, split).as_numpy_iterator()))
@@ -221,6 +209,18 @@ def write_set(folder, splits, features):
 
 
 IMAGE = tfds.features.Image(shape=(6, 6, 3))
+
+
+def test_flip_only_where_a_mirrored_class_is_the_same(held_out, tmp_path):
+    label = tfds.features.ClassLabel(num_classes=3)
+    pictures = ClassificationData(
+        "tiny", write_set(tmp_path, {"train": 4, "test": 2}, {"image": IMAGE, "label": label}), crop_padding=1
+    )
+    left = np.zeros((64, 8, 8, 1), np.uint8)
+    left[:, :, :4] = 200  # bright on the left, wherever it is cropped
+    kept, flipped = (data._augment(tf.constant(left), 7, 7, [0, 0]).numpy() for data in (held_out, pictures))
+    assert np.all(kept[:, 4, 1] == 200)
+    assert 0.25 < np.mean(flipped[:, 4, 1] == 0) < 0.75
 
 
 def test_other_sets_with_splits_of_their_own(tmp_path):

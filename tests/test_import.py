@@ -11,8 +11,6 @@ PROGRAMS = {
     "before": f"import tf_repvgg, tensorflow as tf; {CHECK}",
     "after": f"import tensorflow as tf, tf_repvgg; {CHECK}",
     "after Keras 3": "import tensorflow as tf; tf.keras.layers.Dense; import tf_repvgg",
-    "after Keras 2 by hand": "import os; os.environ['TF_USE_LEGACY_KERAS'] = '1'; import tensorflow as tf; "
-    f"tf.keras.layers.Dense; import tf_repvgg; {CHECK}",
 }
 
 
@@ -25,7 +23,7 @@ def results(run_program):
         return dict(zip(PROGRAMS, found, strict=True))
 
 
-@pytest.mark.parametrize("order", ["before", "after", "after Keras 2 by hand"])
+@pytest.mark.parametrize("order", ["before", "after"])
 def test_import_order_does_not_matter(results, order):
     assert results[order].returncode == 0, results[order].stderr[-2000:]
     assert results[order].stdout == "Keras 2\n"
