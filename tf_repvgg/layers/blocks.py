@@ -146,10 +146,6 @@ class ReparameterizedBlock(keras.layers.Layer):
             raise ValueError(f"{self.name}: the number of input channels must be known, but the shape is {input_shape}")
         if channels % self.groups:
             raise ValueError(f"{self.name}: {channels} input channels cannot be split into {self.groups} groups")
-        for layer in self._flatten_layers(recursive=False, include_self=False):
-            is_conv = isinstance(layer, keras.layers.Conv2D)
-            with tf.name_scope(layer.name):
-                layer.build(input_shape if is_conv else (*input_shape[:-1], self.filters))
         super().build(input_shape)
 
     def _keeps_shape(self, input_shape):
