@@ -489,3 +489,14 @@ def test_int8_input_is_the_pixel_minus_128(digits_file, digits):
     interpreter, _ = details_of(digits_file)
     (details,) = interpreter.get_input_details()
     assert details["quantization"] == (1 / 128, 0)
+
+
+@pytest.mark.parametrize(
+    "make, bits", [(keras.layers.DepthwiseConv2D, 8), (lambda size: keras.layers.Conv2DTranspose(2, size), 4)]
+)
+def test_layers_that_cannot_be_written_are_named(make, bits):
+    inputs = keras.Input(SIZE)
+    layer = make(3)
+    model = keras.Model(inputs, layer(inputs))
+    with pytest.raises(ValueError, match=f"{layer.name}.*{type(layer).__name__}"):
+        tflite.convert(model, calibration(2), weight_bits=bits)

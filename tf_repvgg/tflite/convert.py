@@ -105,12 +105,13 @@ def with_weights(
     Biases are int32 with scale (input scale * weight scale). Arguments as for `convert`.
 
     Raises:
-      ValueError: if an operator of the file has no counterpart in the model, `kernels` names no layer of it or has
-        another shape, or given codes leave no room for a bias.
+      ValueError: if an operator of the file has no counterpart in the model, a layer's weights cannot be put on the
+        grid, `kernels` names no layer of the model or has another shape, or given codes leave no room for a bias.
     """
     flat = flatbuffer.unpack(file)
     kernels = dict(kernels or {})
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense)]
+    _check_supported(model, weight_bits)
     _check_given(kernels, layers)
     for graph in flat.subgraphs:
         for operator in graph.operators:
@@ -143,6 +144,17 @@ def with_weights(
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
     return flatbuffer.pack(flat)
+
+
+def _check_supported(model, weight_bits):
+    """Refuses layers whose weights would not be on the grid asked for."""
+    for layer in model._flatten_layers():
+        is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)  # left as the converter has it: 8 bits
+        if isinstance(layer, keras.layers.DepthwiseConv2D) or (is_transposed and weight_bits < 8):
+            raise ValueError(
+                f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be written on a grid of "
+                f"{weight_bits} bits; Conv2D and Dense can"
+            )
 
 
 def _check_given(kernels, layers):

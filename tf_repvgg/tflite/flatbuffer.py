@@ -9,7 +9,6 @@ DATA_ALIGNMENT = 16
 # Where the operators that hold weights have them among their inputs.
 WEIGHTS_INPUT = {
     schema.BuiltinOperator.CONV_2D: 1,
-    schema.BuiltinOperator.DEPTHWISE_CONV_2D: 1,
     schema.BuiltinOperator.FULLY_CONNECTED: 1,
 }
 _BIAS_INPUT = 2

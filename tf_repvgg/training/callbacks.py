@@ -58,17 +58,13 @@ class MetricsLog(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.monotonic() - self._started
         record = {"epoch": epoch + 1, "seconds": round(seconds, 2)}
-        record |= {_with_unit(name): value * _factor(name) for name, value in (logs or {}).items()}
+        record |= dict(_with_unit(name, value) for name, value in (logs or {}).items())
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _with_unit(name):
-    return f"{name}_percent" if name.endswith("top1") else name
-
-
-def _factor(name):
-    return 100 if name.endswith("top1") else 1
+def _with_unit(name, value):
+    return (f"{name}_percent", 100 * value) if name.endswith("top1") else (name, value)
 
 
 class StopOnNaN(keras.callbacks.Callback):
