@@ -11,6 +11,8 @@ from commands import ROOT, export, train
 from tables import GRANULARITIES, write_results
 from tabulate import tabulate
 
+from tf_repvgg import runs
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
 flags.DEFINE_string("runs", "runs/clip_limit", "Folder of the training runs.")
@@ -18,9 +20,10 @@ flags.DEFINE_integer("epochs", 6, "Epochs of every candidate; the final models t
 flags.DEFINE_integer("early_epochs", 4, "How many of them train on small crops.", lower_bound=0)
 
 BITS = (8, 5, 4)
+CONFIG = "cifar10_oabn"
 DEFAULT_MODE = "project"
 CANDIDATES = [
-    *({"oabn_k": k, "oabn_clip_mode": DEFAULT_MODE} for k in ("inf", "0.4", "0.2", "0.1", "0.05", "0.025")),
+    *({"oabn_k": k, "oabn_clip_mode": DEFAULT_MODE} for k in ("inf", "0.2", "0.1", "0.05", "0.025")),
     *({"oabn_k": k, "oabn_clip_mode": DEFAULT_MODE} for k in ("8std", "4std")),
     *({"oabn_k": "0.1", "oabn_clip_mode": mode} for mode in ("straight_through", "return_only")),
 ]
@@ -30,7 +33,7 @@ def measure(candidate):
     name = "_".join(candidate.values())
     workdir = f"{FLAGS.runs}/{name}"
     train(
-        "cifar10_oabn",
+        CONFIG,
         workdir,
         validation=True,
         epochs=FLAGS.epochs,
@@ -88,7 +91,7 @@ def main(_):
     chosen = max(absolute, key=lambda row: row["mean_integer_top1_percent"])
     page = f"""# Choosing OABN's limit k
 
-`python experiments/clip_limit.py`: the CIFAR-10 model of configs/cifar10_oabn.flags with {FLAGS.epochs} epochs
+`python experiments/clip_limit.py`: the CIFAR-10 model of configs/{CONFIG}.flags with {FLAGS.epochs} epochs
 ({FLAGS.early_epochs} of them on small crops) on 45,000 images, seed 0; top-1 in percent on the 5,000 held-out images,
 per tensor / per channel, in LiteRT. Chosen (bold): the highest mean over the six integer columns. `inf` is plain
 batch normalization. "median gamma/sigma" is the range over blocks of the median over channels of |gamma_hat| /
@@ -98,9 +101,19 @@ CIFAR-10 where --data_dir points at the project's shared copy.
 
 {table(rows, chosen)}
 """
-    record = {"epochs": FLAGS.epochs, "split": "validation", "chosen": chosen, "rows": rows}
+    record = {
+        "config": f"configs/{CONFIG}.flags",
+        "epochs": FLAGS.epochs,
+        "early_epochs": FLAGS.early_epochs,
+        "split": "validation",
+        "machine": runs.machine(),
+        "chosen": chosen,
+        "rows": rows,
+    }
     write_results(ROOT / "results", "clip_limit", record, page)
     print(page)
+    if f"--oabn_k={chosen['oabn_k']}" not in (ROOT / "configs" / f"{CONFIG}.flags").read_text(encoding="utf-8").split():
+        print(f"configs/{CONFIG}.flags has another --oabn_k than {chosen['oabn_k']}; set the chosen one.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Accuracy tables out of what export/main.py measured."""
 
-import json
 from pathlib import Path
 
 from tabulate import tabulate
+
+from tf_repvgg import runs
 
 GRANULARITIES = {"per_tensor": "per tensor", "per_channel": "per channel"}
 
@@ -22,5 +23,5 @@ def bits_table(exports: dict[str, dict], bits, tablefmt="github") -> str:
 def write_results(folder: Path, name: str, record: dict, page: str) -> None:
     """Leaves results/<name>.json and the readable page beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(page.rstrip() + "\n", encoding="utf-8")
+    runs.write_json(folder / f"{name}.json", record)
+    runs.write_bytes(folder / f"{name}.md", f"{page.rstrip()}\n".encode())

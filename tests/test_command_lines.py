@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tf_keras as keras
+from absl import flags as absl_flags
 
 from tf_repvgg import cli, runs
 from tf_repvgg.fusion import fuse
@@ -246,3 +248,28 @@ def test_weights_are_copied_between_equal_networks_only(tmp_path):
         with pytest.raises(ValueError, match="the checkpoint is of another network"):
             runs.copy_weights(other, target)
         assert all((mine == its).all() for mine, its in zip(target.get_weights(), before, strict=True))
+
+
+def test_a_run_knows_its_flags_again(tmp_path, digits):
+    """Also when the program has since learned another one, as long as that keeps its default."""
+
+    def check(*words, younger=False):
+        values = absl_flags.FlagValues()
+        define = {"flag_values": values, "module_name": sys.argv[0]}  # absl calls the main module so
+        absl_flags.DEFINE_integer("epochs", 10, "", **define)
+        absl_flags.DEFINE_boolean("validation", True, "", **define)
+        if younger:
+            absl_flags.DEFINE_float("ema", 0.0, "", **define)
+        values(["main", *words])
+        run = runs.Run(tmp_path)
+        run.check_config(values)
+        return run, values
+
+    run, values = check("--epochs=3")
+    run.write_config(values, digits)
+    check("--epochs=3")
+    check("--epochs=3", "--ema=0", younger=True)
+    for words in (["--epochs=4"], ["--epochs=3", "--novalidation"], ["--epochs=3", "--ema=0.9"]):
+        changed = words[-1].lstrip("-").removeprefix("no").partition("=")[0]
+        with pytest.raises(ValueError, match=f"other values of {changed};"):
+            check(*words, younger=True)

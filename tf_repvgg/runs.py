@@ -97,13 +97,16 @@ class Run:
         Raises:
           ValueError: names the flags that differ.
         """
-        text = _flags_of_main(flag_values)
         path = self.path / CONFIG_NAME
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            changed = set(path.read_text(encoding="utf-8").splitlines()) ^ set(text.splitlines())
-            names = sorted({_flag_name(line) for line in changed})
+        if not path.exists():
+            return
+        theirs = {_flag_name(line): line for line in path.read_text(encoding="utf-8").splitlines()}
+        ours = {_flag_name(line): line for line in _flags_of_main(flag_values).splitlines()}
+        # By its default, a flag that is younger than the run does what the run did.
+        ours = {name: line for name, line in ours.items() if name in theirs or not _is_default(flag_values[name])}
+        if changed := sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name)):
             raise ValueError(
-                f"workdir {str(self.path)!r} holds a run with other values of {', '.join(names)}; "
+                f"workdir {str(self.path)!r} holds a run with other values of {', '.join(changed)}; "
                 "use another workdir, or the same flags to continue"
             )
 
@@ -135,6 +138,10 @@ def _flags_of_main(flag_values):
     flags = flag_values.get_key_flags_for_module("__main__")
     left_out = {"workdir", "data_dir", "evaluate_only"}
     return "".join(f"{flag.serialize()}\n" for flag in flags if flag.name not in left_out and flag.value is not None)
+
+
+def _is_default(flag):
+    return flag.value == flag.default
 
 
 def _flag_name(line):

@@ -54,7 +54,12 @@ flags.DEFINE_float(
     "weight_decay", 5e-3, "Decoupled: kernels shrink by this times the learning rate per step.", lower_bound=0
 )
 flags.DEFINE_float("label_smoothing", 0.0, "Probability spread over all classes.", lower_bound=0, upper_bound=1)
-flags.DEFINE_enum("precision", "float32", ["float32", "mixed_bfloat16"], "Keras dtype policy of training.")
+flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ["float32", "mixed_bfloat16"],
+    "Keras dtype policy of training; the model is saved in float32.",
+)
 flags.DEFINE_integer("seed", 0, "Of initial weights, shuffling and augmentation.", lower_bound=0)
 flags.DEFINE_string("init_from", None, "model.keras, or a workdir with one, whose weights training starts from.")
 flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras, train nothing.")
@@ -72,10 +77,10 @@ def make_data():
     )
 
 
-def make_model(data, image_shape):
+def make_model(data, image_shape, precision="float32"):
     """The network of the flags for one image shape; None for a height or width takes any."""
     keras.utils.set_random_seed(FLAGS.seed)
-    keras.mixed_precision.set_global_policy(FLAGS.precision)
+    keras.mixed_precision.set_global_policy(precision)
     return build_repvgg(
         FLAGS.variant,
         image_shape,
@@ -97,7 +102,7 @@ def make_trainer(data):
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
         )
-    trainer = make_model(data, (None, None, data.channels))
+    trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
     if FLAGS.init_from:
         runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
     steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
