@@ -47,7 +47,7 @@ VARIANTS = {
     "B2": _published(_DEPTHS_B, 2.5, 5.0),
     "B3": _published(_DEPTHS_B, 3.0, 5.0),
     "digits": Variant(16, (16, 32, 64), (2, 2, 2), stem_stride=1, strides=(1, 2, 2)),
-    "cifar-s": Variant(16, (64, 128, 256), (2, 3, 2), stem_stride=1, strides=(2, 2, 2)),
+    "cifar-s": Variant(32, (64, 128, 256), (2, 3, 2), stem_stride=1, strides=(2, 2, 2)),
     "cifar-m": Variant(32, (64, 128, 256), (3, 6, 3), stem_stride=1, strides=(1, 2, 2)),
     "cifar-l": Variant(32, (64, 128, 256, 512), (2, 4, 6, 1), stem_stride=1, strides=(1, 2, 2, 2)),
 }
