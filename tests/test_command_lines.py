@@ -196,7 +196,8 @@ def test_one_bad_command_as_a_user_runs_it(run_program, tmp_path):
     result = run_program(TRAIN, f"--workdir={tmp_path / 'run'}", "--dataset=digitz")
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "train/main.py: error: dataset 'digitz' is not in TFDS; known here: digits, cifar10, or any TFDS name"
+        "train/main.py: error: dataset 'digitz' is not in TFDS; "
+        "known here: digits, cifar10, folder:PATH, or any TFDS name"
     ]
     assert result.stdout == ""
     assert not (tmp_path / "run").exists()
