@@ -1,6 +1,7 @@
 """Folders of images: read as they are laid out, every unusual image converted or named, never a traceback."""
 
 import io
+import json
 import os
 import struct
 import zlib
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from tf_repvgg.data import ClassificationData, ImageFolder, Preprocessing, image_folder
+from tf_repvgg import runs
+from tf_repvgg.data import NORMALIZATIONS, ClassificationData, ImageFolder, Preprocessing, image_folder
+from tf_repvgg.tflite import flatbuffer
 
 COLOURS = {"blue": (20, 50, 200), "green": (40, 160, 30), "red": (200, 50, 20)}
 SIZE = (48, 36)
@@ -226,3 +229,78 @@ def test_folders_that_cannot_be_used(tmp_path, flowers, capfd):
     refused("'folder:flowers' has 1 classes in train")
     with pytest.raises(FileNotFoundError, match=r"no folder '.*/nothing'; give --dataset=folder:PATH"):
         ClassificationData(f"folder:{tmp_path}/nothing")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, run_program):
+    """A model trained on a folder and exported, by the commands of a user: (folder, workdir, their output)."""
+    folder = tmp_path_factory.mktemp("own_images")
+    root = make_folder(folder / "colours", 16)
+    (root / "train" / "red" / "empty.png").write_bytes(b"")
+    commands = [
+        [
+            "train/main.py",
+            f"--dataset=folder:{root}",
+            f"--workdir={folder}/run",
+            *("--bad_images=skip", "--variant=digits", "--epochs=4", "--batch_size=8", "--warmup_epochs=0.5"),
+            *("--image_size=16", "--evaluation_resize=18", "--crop=random_resized", "--normalization=imagenet"),
+        ],
+        [
+            "export/main.py",
+            f"--workdir={folder}/run",
+            "--dataset=folder:colours",
+            f"--data_dir={folder}",
+            *("--bad_images=skip", "--calibration_images=40", "--latency_runs=50"),
+        ],
+    ]
+    cases = [{"command": command, "output": str(folder / f"case{index}")} for index, command in enumerate(commands)]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    result = run_program("tests/preloaded.py", folder / "cases.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed = [(folder / f"case{index}.err").read_text() for index in range(2)]
+    for index in range(2):
+        assert (folder / f"case{index}.status").read_text() == "0", printed[index][-3000:]
+    return root, folder / "run", printed
+
+
+def test_labels_and_preprocessing_reach_the_exported_file(exported):
+    root, workdir, printed = exported
+    facts = json.loads((workdir / "input.json").read_text())
+    assert facts == {
+        "dataset": "folder:colours",
+        "validation_held_out": True,
+        "size": [16, 16],
+        "mean": [123.675, 116.28, 103.53],
+        "std": [58.395, 57.12, 57.375],
+        "resize_shorter_side": 18,
+        "labels": ["blue", "green", "red"],
+    }
+    content = (workdir / "export" / "int8_w8_per_channel.tflite").read_bytes()
+    flat = flatbuffer.unpack(content)
+    (entry,) = [entry for entry in flat.metadata if entry.name == b"TF_REPVGG_INPUT"]
+    assert json.loads(bytes(flat.buffers[entry.buffer].data)) == facts
+    # The path to the folder stays on this machine.
+    assert str(root.parent).encode() not in content
+    assert str(root.parent) not in (workdir / "config.flags").read_text()
+    assert "--dataset=folder:colours" in (workdir / "config.flags").read_text().splitlines()
+    assert all("bad image 'train/red/empty.png': empty" in text for text in printed)
+
+
+def test_export_preprocesses_as_training_did(exported):
+    """Against this test's own reading of the images: accuracy in both programs, and the range that calibration saw."""
+    root, workdir, _ = exported
+    report = json.loads((workdir / "export" / "export.json").read_text())
+    data = ClassificationData(
+        f"folder:{root}", None, Preprocessing((16, 16), *NORMALIZATIONS["imagenet"], 18), bad_images="skip"
+    )
+    model = runs.load_model(workdir)
+    images, labels = (np.concatenate(part) for part in zip(*data.evaluation("test").as_numpy_iterator(), strict=True))
+    top1 = 100 * np.mean(model(images).numpy().argmax(axis=1) == labels)
+    assert report["float_training_form_top1_percent"] == pytest.approx(top1, abs=0.01)
+    assert report["images"] == 48
+    seen = np.stack(list(data.calibration(40)))
+    tensor = flatbuffer.unpack((workdir / "export" / "int8_w8_per_channel.tflite").read_bytes()).subgraphs[0]
+    (scale,) = tensor.tensors[tensor.inputs[0]].quantization.scale
+    assert scale == pytest.approx((seen.max() - seen.min()) / 255, rel=0.01)
+    # The colours are told apart by what they are, not by how they were normalised.
+    assert top1 > 60
