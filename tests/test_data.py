@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Digits, Preprocessing, classification
+from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Digits, Preprocessing, classification, preprocessing
 from tf_repvgg.data.augmentation import random_resized_crop
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
@@ -322,6 +322,20 @@ def test_resizing_the_shorter_side_and_cutting_out_the_centre(pictures):
         np.testing.assert_allclose(result, large[top : top + 20, left : left + 18].astype(int), atol=2)
 
 
+@pytest.mark.parametrize("shape", [(4, 5001, 3), (5000, 4, 3)])
+def test_long_images_are_not_resized_as_a_whole(shape, monkeypatch):
+    """Their shorter side would be, which made the longer 30,000 pixels; the centre is the same."""
+    image = np.zeros(shape, np.uint8)
+    middle = tuple(slice(length // 2 - 2, length // 2 + 2) for length in shape[:2])
+    image[middle] = 255
+    sizes = []
+    resize = preprocessing.resized
+    monkeypatch.setattr(preprocessing, "resized", lambda x, size: sizes.append(np.max(size)) or resize(x, size))
+    found = Preprocessing((20, 20), resize_shorter_side=24).resize(tf.constant(image)).numpy()
+    assert found.shape == (20, 20, 3) and max(sizes) <= 8 * 24 + 6
+    assert np.mean(found) > 200
+
+
 def everything_of_any_size(dataset):
     return zip(*dataset.as_numpy_iterator(), strict=True)
 
@@ -381,11 +395,11 @@ def test_random_resized_crops_are_windows_of_the_stored_images():
 
 def test_sets_too_large_for_the_cache_are_decoded_as_they_are_read(pictures, monkeypatch):
     """The same images with and without a cache; without, every image is still seen once in an epoch."""
-    preprocessing = Preprocessing((16, 16))
+    size = Preprocessing((16, 16))
     seen, has_cache = [], []
     for cache_bytes in (24 * 16 * 16 * 3, 24 * 16 * 16 * 3 - 1):
         monkeypatch.setattr(classification, "_CACHE_BYTES", cache_bytes)
-        data = ClassificationData("tiny", pictures, preprocessing, hold_out=False, flip=False)
+        data = ClassificationData("tiny", pictures, size, hold_out=False, flip=False)
         batches = list(data.training(8, range(1)).as_numpy_iterator())
         seen.append(np.concatenate([images for images, _ in batches]))
         assert len(seen[-1]) == 24

@@ -106,7 +106,9 @@ def make_data():
 def steps_per_epoch(data):
     every_image_once = data.steps_per_epoch(FLAGS.batch_size)
     if FLAGS.steps_per_epoch and FLAGS.steps_per_epoch > every_image_once:
-        raise ValueError(f"--steps_per_epoch={FLAGS.steps_per_epoch} is more than the {every_image_once} of one pass")
+        raise ValueError(
+            f"--steps_per_epoch={FLAGS.steps_per_epoch} is more than the {every_image_once} batches of one pass"
+        )
     return FLAGS.steps_per_epoch or every_image_once
 
 

@@ -10,6 +10,8 @@ NORMALIZATIONS = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 
+_MAX_ASPECT_RATIO = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -74,6 +76,7 @@ class Preprocessing:
         """One uint8 image [height, width, channels] of any size to uint8 [*size, channels]."""
         if self.resize_shorter_side is None:
             return resized(image, self.size)
+        image = _middle(image)
         height, width = tf.unstack(tf.shape(image)[:2])
         # The longer side is rounded down, and half pixels are rounded to even: torchvision cuts out the same.
         larger = self.resize_shorter_side * tf.stack([height, width]) // tf.minimum(height, width)
@@ -84,6 +87,14 @@ class Preprocessing:
     @staticmethod
     def _per_channel(value):
         return value if isinstance(value, tuple) else (value,)
+
+
+def _middle(image):
+    """The image, or the middle of one that is so long that resizing its shorter side would take much memory."""
+    height, width = tf.unstack(tf.shape(image)[:2])
+    longest = _MAX_ASPECT_RATIO * tf.minimum(height, width)
+    top, left = tf.maximum(height - longest, 0) // 2, tf.maximum(width - longest, 0) // 2
+    return image[top : height - top, left : width - left]
 
 
 def resized(image, size):
