@@ -4,21 +4,29 @@ Writes one file per weight width and granularity to the output folder, and expor
 """
 
 import collections
+import functools
+import itertools
 import json
 
 import numpy as np
 from absl import flags
 from tabulate import tabulate
+from tqdm import tqdm
 
 from tf_repvgg import cli, fusion, outliers, runs, tflite
-from tf_repvgg.data import ClassificationData
+from tf_repvgg.data import ClassificationData, Preprocessing
+from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("workdir", None, "Run folder of train/main.py, or a .keras file.", required=True)
 flags.DEFINE_string("output", None, "Folder to write to; by default 'export' in the workdir.")
-flags.DEFINE_string("dataset", None, "TFDS name; by default the one the run was trained on.")
-flags.DEFINE_string("data_dir", None, "TFDS data directory that holds the set; by default TFDS's own.")
+flags.DEFINE_string("dataset", None, "TFDS name, or folder:PATH; by default the one the run was trained on.")
+flags.DEFINE_string(
+    "data_dir", None, "TFDS data directory that holds the set, by default TFDS's own; for a folder, where PATH starts."
+)
+flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of a folder that cannot be used.")
+flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Images of a folder that are larger are bad.", lower_bound=0)
 flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, 2 to 8; one file each.")
 flags.DEFINE_list("granularity", ["per_channel"], "Weight scales: per_tensor, per_channel, or both; one file each.")
 flags.DEFINE_enum("inference_type", "int8", list(tflite.INFERENCE_TYPES), "Type of the file's input and output.")
@@ -56,20 +64,55 @@ def training_input(workdir):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_split(data, split):
-    """All images, normalised, and labels of a split."""
-    batches = [(images.numpy(), labels.numpy()) for images, labels in data.evaluation(split, 500)]
-    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
-    return images, labels
+def make_data(trained_on):
+    """The dataset of the flags, preprocessed as the model was trained."""
+    data = ClassificationData(
+        FLAGS.dataset or trained_on["dataset"],
+        FLAGS.data_dir,
+        Preprocessing.from_facts(trained_on),
+        hold_out=trained_on["validation_held_out"],
+        bad_images=FLAGS.bad_images,
+        max_megapixels=FLAGS.max_megapixels,
+    )
+    if FLAGS.dataset:
+        FLAGS.dataset = data.name  # export.json is for other machines too: without the path to a folder
+    return data
+
+
+def check_fits(model, trained_on, data):
+    """Refuses a dataset that the model is not for."""
+    expected, found = ((model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes))
+    if expected != found:
+        raise ValueError(
+            "the model takes images {} into {} classes, but ".format(*expected)
+            + "{name} has images {} of {} classes".format(*found, name=repr(data.name))
+        )
+    for number, (its, ours) in enumerate(zip(trained_on.get("labels", data.labels), data.labels, strict=True)):
+        if its != ours:
+            raise ValueError(f"class {number} of the model is {its!r}, but that of {data.name!r} is {ours!r}")
+
+
+def classify(data, split, predictors):
+    """Labels of a split, and the classes that each predictor {name: images -> logits} finds.
+
+    Batch by batch: a split need not fit into memory.
+    """
+    labels, classes = [], {name: [] for name in predictors}
+    with tqdm(total=data.num_examples(split), desc=f"{split} split", unit="image", leave=False) as bar:
+        for images, its_labels in data.evaluation(split).as_numpy_iterator():
+            labels.append(its_labels)
+            for name, predict in predictors.items():
+                classes[name].append(np.argmax(predict(images), axis=1))
+            bar.update(len(images))
+    return np.concatenate(labels), {name: np.concatenate(parts) for name, parts in classes.items()}
 
 
 def percent(matches):
     return round(100 * float(np.mean(matches)), 3)
 
 
-def measure(file, images, labels, float_classes, name):
-    """What there is to say about one written file."""
-    classes = tflite.predict(file, images, description=name).argmax(axis=1)
+def measure(file, classes, labels, float_classes):
+    """What there is to say about one written file that found these classes."""
     latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
     return {
         "top1_percent": percent(classes == labels),
@@ -109,14 +152,9 @@ def main(_):
         bits, granularities = read_flags()
         trained_on = training_input(FLAGS.workdir)
         model = runs.load_model(FLAGS.workdir)
-        data = ClassificationData(FLAGS.dataset or trained_on["dataset"], FLAGS.data_dir, trained_on["size"])
+        data = make_data(trained_on)
         calibration = data.calibration(FLAGS.calibration_images, FLAGS.calibration_split)
-        expected, found = ((model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes))
-        if expected != found:
-            raise ValueError(
-                "the model takes images {} into {} classes, but ".format(*expected)
-                + "{name} has images {} of {} classes".format(*found, name=repr(data.name))
-            )
+        check_fits(model, trained_on, data)
         if FLAGS.evaluation_split == "validation" and not trained_on["validation_held_out"]:
             raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
         try:
@@ -124,33 +162,35 @@ def main(_):
         except ArithmeticError as error:  # weights that are not finite, say
             raise ValueError(error) from None
         output = runs.writable_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
-    images, labels = load_split(data, FLAGS.evaluation_split)
-    training_form = model.predict(images, batch_size=500, verbose=0).argmax(axis=1)
-    float_classes = fused.predict(images, batch_size=500, verbose=0).argmax(axis=1)
     calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type)
+    files, grids = {}, {}
+    for width, granularity in itertools.product(bits, granularities):
+        name = f"{FLAGS.inference_type}_w{width}_{granularity}.tflite"
+        per_channel = granularity == "per_channel"
+        files[name] = tflite.with_weights(calibrated, fused, width, per_channel, metadata=trained_on)
+        grids[name] = {"weight_bits": width, "granularity": granularity}
+        runs.write_bytes(output / name, files[name])
+    predictors = {"training form": model.predict_on_batch, "fused": fused.predict_on_batch}
+    predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
+    labels, classes = classify(data, FLAGS.evaluation_split, predictors)
     report = {
         "input": trained_on,
         "evaluation_dataset": data.name,
         "flags": cli.key_flags(),
         "model_sha256": runs.model_sha256(FLAGS.workdir),
         "evaluation_split": FLAGS.evaluation_split,
-        "images": len(images),
+        "images": len(labels),
         "calibration": f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}",
         "inference_type": FLAGS.inference_type,
-        "float_training_form_top1_percent": percent(training_form == labels),
-        "float_fused_top1_percent": percent(float_classes == labels),
+        "float_training_form_top1_percent": percent(classes["training form"] == labels),
+        "float_fused_top1_percent": percent(classes["fused"] == labels),
         "outliers": outliers.as_records(outliers.report(model)),
         "files": [],
         "machine": runs.machine(),
     }
-    for width in bits:
-        for granularity in granularities:
-            name = f"{FLAGS.inference_type}_w{width}_{granularity}.tflite"
-            per_channel = granularity == "per_channel"
-            file = tflite.with_weights(calibrated, fused, width, per_channel, metadata=trained_on)
-            runs.write_bytes(output / name, file)
-            entry = {"file": name, "weight_bits": width, "granularity": granularity}
-            report["files"].append(entry | measure(file, images, labels, float_classes, name))
+    for name, file in files.items():
+        measured = measure(file, classes[name], labels, classes["fused"])
+        report["files"].append({"file": name} | grids[name] | measured)
     runs.write_json(output / "export.json", report)
     print_table(report)
     print(f"written to {output}")

@@ -93,8 +93,15 @@ def test_what_a_run_leaves(trained):
     assert record["machine"]["tensorflow"]
     assert f"{record['top1_percent']:.2f} %" in result.stdout
     facts = json.loads((workdir / "input.json").read_text())
-    expected = {"dataset": "digits", "size": [8, 8], "mean": 128.0, "std": 128.0, "validation_held_out": True}
-    assert facts == expected
+    assert facts == {
+        "dataset": "digits",
+        "validation_held_out": True,
+        "size": [8, 8],
+        "mean": 128.0,
+        "std": 128.0,
+        "resize_shorter_side": None,
+        "labels": [str(digit) for digit in range(10)],
+    }
     assert list((workdir / "tensorboard").rglob("events.out.tfevents.*"))
     # The distribution of gamma/sigma is printed, and no channel exceeds the limit.
     assert "gamma/sigma" in result.stdout

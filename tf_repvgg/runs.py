@@ -1,7 +1,6 @@
 """The folder a training run lives in: what is written there, under which names, and how it is read back."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -114,8 +113,7 @@ class Run:
         """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects."""
         with written_whole(self.path / CONFIG_NAME) as temporary:
             temporary.write_text(_flags_of_main(flag_values), encoding="utf-8")
-        facts = {"dataset": data.name, "validation_held_out": data.hold_out}
-        write_json(self.path / INPUT_NAME, facts | dataclasses.asdict(data.preprocessing))
+        write_json(self.path / INPUT_NAME, data.facts())
 
     def save_model(self, model):
         with written_whole(self.model_path) as temporary:

@@ -14,18 +14,41 @@ from tf_repvgg import cli, layers, outliers, runs  # before Keras: it keeps Tens
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg.data import ClassificationData
+from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Preprocessing
+from tf_repvgg.data.augmentation import CROPS
+from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.layers.clip_limit import parse_by_name
 from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
 from tf_repvgg.training import callbacks, optimization
 
 FLAGS = flags.FLAGS
-EVALUATION_BATCH = 500
 
-flags.DEFINE_string("dataset", "digits", "TFDS name of an image classification set; 'digits' comes with the package.")
-flags.DEFINE_string("data_dir", None, "TFDS data directory that holds the set; by default TFDS's own, with download.")
+flags.DEFINE_string(
+    "dataset",
+    "digits",
+    "TFDS name of an image classification set ('digits' comes with the package), or folder:PATH for images in "
+    "PATH/train/<label>/ and PATH/test/<label>/.",
+)
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "TFDS data directory that holds the set, by default TFDS's own, with download; for a folder, where PATH starts.",
+)
+flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of a folder that cannot be used.")
+flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Images of a folder that are larger are bad.", lower_bound=0)
 flags.DEFINE_integer("image_size", None, "Height and width to resize to; needed where a set's images differ in size.")
-flags.DEFINE_integer("crop_padding", 2, "Training images are padded by this many pixels, then cropped.", lower_bound=0)
+flags.DEFINE_integer(
+    "evaluation_resize",
+    None,
+    "Shorter side to resize to before the centre of --image_size is cut out; by default whole images are stretched.",
+    lower_bound=1,
+)
+flags.DEFINE_enum("normalization", "symmetric", list(NORMALIZATIONS), "Mean and standard deviation of pixels.")
+flags.DEFINE_enum(
+    "crop", "pad", CROPS, "Training images: padded and cropped, or a random window of the stored image, resized."
+)
+flags.DEFINE_integer("crop_padding", 2, "Pixels that --crop=pad adds on every side.", lower_bound=0)
+flags.DEFINE_boolean("flip", None, "Mirror half of the training images; by default unless the set is of digits.")
 flags.DEFINE_boolean(
     "validation", True, "Hold validation data out of training and report on them, not on the test set."
 )
@@ -44,12 +67,14 @@ flags.DEFINE_enum("identity", "norm", layers.IDENTITIES, "Identity branch: as pu
 flags.DEFINE_float("identity_gain", 0.1, "Gain of --identity=constant.")
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is what PyTorch does.")
 flags.DEFINE_integer("epochs", 10, "Passes over the training data.", lower_bound=1)
+flags.DEFINE_integer("steps_per_epoch", None, "By default those of one pass over the training data.", lower_bound=1)
 flags.DEFINE_integer("early_epochs", 0, "The first so many epochs train on smaller, cheaper crops.", lower_bound=0)
 flags.DEFINE_integer("early_crop", 24, "Height and width of those crops.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.1, "Peak of the cosine schedule.", lower_bound=0)
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
-flags.DEFINE_float("momentum", 0.9, "Momentum of Nesterov SGD.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
+flags.DEFINE_boolean("nesterov", True, "Nesterov's momentum, or the plain one.")
 flags.DEFINE_float(
     "weight_decay", 5e-3, "Decoupled: kernels shrink by this times the learning rate per step.", lower_bound=0
 )
@@ -70,14 +95,29 @@ flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras
 
 def make_data():
     size = None if FLAGS.image_size is None else (FLAGS.image_size, FLAGS.image_size)
-    return ClassificationData(
+    data = ClassificationData(
         FLAGS.dataset,
         FLAGS.data_dir,
-        size,
+        Preprocessing(size, *NORMALIZATIONS[FLAGS.normalization], FLAGS.evaluation_resize),
         hold_out=FLAGS.validation,
+        crop=FLAGS.crop,
         crop_padding=FLAGS.crop_padding,
+        flip=FLAGS.flip,
         seed=FLAGS.seed,
+        bad_images=FLAGS.bad_images,
+        max_megapixels=FLAGS.max_megapixels,
     )
+    FLAGS.dataset = data.name  # config.flags is for other machines too: without the path to a folder
+    return data
+
+
+def steps_per_epoch(data):
+    every_image_once = data.steps_per_epoch(FLAGS.batch_size)
+    if FLAGS.steps_per_epoch and FLAGS.steps_per_epoch > every_image_once:
+        raise ValueError(
+            f"--steps_per_epoch={FLAGS.steps_per_epoch} is more than the {every_image_once} batches of one pass"
+        )
+    return FLAGS.steps_per_epoch or every_image_once
 
 
 def make_model(data, image_shape, precision="float32"):
@@ -110,13 +150,14 @@ def make_trainer(data):
         runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
     if FLAGS.merged_weight_decay:
         optimization.penalize_merged_kernels(trainer, FLAGS.merged_weight_decay)
-    steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
+    steps = steps_per_epoch(data)
     trainer.compile(
         optimization.make_optimizer(
             FLAGS.learning_rate,
-            steps=steps_per_epoch * FLAGS.epochs,
-            warmup_steps=round(steps_per_epoch * FLAGS.warmup_epochs),
+            steps=steps * FLAGS.epochs,
+            warmup_steps=round(steps * FLAGS.warmup_epochs),
             momentum=FLAGS.momentum,
+            nesterov=FLAGS.nesterov,
             weight_decay=FLAGS.weight_decay,
         ),
         optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
@@ -127,7 +168,7 @@ def make_trainer(data):
 
 def train(run, data, trainer, resume):
     """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images."""
-    steps_per_epoch = data.steps_per_epoch(FLAGS.batch_size)
+    steps = steps_per_epoch(data)
     every_phase = [
         callbacks.MetricsLog(run.metrics_path, resume.first_epoch),
         keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
@@ -135,17 +176,17 @@ def train(run, data, trainer, resume):
         resume,
     ]
     early_end = min(FLAGS.early_epochs, FLAGS.epochs)
-    with callbacks.Progress(steps_per_epoch, FLAGS.epochs, resume.first_epoch) as progress:
+    with callbacks.Progress(steps, FLAGS.epochs, resume.first_epoch) as progress:
         for start, end, crop in ((0, early_end, FLAGS.early_crop), (early_end, FLAGS.epochs, None)):
             epochs = range(max(start, resume.first_epoch), end)
             if not epochs:
                 continue
             trainer.fit(
-                data.training(FLAGS.batch_size, epochs, image_size=crop),
-                steps_per_epoch=steps_per_epoch,
+                data.training(FLAGS.batch_size, epochs, image_size=crop, steps_per_epoch=steps),
+                steps_per_epoch=steps,
                 initial_epoch=epochs.start,
                 epochs=epochs.stop,
-                validation_data=data.evaluation("validation", EVALUATION_BATCH) if FLAGS.validation else None,
+                validation_data=data.evaluation("validation") if FLAGS.validation else None,
                 verbose=0,
                 callbacks=[progress, *every_phase],
             )
@@ -154,7 +195,7 @@ def train(run, data, trainer, resume):
 def evaluate(data, model, split):
     """Top-1 in percent on every image of a split."""
     model.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")])
-    return 100 * model.evaluate(data.evaluation(split, EVALUATION_BATCH), verbose=0, return_dict=True)["top1"]
+    return 100 * model.evaluate(data.evaluation(split), verbose=0, return_dict=True)["top1"]
 
 
 def main(_):

@@ -1,97 +1,130 @@
-"""From a TFDS name to batches: decode, augment, normalise, cache, shuffle, batch, prefetch."""
+"""From a dataset's name to batches: decode, resize, augment, normalise, cache, shuffle, batch, prefetch."""
 
 import dataclasses
 import functools
 
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from tf_repvgg.data.digits import Digits
+from tf_repvgg.data import image_folder
+from tf_repvgg.data.augmentation import CROPS, pad_and_crop, random_resized_crop
+from tf_repvgg.data.preprocessing import Preprocessing
+from tf_repvgg.data.sources import TfdsSource
 
 _CACHE_BYTES = 2 * 1024**3
 _PARALLEL_CALLS = 2
 _PREFETCHED_BATCHES = 4
-# Mirrored digits are other shapes, not other pictures of the same digit.
-_NO_FLIP = frozenset({"digits", "mnist", "mnist_corrupted", "svhn_cropped", "emnist", "kmnist"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """What a model expects: ``(pixel - mean) / std`` on pixels 0 to 255, resized to `size`.
-
-    The default maps pixels to -1 .. 127/128. Calibrated on images with black and white pixels that is scale 1/128 and
-    zero point 0, so that the int8 input of an exported model is just the pixel minus 128.
-    """
-
-    size: tuple[int, int]
-    mean: float = 128.0
-    std: float = 128.0
-
-    def __call__(self, images):
-        """uint8 or float images [..., height, width, channels] to normalised float32 ones, not resized."""
-        return (tf.cast(images, tf.float32) - self.mean) / self.std
+_EVALUATION_IMAGES = 500
+_EVALUATION_BYTES = 64 * 1024**2
 
 
 class ClassificationData:
-    """The splits of one TFDS classification set.
+    """The splits of one image classification set.
 
     Args:
-      name: "digits" (in this package), "cifar10", or any TFDS set with an image and a label.
-      data_dir: TFDS data directory; None for TFDS's own, where a missing set is downloaded.
-      image_size: (height, width) to resize to; None where the set's images have one size.
+      name: "digits" (in this package), "cifar10", or any TFDS set with an image and a label; or "folder:PATH", see
+        `ImageFolder`.
+      data_dir: TFDS data directory; None for TFDS's own, where a missing set is downloaded. For a folder, where PATH
+        starts.
+      preprocessing: of every image; its size may be None where the set's images have one size.
       hold_out: True to hold the validation split out of training; False to train on everything but the test split.
-      crop_padding: pixels that training images are padded by on every side before they are cropped at random.
+      crop: of training images: "pad" to pad the preprocessed image and crop it at random, or "random_resized" to cut
+        a random window out of the stored image and resize that (see `tf_repvgg.data.augmentation`).
+      crop_padding: pixels that "pad" adds on every side.
+      flip: whether half of the training images are mirrored; None for all sets but those known to be of digits or
+        letters.
       seed: of shuffling and augmentation.
+      bad_images, max_megapixels: see `ImageFolder`; they matter to folders only.
+
+    Attributes:
+      name: as given, but without the path to a folder.
+      labels: names of the classes, in the order of their numbers.
 
     The test split is the set's "test", or its "validation" where there is no test. Where validation data are then
     missing, the last tenth of "train" serves.
 
     Raises:
-      ValueError: for an unknown set, one that is no classification of images, or a missing image size.
-      FileNotFoundError: if `data_dir` is given and does not hold the set.
+      ValueError: for an unknown set, one that is no classification of images, a missing image size, or preprocessing
+        that does not fit the images; and see `ImageFolder`.
+      FileNotFoundError: if `data_dir` is given and does not hold the set, or the folder is missing.
     """
 
-    def __init__(self, name, data_dir=None, image_size=None, hold_out=True, crop_padding=0, seed=0):
-        self.name = name
+    def __init__(
+        self,
+        name,
+        data_dir=None,
+        preprocessing=None,
+        hold_out=True,
+        crop="pad",
+        crop_padding=0,
+        flip=None,
+        seed=0,
+        bad_images="refuse",
+        max_megapixels=image_folder.MAX_MEGAPIXELS,
+    ):
+        if crop not in CROPS:
+            raise ValueError(f"crop is {crop!r}; known: {', '.join(CROPS)}")
+        if name.startswith(image_folder.PREFIX):
+            self._source = image_folder.ImageFolder(name, data_dir, bad_images, max_megapixels)
+        else:
+            self._source = TfdsSource(name, data_dir)
+        self.name = self._source.name
+        self.labels = self._source.labels
         self.seed = seed
-        self._crop_padding = crop_padding
-        self._builder = _builder(name, data_dir)
-        self._flips = self._builder.name not in _NO_FLIP
-        info = self._builder.info
-        if not {"image", "label"} <= set(info.features or {}):
-            raise ValueError(f"dataset {name!r} has no image and label, but {', '.join(info.features)}")
-        self.num_classes = info.features["label"].num_classes
-        height, width, self.channels = info.features["image"].shape
-        self._resizes = image_size is not None and tuple(image_size) != (height, width)
-        if image_size is None and None in (height, width):
-            raise ValueError(f"images of dataset {name!r} differ in size; say which to resize to with image_size")
-        self.preprocessing = Preprocessing(tuple(image_size) if self._resizes else (height, width))
         self.hold_out = hold_out
-        self.splits = _splits(info.splits, hold_out)
+        self._crop = crop
+        self._crop_padding = crop_padding
+        self._flips = self._source.flips if flip is None else flip
+        *stored_size, self.channels = self._source.image_shape
+        preprocessing = preprocessing or Preprocessing()
+        if preprocessing.size is None:
+            if None in stored_size:
+                raise ValueError(f"images of dataset {name!r} differ in size; say which to resize to with image_size")
+            preprocessing = dataclasses.replace(preprocessing, size=tuple(stored_size))
+        preprocessing.check_channels(self.channels)
+        self.preprocessing = preprocessing
+        self._resizes = preprocessing.resize_shorter_side is not None or preprocessing.size != tuple(stored_size)
+        self.splits = _splits(self._source.splits, hold_out)
+        if hold_out and not self.num_examples("validation"):
+            raise ValueError(
+                f"dataset {self.name!r} has too few images to hold a tenth of them out; use --novalidation"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of every image that comes out."""
         return (*self.preprocessing.size, self.channels)
 
+    def facts(self) -> dict:
+        """What a model trained on these data must be told of to be used: JSON-serializable."""
+        facts = {"dataset": self.name, "validation_held_out": self.hold_out}
+        return facts | self.preprocessing.facts() | {"labels": list(self.labels)}
+
     def num_examples(self, split: str) -> int:
         """Number of images in "train", "validation" or "test"."""
-        return self._builder.info.splits[self.splits[split]].num_examples
+        return self._source.num_examples(self.splits[split])
 
     def images(self, split: str) -> tf.data.Dataset:
         """(uint8 image, int64 label) of a split in its stored order, resized, cached if small."""
-        dataset = self._builder.as_dataset(self.splits[split], as_supervised=True).with_options(_options())
-        if self._resizes:
-            dataset = dataset.map(self._resize, num_parallel_calls=_PARALLEL_CALLS)
-        height, width, channels = self.image_shape
-        if self.num_examples(split) * height * width * channels <= _CACHE_BYTES:
-            dataset = dataset.cache()
-        return dataset
+        dataset = self._source.encoded(self.splits[split]).with_options(_options())
+        dataset = dataset.map(self._decode_and_resize, num_parallel_calls=_PARALLEL_CALLS)
+        return dataset.cache() if self._fits_cache(split) else dataset
 
-    def evaluation(self, split: str, batch_size: int) -> tf.data.Dataset:
-        """Batches (float32 images, labels), every image of the split once, in order, not augmented."""
-        dataset = self.images(split).batch(batch_size)
-        return dataset.map(lambda images, labels: (self.preprocessing(images), labels)).prefetch(_PREFETCHED_BATCHES)
+    def evaluation(self, split: str, batch_size: int | None = None) -> tf.data.Dataset:
+        """Batches (float32 images, labels), every image of the split once, in order, not augmented.
+
+        By default 500 images in a batch, fewer where they are large.
+        """
+        batches = self.images(split).batch(batch_size or self.evaluation_batch_size)
+        return batches.map(lambda images, labels: (self.preprocessing(images), labels)).prefetch(_PREFETCHED_BATCHES)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        height, width, channels = self.image_shape
+        return max(1, min(_EVALUATION_IMAGES, _EVALUATION_BYTES // (4 * height * width * channels)))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in one pass over the training split.
@@ -104,8 +137,10 @@ class ClassificationData:
             raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
         return count // batch_size
 
-    def training(self, batch_size: int, epochs: range, image_size: int | None = None) -> tf.data.Dataset:
-        """Augmented, shuffled batches of the given epochs, `steps_per_epoch` for each.
+    def training(
+        self, batch_size: int, epochs: range, image_size: int | None = None, steps_per_epoch: int | None = None
+    ) -> tf.data.Dataset:
+        """Augmented, shuffled batches of the given epochs.
 
         Order and augmentation depend on seed and epoch alone, so a run that continues at an epoch sees what an
         uninterrupted one would have seen.
@@ -115,24 +150,15 @@ class ClassificationData:
           epochs: numbers of the epochs, from 0.
           image_size: height and width of the crops, where they are not to be those of the images: smaller ones are
             cheaper to train on.
+          steps_per_epoch: batches of each epoch, where they are not to be all.
         """
-        height, width = (image_size, image_size) if image_size else self.preprocessing.size
-        count = self.num_examples("train")
-        images = self.images("train")
-
-        def one_epoch(epoch):
-            epoch_seed = 1000 * self.seed + epoch  # shared with no epoch of the next seeds
-            batches = images.shuffle(min(count, 50_000), seed=epoch_seed).batch(batch_size, drop_remainder=True)
-            return batches.enumerate().map(
-                lambda index, batch: (
-                    self._augment(batch[0], height, width, [epoch_seed, index]),
-                    batch[1],
-                ),
-                num_parallel_calls=_PARALLEL_CALLS,
-            )
-
-        batches = functools.reduce(tf.data.Dataset.concatenate, map(one_epoch, epochs))
-        return batches.map(lambda x, y: (self.preprocessing(x), y)).prefetch(_PREFETCHED_BATCHES)
+        size = (image_size, image_size) if image_size else self.preprocessing.size
+        steps = steps_per_epoch or self.steps_per_epoch(batch_size)
+        one_epoch = self._random_resized_crops if self._crop == "random_resized" else self._padded_crops
+        # Seeds that are shared with no epoch of the next ones.
+        batches = [one_epoch(batch_size, size, 1000 * self.seed + epoch).take(steps) for epoch in epochs]
+        dataset = functools.reduce(tf.data.Dataset.concatenate, batches).with_options(_options())
+        return dataset.map(lambda x, y: (self.preprocessing(x), y)).prefetch(_PREFETCHED_BATCHES)
 
     def calibration(self, count: int, split: str = "train") -> tf.data.Dataset:
         """The first `count` images of a split, normalised, one by one: what activation ranges are measured on.
@@ -144,27 +170,47 @@ class ClassificationData:
             raise ValueError(f"{count} calibration images asked for, but {split!r} has {self.num_examples(split)}")
         return self.images(split).take(count).map(lambda image, _: self.preprocessing(image))
 
-    def _resize(self, image, label):
-        resized = tf.image.resize(image, self.preprocessing.size, antialias=True)
-        return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8), label
+    def _fits_cache(self, split):
+        height, width, channels = self.image_shape
+        return self.num_examples(split) * height * width * channels <= _CACHE_BYTES
 
-    def _augment(self, images, height, width, seed):
-        """Pads a batch, crops each image at random, and flips it where a mirrored class is the same.
+    def _decode_and_resize(self, encoded, label):
+        image = self._source.decode(encoded)
+        if self._resizes:
+            image = tf.ensure_shape(self.preprocessing.resize(image), self.image_shape)
+        return image, label
 
-        On whole batches: per image, these few small operations took a tenth of a training step.
-        """
+    @functools.cached_property
+    def _cached_training_images(self):
+        """One cache, shared by all epochs."""
+        return self.images("train")
+
+    def _padded_crops(self, batch_size, size, seed):
+        """An epoch of batches that are cropped as wholes, from the cache if there is one."""
         # Smaller crops move over the image by themselves.
-        padding = self._crop_padding if (height, width) == self.preprocessing.size else 0
-        padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-        count, padded_height, padded_width, _ = tf.unstack(tf.shape(padded))
-        draws = tf.random.stateless_uniform([3, count, 1], seed)
-        offsets = tf.cast(tf.stack([padded_height - height + 1, padded_width - width + 1]), tf.float32)
-        top, left = tf.unstack(tf.cast(draws[:2] * offsets[:, tf.newaxis, tf.newaxis], tf.int32))
-        rows = tf.gather(padded, top + tf.range(height), batch_dims=1, axis=1)
-        columns = left + tf.range(width)
-        if self._flips:
-            columns = tf.where(draws[2] < 0.5, columns, columns[:, ::-1])
-        return tf.gather(rows, columns, batch_dims=1, axis=2)
+        padding = self._crop_padding if size == self.preprocessing.size else 0
+        if self._fits_cache("train"):
+            examples = self._cached_training_images.shuffle(min(self.num_examples("train"), 50_000), seed=seed)
+        else:
+            examples = self._source.encoded(self.splits["train"], shuffle_seed=seed)
+            examples = examples.map(self._decode_and_resize, num_parallel_calls=_PARALLEL_CALLS)
+        batches = examples.batch(batch_size, drop_remainder=True).enumerate()
+        return batches.map(
+            lambda index, batch: (pad_and_crop(batch[0], size, padding, self._flips, [seed, index]), batch[1]),
+            num_parallel_calls=_PARALLEL_CALLS,
+        )
+
+    def _random_resized_crops(self, batch_size, size, seed):
+        """An epoch of batches whose images are decoded anew, as far as they are needed."""
+        examples = self._source.encoded(self.splits["train"], shuffle_seed=seed).enumerate()
+        cropped = examples.map(
+            lambda index, example: (
+                random_resized_crop(example[0], self._source.decode, self.channels, size, self._flips, [seed, index]),
+                example[1],
+            ),
+            num_parallel_calls=_PARALLEL_CALLS,
+        )
+        return cropped.batch(batch_size, drop_remainder=True)
 
 
 def _options():
@@ -175,25 +221,6 @@ def _options():
     options = tf.data.Options()
     options.autotune.enabled = False
     return options
-
-
-def _builder(name, data_dir):
-    if name == Digits.name:
-        builder = Digits(data_dir=data_dir)
-        builder.download_and_prepare()
-        return builder
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.registered.DatasetNotFoundError, AssertionError):  # the latter for versions it does not have
-        raise ValueError(f"dataset {name!r} is not in TFDS; known here: digits, cifar10, or any TFDS name") from None
-    if not builder.is_prepared():
-        if data_dir is not None:
-            raise FileNotFoundError(
-                f"data_dir {data_dir!r} does not hold the dataset {name!r} (looked for {builder.data_path}); "
-                "point it at a TFDS directory that does, or leave it out to download the set"
-            )
-        builder.download_and_prepare()
-    return builder
 
 
 def _splits(available, hold_out):

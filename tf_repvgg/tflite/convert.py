@@ -41,7 +41,7 @@ def convert(
       weight_bits: 2 to 8: of the uniform weight grid, stored in int8.
       kernels: codes and scales by layer name, for layers that are already quantized.
       metadata: JSON-serializable facts to store in the file under the name TF_REPVGG_INPUT, such as the
-        preprocessing that the model expects.
+        preprocessing that the model expects and the names of its classes.
 
     Returns:
       The bytes of the file.

@@ -8,8 +8,8 @@ import tf_keras as keras
 from tf_repvgg.layers import ReparameterizedBlock
 
 
-def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_decay=0.0):
-    """Nesterov SGD; linear warm-up to `learning_rate`, then cosine to 0 at `steps`.
+def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_decay=0.0, nesterov=True):
+    """SGD, with Nesterov's momentum or the plain one; linear warm-up to `learning_rate`, then cosine to 0 at `steps`.
 
     Weight decay is decoupled from the gradient, and leaves normalization parameters and biases alone. With momentum m
     it acts about like an L2 penalty of (1 - m) * weight_decay in PyTorch's SGD.
@@ -22,7 +22,7 @@ def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_deca
         warmup_steps=max(warmup_steps, 1),
     )
     optimizer = keras.optimizers.SGD(
-        schedule, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay or None
+        schedule, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay or None
     )
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
