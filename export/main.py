@@ -123,7 +123,7 @@ def main(_):
             fused = fusion.fuse(model)
         except ArithmeticError as error:  # weights that are not finite, say
             raise ValueError(error) from None
-        output = runs.writable_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+        output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     images, labels = load_split(data, FLAGS.evaluation_split)
     training_form = model.predict(images, batch_size=500, verbose=0).argmax(axis=1)
     float_classes = fused.predict(images, batch_size=500, verbose=0).argmax(axis=1)

@@ -2,22 +2,51 @@
 
 python preloaded.py CASES.json: a list of {"command": [program, flag, ...], "output": path}; for each, stdout and
 stderr go to output + ".out" and ".err", and the exit status to output + ".status". What a user would see, at a tenth
-of the time: each child runs the program as __main__ from the start and exits by itself.
+of the time: each child runs the program as __main__ from the start and exits by itself. Forking is safe as long as
+this process has run no operation of TensorFlow: only that starts its threads, which a child would not inherit.
+
+With "kill": {"folder": path, "event": number, "seconds": delay} the child dies by SIGKILL that long after its Python
+code has touched files in a folder so many times (opened, made, renamed, removed): always at the same place of the
+program, and with a delay also within what TensorFlow's native code writes.
 """
 
 import json
 import os
 import runpy
+import signal
 import sys
+import threading
+import time
 import traceback
 
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
-def run(command, output):
+
+def die_after(folder, event, seconds):
+    def kill():
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    events = 0
+
+    def count(name, arguments):
+        nonlocal events
+        if name in TOUCHES and str(arguments[0]).startswith(folder):
+            events += 1
+            if events == event:
+                threading.Thread(target=kill).start() if seconds else kill()
+
+    sys.addaudithook(count)
+
+
+def run(command, output, kill=None):
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.argv = command
     sys.path.insert(0, os.path.dirname(command[0]))
+    if kill:
+        die_after(**kill)
     try:
         runpy.run_path(command[0], run_name="__main__")
         status = 0

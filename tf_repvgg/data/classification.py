@@ -104,10 +104,12 @@ class ClassificationData:
             raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
         return count // batch_size
 
-    def training(self, batch_size: int, epochs: range, image_size: int | None = None) -> tf.data.Dataset:
+    def training(
+        self, batch_size: int, epochs: range, image_size: int | None = None, first_step: int = 0
+    ) -> tf.data.Dataset:
         """Augmented, shuffled batches of the given epochs, `steps_per_epoch` for each.
 
-        Order and augmentation depend on seed and epoch alone, so a run that continues at an epoch sees what an
+        Order and augmentation depend on seed, epoch and step alone, so a run that continues anywhere sees what an
         uninterrupted one would have seen.
 
         Args:
@@ -115,6 +117,7 @@ class ClassificationData:
           epochs: numbers of the epochs, from 0.
           image_size: height and width of the crops, where they are not to be those of the images: smaller ones are
             cheaper to train on.
+          first_step: number of the step, from 0, that the first epoch starts with; the batches before are left out.
         """
         height, width = (image_size, image_size) if image_size else self.preprocessing.size
         count = self.num_examples("train")
@@ -122,13 +125,19 @@ class ClassificationData:
 
         def one_epoch(epoch):
             epoch_seed = 1000 * self.seed + epoch  # shared with no epoch of the next seeds
-            batches = images.shuffle(min(count, 50_000), seed=epoch_seed).batch(batch_size, drop_remainder=True)
-            return batches.enumerate().map(
-                lambda index, batch: (
-                    self._augment(batch[0], height, width, [epoch_seed, index]),
-                    batch[1],
-                ),
-                num_parallel_calls=_PARALLEL_CALLS,
+            # Iterating again gives the same order: Keras may start an iterator, drop it, and start another.
+            shuffled = images.shuffle(min(count, 50_000), seed=epoch_seed, reshuffle_each_iteration=False)
+            batches = shuffled.batch(batch_size, drop_remainder=True)
+            return (
+                batches.enumerate()
+                .skip(first_step if epoch == epochs.start else 0)
+                .map(
+                    lambda index, batch: (
+                        self._augment(batch[0], height, width, [epoch_seed, index]),
+                        batch[1],
+                    ),
+                    num_parallel_calls=_PARALLEL_CALLS,
+                )
             )
 
         batches = functools.reduce(tf.data.Dataset.concatenate, map(one_epoch, epochs))
