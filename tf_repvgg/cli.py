@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 
+import tensorflow as tf
 from absl import app, flags, logging
 
 FAILED, BAD_INPUT = 1, 2
@@ -24,6 +25,8 @@ def _run(main, argv):
         main(argv)
     except (OSError, FloatingPointError) as error:
         _exit(error, FAILED)
+    except tf.errors.ResourceExhaustedError as error:  # memory, or the disk that TensorBoard's events go to
+        _exit(error.message.splitlines()[0].rpartition("}} ")[2], FAILED)
 
 
 def _parse_flags(argv):
