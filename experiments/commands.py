@@ -30,7 +30,9 @@ def train(config, workdir, **flags) -> dict:
     """
     committed = ROOT / "results" / "checkpoints" / config
     if committed.exists() and not (ROOT / workdir).exists() and not flags.keys() - {"data_dir"}:
-        shutil.copytree(committed, ROOT / workdir)
+        (ROOT / workdir).parent.mkdir(parents=True, exist_ok=True)
+        with runs.written_whole(ROOT / workdir) as temporary:
+            shutil.copytree(committed, temporary)
     _run("train/main.py", f"--flagfile=configs/{config}.flags", workdir=workdir, **flags)
     return _read(ROOT / workdir / "result.json")
 

@@ -7,6 +7,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tf_repvgg import runs
 from tf_repvgg.layers import ReparameterizedBlock
 
 _COLOURS = {"other weights": "#4878a8", "centre-tap diagonal": "#d1495b"}
@@ -58,5 +59,6 @@ def draw(models: dict, path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("merged weight / standard deviation of the other weights", fontsize=8)
     axes[0, 0].legend(fontsize=7, loc="upper left")
-    figure.savefig(path, dpi=120)
+    with runs.written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)

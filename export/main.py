@@ -161,7 +161,7 @@ def main(_):
             fused = fusion.fuse(model)
         except ArithmeticError as error:  # weights that are not finite, say
             raise ValueError(error) from None
-        output = runs.writable_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+        output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type)
     files, grids = {}, {}
     for width, granularity in itertools.product(bits, granularities):

@@ -2,11 +2,14 @@
 
 # ruff: noqa: E402  (the environment must be set before TensorFlow and TFDS read it)
 
+import itertools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Digits are written once per session, away from the user's own TFDS folder; subprocesses inherit the place.
@@ -37,6 +40,10 @@ settings.register_profile(
 settings.load_profile("stable")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="How often tests/test_surviving.py kills.")
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test starts from the same seed and leaves the dtype policy as it was."""
@@ -56,6 +63,31 @@ def run_program():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_forked(tmp_path_factory):
+    """run_forked("train/main.py", "--epochs=1", ...) -> status, stdout, stderr; TensorFlow is imported only once.
+
+    kill={"folder": path, "event": number, "seconds": delay} ends it early: see preloaded.py.
+    """
+    folder = tmp_path_factory.mktemp("forked")
+    numbers = itertools.count()
+    command = [sys.executable, "tests/preloaded.py"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(*command, **case):
+            output = folder / str(next(numbers))
+            case |= {"command": [str(word) for word in command], "output": str(output)}
+            print(json.dumps(case), file=server.stdin, flush=True)
+            return SimpleNamespace(
+                status=int(server.stdout.readline()),
+                stdout=output.with_suffix(".out").read_text(),
+                stderr=output.with_suffix(".err").read_text(),
+            )
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")

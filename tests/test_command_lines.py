@@ -3,12 +3,13 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 from absl import flags as absl_flags
 from PIL import Image
@@ -194,11 +195,10 @@ def here(tmp_path_factory, digits):
     shutil.copy(folder / "truncated.keras", folder / "truncated_run" / runs.MODEL_NAME)
     fuse(model).save(folder / "fused_run" / runs.MODEL_NAME)
     build_repvgg("digits", (8, 8, 1), 3).save(folder / "other_classes_run" / runs.MODEL_NAME)
-    checkpoints = folder / "damaged_run" / "checkpoints"
-    checkpoints.mkdir()
-    (checkpoints / "checkpoint").write_text('model_checkpoint_path: "ckpt-1"\nall_model_checkpoint_paths: "ckpt-1"\n')
-    (checkpoints / "ckpt-1.index").write_bytes(b"\0" * 40)
-    (checkpoints / "ckpt-1.data-00000-of-00001").write_bytes(b"\0" * 40)
+    checkpoint = folder / "damaged_run" / "checkpoints" / "ckpt-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.index").write_bytes(b"\0" * 40)
+    (checkpoint / "state.data-00000-of-00001").write_bytes(b"\0" * 40)
     return folder
 
 
@@ -207,22 +207,15 @@ def content_of(folder):
 
 
 @pytest.fixture(scope="module")
-def outcomes(here, tmp_path_factory, run_program):
-    """What every case wrote and how it ended, from one process that imports TensorFlow once."""
+def outcomes(here, tmp_path_factory, run_forked):
+    """What every case wrote and how it ended."""
     folder = tmp_path_factory.mktemp("outcomes")
     before = content_of(here)
-    cases, found = [], {}
+    found = {}
     for index, (name, (program, arguments, *_)) in enumerate(CASES.items()):
         new = folder / f"new{index}"
-        filled = [argument.format(here=here, new=new) for argument in arguments]
-        cases.append({"command": [program, *filled], "output": str(folder / f"case{index}")})
-        found[name] = SimpleNamespace(new=new, output=Path(cases[-1]["output"]))
-    (folder / "cases.json").write_text(json.dumps(cases))
-    result = run_program("tests/preloaded.py", folder / "cases.json")
-    assert result.returncode == 0, result.stderr[-3000:]
-    for outcome in found.values():
-        outcome.status = int(outcome.output.with_suffix(".status").read_text())
-        outcome.stderr = outcome.output.with_suffix(".err").read_text()
+        found[name] = run_forked(program, *(argument.format(here=here, new=new) for argument in arguments))
+        found[name].new = new
     found["changed"] = content_of(here).items() ^ before.items()
     return found
 
@@ -242,8 +235,8 @@ def test_bad_input(outcomes, case):
 
 
 def test_bad_input_changes_nothing(outcomes):
-    """Not one file, but for the flags of a run whose own checkpoints turn out to be damaged."""
-    changed = {str(path.relative_to(path.parents[1])) for path, _ in outcomes["changed"]}
+    """Not one file, but for locks, and for the flags of a run whose own checkpoints turn out to be damaged."""
+    changed = {str(path.relative_to(path.parents[1])) for path, _ in outcomes["changed"] if path.name != ".lock"}
     assert changed <= {f"damaged_run/{runs.CONFIG_NAME}", f"damaged_run/{runs.INPUT_NAME}"}
 
 
@@ -269,9 +262,29 @@ def test_errors_become_one_line(error, capfd):
     assert printed.endswith(f"error: {' '.join(str(error).split())}\n")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        FloatingPointError("No finite loss left on device"),
+        tf.errors.ResourceExhaustedError(None, None, "{{function_node x}} /events; No space left on device\n\tmore"),
+    ],
+)
+def test_failed_work_gives_one_line_and_another_status(error, capfd):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        cli._run(main, [])
+    assert exit_.value.code == 1
+    assert re.fullmatch(r"\S+: error: [^\n{}]* left on device\n", capfd.readouterr().err)
+
+
 def test_faults_of_the_program_are_not_bad_input():
     with pytest.raises(KeyError), cli.bad_input_exits():
         raise KeyError
+    with pytest.raises(KeyError):
+        cli._run(lambda _: {}[0], [])
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
@@ -321,7 +334,7 @@ def test_a_run_knows_its_flags_again(tmp_path, digits):
         return run, values
 
     run, values = check("--epochs=3")
-    run.write_config(values, digits)
+    run.start(values, digits)
     check("--epochs=3")
     check("--epochs=3", "--ema=0", younger=True)
     for words in (["--epochs=4"], ["--epochs=3", "--novalidation"], ["--epochs=3", "--ema=0.9"]):

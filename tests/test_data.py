@@ -111,6 +111,10 @@ def test_training_batches_depend_on_seed_and_epoch_alone(held_out):
     # Continuing at an epoch gives what an uninterrupted run would have seen.
     assert_same_batches(three[steps:], epochs_of(again, 3, first_epoch=1))
     assert_same_batches(three[2 * steps :], epochs_of(again, 3, first_epoch=2))
+    # Also within an epoch, and when an iterator has been dropped before.
+    dataset = again.training(256, range(1, 3), first_step=2)
+    next(iter(dataset))
+    assert_same_batches(three[steps + 2 :], list(dataset.as_numpy_iterator()))
     # Epochs differ, and so do seeds.
     assert not np.array_equal(three[0][1], three[steps][1])
     other = epochs_of(ClassificationData("digits", hold_out=True, crop_padding=1, seed=1), 1)

@@ -1,18 +1,32 @@
-"""What the command lines share: quiet logs, and bad input that gives one line and exit status 2."""
+"""What the command lines share: quiet logs, and errors that give one line: bad input exit status 2, failed work 1."""
 
 import contextlib
+import functools
 import os
 import sys
 
+import tensorflow as tf
 from absl import app, flags, logging
 
-BAD_INPUT = 2
+FAILED, BAD_INPUT = 1, 2
 
 
 def run(main):
-    """Runs an absl program whose malformed flags end it with one line and exit status 2."""
+    """Runs an absl program whose malformed flags end it with one line and exit status 2.
+
+    So does what may fail on the way, such as a full disk or weights that are no longer finite, with exit status 1.
+    """
     logging.set_verbosity(logging.ERROR)  # TFDS tells of every file it opens, and warns of those it does not find.
-    app.run(main, flags_parser=_parse_flags)
+    app.run(functools.partial(_run, main), flags_parser=_parse_flags)
+
+
+def _run(main, argv):
+    try:
+        main(argv)
+    except (OSError, FloatingPointError) as error:
+        _exit(error, FAILED)
+    except tf.errors.ResourceExhaustedError as error:  # memory, or the disk that TensorBoard's events go to
+        _exit(error.message.splitlines()[0].rpartition("}} ")[2], FAILED)
 
 
 def _parse_flags(argv):
@@ -40,6 +54,6 @@ def bad_input_exits():
         _exit(error)
 
 
-def _exit(error):
+def _exit(error, status=BAD_INPUT):
     print(f"{os.path.relpath(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(status)

@@ -1,10 +1,12 @@
 """The folder a training run lives in: what is written there, under which names, and how it is read back."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,16 +16,55 @@ import tf_keras as keras
 MODEL_NAME = "model.keras"
 CONFIG_NAME = "config.flags"
 INPUT_NAME = "input.json"
+_LOCK_NAME = ".lock"
+_PARTIAL = ".partial"
+
+# Open lock files by folder: a lock lasts until its process ends, however that ends.
+_claims = {}
 
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a temporary path beside `path` that takes its place when the block ends without an error."""
+    """Yields a temporary path beside `path` that takes its place when the block ends without an error.
+
+    The block writes a file there, or makes a folder of files. They are on the disk before they take their place, so
+    that not even a power cut leaves half of them under their name. What a killed process leaves is a folder
+    `.<name>.partial`; the next to write `path`, or to claim its folder, removes it.
+
+    Raises:
+      OSError: names `path` and why it cannot be written; what was there before is intact.
+    """
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
+    folder = path.with_name(f".{path.name}{_PARTIAL}")
+    temporary = folder / path.name
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield temporary
+        for written in (temporary, *temporary.rglob("*")):
+            _flush_to_disk(written)
         os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "message", None) or error
+        raise OSError(f"cannot write {str(path)!r} ({reason}); what was written before is intact") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush_to_disk(path):
+    """Waits until the content of a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder):
+    """Removes what a killed process was writing to a folder; only for the one process that writes there."""
+    for leftover in Path(folder).glob(f".*{_PARTIAL}"):
+        shutil.rmtree(leftover)
 
 
 def write_json(path, content):
@@ -36,6 +77,14 @@ def write_bytes(path, content):
     """Writes bytes so that the file is whole or absent."""
     with written_whole(path) as temporary:
         temporary.write_bytes(content)
+
+
+def append_line(path, line):
+    """Adds one line to a text file, and waits until it is on the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def writable_folder(path) -> Path:
@@ -57,6 +106,48 @@ def writable_folder(path) -> Path:
     return path
 
 
+def claimed_folder(path) -> Path:
+    """Makes a folder if need be, and keeps other processes out of it for as long as this one lives.
+
+    Raises:
+      BlockingIOError: if another process has claimed it; names that process.
+      NotADirectoryError: if `path` is a file.
+      PermissionError: if nothing can be written there.
+    """
+    path = writable_folder(path)
+    if path.resolve() in _claims:
+        return path
+    file = open(path / _LOCK_NAME, "a+", encoding="ascii")  # noqa: SIM115  (open is what keeps the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            process = file.read().strip()
+        raise BlockingIOError(
+            f"{str(path)!r} is in use by process {process}; wait until it has ended, or use another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _claims[path.resolve()] = file
+    remove_partial(path)
+    return path
+
+
+def claimed_by(folder) -> str | None:
+    """The process, by its id, that has claimed a folder and still lives; None if there is none."""
+    try:
+        with open(Path(folder) / _LOCK_NAME, encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except FileNotFoundError:
+        pass
+    return None
+
+
 def machine() -> dict:
     """What a measurement was made on: stands beside every number."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows more
@@ -71,15 +162,10 @@ def machine() -> dict:
 
 
 class Run:
-    """The workdir of a training run.
-
-    Raises:
-      NotADirectoryError: if `workdir` is a file.
-      PermissionError: if nothing can be written there.
-    """
+    """The workdir of a training run. Nothing is written there, and no folder made, before `claim` or `start`."""
 
     def __init__(self, workdir):
-        self.path = writable_folder(workdir)
+        self.path = Path(workdir)
         self.checkpoints_path = str(self.path / "checkpoints")
         self.tensorboard_path = str(self.path / "tensorboard")
         self.metrics_path = self.path / "metrics.jsonl"
@@ -89,6 +175,11 @@ class Run:
     def is_complete(self) -> bool:
         """True once training has ended and the final model is there."""
         return self.model_path.exists()
+
+    def claim(self):
+        """Keeps other processes out of a workdir that exists; raises what `claimed_folder` does."""
+        if self.path.exists():
+            claimed_folder(self.path)
 
     def check_config(self, flag_values):
         """Refuses flags other than those of the run that the workdir holds already.
@@ -109,8 +200,17 @@ class Run:
                 "use another workdir, or the same flags to continue"
             )
 
-    def write_config(self, flag_values, data):
-        """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects."""
+    def start(self, flag_values, data):
+        """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects.
+
+        Makes and claims the workdir first. From here on it is bound to these flags.
+
+        Raises:
+          ValueError: as `check_config`; another process may have made the workdir since.
+          OSError: as `claimed_folder` and `written_whole`.
+        """
+        claimed_folder(self.path)
+        self.check_config(flag_values)
         with written_whole(self.path / CONFIG_NAME) as temporary:
             temporary.write_text(_flags_of_main(flag_values), encoding="utf-8")
         write_json(self.path / INPUT_NAME, data.facts())
@@ -132,9 +232,9 @@ class Run:
 
 
 def _flags_of_main(flag_values):
-    """The program's own flags as a flagfile; not those that say where files are on this machine, or only to look."""
+    """The program's own flags as a flagfile; not those that change nothing about the trained weights."""
     flags = flag_values.get_key_flags_for_module("__main__")
-    left_out = {"workdir", "data_dir", "evaluate_only"}
+    left_out = {"workdir", "data_dir", "evaluate_only", "checkpoint_minutes"}
     return "".join(f"{flag.serialize()}\n" for flag in flags if flag.name not in left_out and flag.value is not None)
 
 
@@ -171,7 +271,11 @@ def load_model(path) -> keras.Model:
     if path.is_dir():
         path = path / MODEL_NAME
     if not path.exists():
-        raise FileNotFoundError(f"no model at {str(path)!r}; train one with train/main.py --workdir={path.parent}")
+        process = claimed_by(path.parent)
+        advice = (
+            f"process {process} is training it" if process else f"train one with train/main.py --workdir={path.parent}"
+        )
+        raise FileNotFoundError(f"no model at {str(path)!r}; {advice}")
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises whatever zipfile, json or h5py do.

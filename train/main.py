@@ -5,12 +5,12 @@ finished one again. What a run leaves in its workdir: model.keras (the final wei
 metrics.jsonl, result.json, config.flags (reruns it), checkpoints/ and tensorboard/.
 """
 
-import os
-import sys
+import itertools
 
 from tf_repvgg import cli, layers, outliers, runs  # before Keras: it keeps TensorFlow's start quiet
 
 # isort: split
+import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
@@ -90,7 +90,14 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("seed", 0, "Of initial weights, shuffling and augmentation.", lower_bound=0)
 flags.DEFINE_string("init_from", None, "model.keras, or a workdir with one, whose weights training starts from.")
-flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras, train nothing.")
+flags.DEFINE_boolean("deterministic", False, "The same weights to the bit from the same command on the same machine.")
+flags.DEFINE_float(
+    "checkpoint_minutes",
+    10,
+    "Checkpoint within epochs too, so many minutes after the last; 0 for none but at epochs' ends.",
+    lower_bound=0,
+)
+flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras; train nothing and write nothing.")
 
 
 def make_data():
@@ -170,22 +177,24 @@ def train(run, data, trainer, resume):
     """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images."""
     steps = steps_per_epoch(data)
     every_phase = [
-        callbacks.MetricsLog(run.metrics_path, resume.first_epoch),
-        keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
         callbacks.StopOnNaN(),
+        callbacks.MetricsLog(run.metrics_path, resume.first_epoch, resume.seconds_before),
+        keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
         resume,
     ]
-    early_end = min(FLAGS.early_epochs, FLAGS.epochs)
-    with callbacks.Progress(steps, FLAGS.epochs, resume.first_epoch) as progress:
-        for start, end, crop in ((0, early_end, FLAGS.early_crop), (early_end, FLAGS.epochs, None)):
-            epochs = range(max(start, resume.first_epoch), end)
-            if not epochs:
-                continue
+    first, step = resume.first_epoch, resume.first_step
+    early_end = max(first, min(FLAGS.early_epochs, FLAGS.epochs))
+    # An epoch to be continued in its middle has fewer steps than the others, so it is a phase of its own.
+    borders = sorted({first, first + bool(step), early_end, FLAGS.epochs})
+    with callbacks.Progress(steps, FLAGS.epochs, first, step) as progress:
+        for start, end in itertools.pairwise(borders):
+            first_step = step if start == first else 0
+            crop = FLAGS.early_crop if start < early_end else None
             trainer.fit(
-                data.training(FLAGS.batch_size, epochs, image_size=crop, steps_per_epoch=steps),
-                steps_per_epoch=steps,
-                initial_epoch=epochs.start,
-                epochs=epochs.stop,
+                data.training(FLAGS.batch_size, range(start, end), crop, steps, first_step),
+                steps_per_epoch=steps - first_step,
+                initial_epoch=start,
+                epochs=end,
                 validation_data=data.evaluation("validation") if FLAGS.validation else None,
                 verbose=0,
                 callbacks=[progress, *every_phase],
@@ -199,29 +208,40 @@ def evaluate(data, model, split):
 
 
 def main(_):
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(FLAGS.seed)
     with cli.bad_input_exits():
-        data = make_data()
-        model = runs.load_model(FLAGS.workdir) if FLAGS.evaluate_only else make_model(data, data.image_shape)
         run = runs.Run(FLAGS.workdir)
         run.check_config(FLAGS)
-        if run.is_complete:
-            model = runs.load_model(run.path)
-        else:
+        if not FLAGS.evaluate_only:
+            run.claim()
+        data = make_data()
+        trains = not (FLAGS.evaluate_only or run.is_complete)
+        if trains:
+            model = make_model(data, data.image_shape)
             trainer = make_trainer(data)
-            resume = callbacks.Resume(run.checkpoints_path, trainer)
-            run.write_config(FLAGS, data)  # after everything that can refuse: it binds the workdir to these flags
-    if not run.is_complete:
+            run.start(FLAGS, data)  # after everything that can refuse
+            resume = callbacks.Resume(run.checkpoints_path, trainer, FLAGS.checkpoint_minutes)
+        else:
+            model = runs.load_model(run.path)
+    if trains:
         summary(model)
         try:
             train(run, data, trainer, resume)
         except FloatingPointError as error:
-            sys.exit(f"{os.path.relpath(__file__)}: {error}")
+            kept = f"{resume.latest} is kept" if resume.latest else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"{error}; {kept}; the same command goes on from there, so rather try a lower --learning_rate in a new "
+                "workdir"
+            ) from None
         model.set_weights(trainer.get_weights())
         run.save_model(model)
     outliers.report(model, print_fn=print)
     split = "validation" if FLAGS.validation else "test"
     result = {"split": split, "top1_percent": evaluate(data, model, split), "images": data.num_examples(split)}
-    run.write_result(result)
+    if not FLAGS.evaluate_only:
+        run.write_result(result)
     print(f"top-1 on the {split} split ({result['images']} images): {result['top1_percent']:.2f} %")
 
 

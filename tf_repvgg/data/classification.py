@@ -138,11 +138,16 @@ class ClassificationData:
         return count // batch_size
 
     def training(
-        self, batch_size: int, epochs: range, image_size: int | None = None, steps_per_epoch: int | None = None
+        self,
+        batch_size: int,
+        epochs: range,
+        image_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        first_step: int = 0,
     ) -> tf.data.Dataset:
         """Augmented, shuffled batches of the given epochs.
 
-        Order and augmentation depend on seed and epoch alone, so a run that continues at an epoch sees what an
+        Order and augmentation depend on seed, epoch and step alone, so a run that continues anywhere sees what an
         uninterrupted one would have seen.
 
         Args:
@@ -151,12 +156,16 @@ class ClassificationData:
           image_size: height and width of the crops, where they are not to be those of the images: smaller ones are
             cheaper to train on.
           steps_per_epoch: batches of each epoch, where they are not to be all.
+          first_step: number of the step, from 0, that the first epoch starts with; the batches before are left out.
         """
         size = (image_size, image_size) if image_size else self.preprocessing.size
         steps = steps_per_epoch or self.steps_per_epoch(batch_size)
         one_epoch = self._random_resized_crops if self._crop == "random_resized" else self._padded_crops
-        # Seeds that are shared with no epoch of the next ones.
-        batches = [one_epoch(batch_size, size, 1000 * self.seed + epoch).take(steps) for epoch in epochs]
+        batches = []
+        for epoch in epochs:
+            skipped = first_step if epoch == epochs.start else 0
+            # Seeds that are shared with no epoch of the next ones.
+            batches.append(one_epoch(batch_size, size, 1000 * self.seed + epoch, skipped).take(steps - skipped))
         dataset = functools.reduce(tf.data.Dataset.concatenate, batches).with_options(_options())
         return dataset.map(lambda x, y: (self.preprocessing(x), y)).prefetch(_PREFETCHED_BATCHES)
 
@@ -185,24 +194,30 @@ class ClassificationData:
         """One cache, shared by all epochs."""
         return self.images("train")
 
-    def _padded_crops(self, batch_size, size, seed):
+    def _padded_crops(self, batch_size, size, seed, skipped):
         """An epoch of batches that are cropped as wholes, from the cache if there is one."""
         # Smaller crops move over the image by themselves.
         padding = self._crop_padding if size == self.preprocessing.size else 0
         if self._fits_cache("train"):
-            examples = self._cached_training_images.shuffle(min(self.num_examples("train"), 50_000), seed=seed)
+            examples = self._cached_training_images.shuffle(
+                # Iterating again gives the same order: Keras may start an iterator, drop it, and start another.
+                min(self.num_examples("train"), 50_000),
+                seed=seed,
+                reshuffle_each_iteration=False,
+            )
         else:
             examples = self._source.encoded(self.splits["train"], shuffle_seed=seed)
             examples = examples.map(self._decode_and_resize, num_parallel_calls=_PARALLEL_CALLS)
-        batches = examples.batch(batch_size, drop_remainder=True).enumerate()
+        batches = examples.batch(batch_size, drop_remainder=True).enumerate().skip(skipped)
         return batches.map(
             lambda index, batch: (pad_and_crop(batch[0], size, padding, self._flips, [seed, index]), batch[1]),
             num_parallel_calls=_PARALLEL_CALLS,
         )
 
-    def _random_resized_crops(self, batch_size, size, seed):
+    def _random_resized_crops(self, batch_size, size, seed, skipped):
         """An epoch of batches whose images are decoded anew, as far as they are needed."""
-        examples = self._source.encoded(self.splits["train"], shuffle_seed=seed).enumerate()
+        examples = self._source.encoded(self.splits["train"], shuffle_seed=seed)
+        examples = examples.enumerate().skip(skipped * batch_size)
         cropped = examples.map(
             lambda index, example: (
                 random_resized_crop(example[0], self._source.decode, self.channels, size, self._flips, [seed, index]),

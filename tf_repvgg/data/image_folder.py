@@ -100,7 +100,7 @@ class ImageFolder:
         ]
         dataset = functools.reduce(tf.data.Dataset.concatenate, parts)
         if shuffle_seed is not None:
-            dataset = dataset.shuffle(self.num_examples(split), shuffle_seed)
+            dataset = dataset.shuffle(self.num_examples(split), shuffle_seed, reshuffle_each_iteration=False)
         return dataset.map(lambda path, label: (tf.io.read_file(path), label))
 
     def decode(self, encoded):

@@ -64,7 +64,8 @@ class TfdsSource:
             return dataset
         info = self._builder.info.splits[split]
         bytes_per_image = max(info.num_bytes // max(info.num_examples, 1), 1)
-        return dataset.shuffle(min(info.num_examples, _SHUFFLE_IMAGES, _SHUFFLE_BYTES // bytes_per_image), shuffle_seed)
+        count = min(info.num_examples, _SHUFFLE_IMAGES, _SHUFFLE_BYTES // bytes_per_image)
+        return dataset.shuffle(count, shuffle_seed, reshuffle_each_iteration=False)
 
     def decode(self, encoded):
         """An image file's bytes to uint8 [height, width, channels]."""

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -15,11 +17,10 @@ from tf_repvgg import runs
 class Progress(keras.callbacks.Callback):
     """One bar over all steps of the run, with time left and the latest metrics; a context that closes it."""
 
-    def __init__(self, steps_per_epoch, epochs, first_epoch=0):
+    def __init__(self, steps_per_epoch, epochs, first_epoch=0, first_step=0):
         super().__init__()
-        self._bar = tqdm(
-            total=steps_per_epoch * epochs, initial=steps_per_epoch * first_epoch, unit="step", mininterval=1.0
-        )
+        done = steps_per_epoch * first_epoch + first_step
+        self._bar = tqdm(total=steps_per_epoch * epochs, initial=done, unit="step", mininterval=1.0)
         self._epochs = epochs
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -41,26 +42,28 @@ class Progress(keras.callbacks.Callback):
 class MetricsLog(keras.callbacks.Callback):
     """Appends one JSON object per epoch to a file.
 
-    Lines after the first `epochs_done` are dropped: those of a run that was cut off before its checkpoint.
+    Lines after the first `epochs_done` are dropped: those of a run that was cut off before its checkpoint. Of the epoch
+    that follows them, steps that took `seconds_before` are done already.
     """
 
-    def __init__(self, path, epochs_done=0):
+    def __init__(self, path, epochs_done=0, seconds_before=0.0):
         super().__init__()
         self._path = path
+        self._seconds_before = seconds_before
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:epochs_done]
             with runs.written_whole(path) as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8")
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._started = time.monotonic()
+        self._started = time.monotonic() - self._seconds_before
+        self._seconds_before = 0.0
 
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.monotonic() - self._started
         record = {"epoch": epoch + 1, "seconds": round(seconds, 2)}
         record |= dict(_with_unit(name, value) for name, value in (logs or {}).items())
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        runs.append_line(self._path, json.dumps(record))
 
 
 def _with_unit(name, value):
@@ -68,53 +71,117 @@ def _with_unit(name, value):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Raises FloatingPointError once the loss or, at an epoch's end, a weight is not finite, before it is saved."""
+    """Raises FloatingPointError once the loss or, at an epoch's end, a weight is not finite.
+
+    Stands before all callbacks that write something, so that nothing of the kind is saved or logged.
+    """
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
-            self._stop(f"the loss became {logs['loss']}")
+            raise FloatingPointError(f"the loss became {logs['loss']} at {_step(self.model)}")
 
     def on_epoch_end(self, epoch, logs=None):
         # The loss is that of the weights before the last step.
-        for variable in self.model.weights:
-            if not np.all(np.isfinite(variable.numpy())):
-                self._stop(f"{variable.name} holds infinities or NaN")
+        check_finite(self.model)
 
-    def _stop(self, what):
-        step = int(self.model.optimizer.iterations.numpy())
-        raise FloatingPointError(
-            f"{what} at step {step}; checkpoints up to the epoch before are kept; "
-            "try a lower learning rate in a new workdir"
-        )
+
+def check_finite(model):
+    """Raises FloatingPointError if a weight is not finite; names the weight and the step."""
+    for variable in model.weights:
+        if not np.all(np.isfinite(variable.numpy())):
+            raise FloatingPointError(f"{variable.name} holds infinities or NaN at {_step(model)}")
+
+
+def _step(model):
+    return f"step {int(model.optimizer.iterations.numpy())}"
 
 
 class Resume(keras.callbacks.Callback):
-    """Checkpoints weights, optimizer and epoch after every epoch, and restores the last one when made.
+    """Checkpoints weights, optimizer and position in the data, and restores the last checkpoint when made.
+
+    A checkpoint is written after every epoch and, within an epoch, whenever so many minutes have passed since the last.
+    It is a folder `ckpt-<step>` that appears whole or not at all; the two latest are kept. It also holds the metrics of
+    the epoch so far, so that an epoch which was interrupted is logged like any other.
+
+    Args:
+      directory: folder of the checkpoints.
+      trainer: compiled model.
+      minutes: between checkpoints within an epoch; 0 for none.
 
     Attributes:
       first_epoch: the epoch to continue with, counted from 0.
+      first_step: the step in it to continue with, counted from 0.
+      seconds_before: what the steps before took, in that epoch.
 
     Raises:
-      ValueError: if the last checkpoint is damaged or of another network.
+      ValueError: if the last checkpoint is damaged, or of another network or version.
     """
 
-    def __init__(self, directory, trainer):
+    def __init__(self, directory, trainer, minutes=0.0):
         super().__init__()
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        runs.remove_partial(self._directory)
+        self._minutes = minutes
         # Slots must exist before they can be restored.
         trainer.optimizer.build(trainer.trainable_variables)
-        self._epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
-        checkpoint = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer, epochs_done=self._epochs_done)
-        self._manager = tf.train.CheckpointManager(checkpoint, directory, max_to_keep=2)
-        if latest := self._manager.latest_checkpoint:
+        self._state = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer)
+        self.first_epoch, self.first_step, self.seconds_before, self._metrics_before = 0, 0, 0.0, []
+        if latest := self.latest:
             try:
-                checkpoint.restore(latest).assert_existing_objects_matched()
-            except (tf.errors.OpError, ValueError, AssertionError) as error:
+                self._state.read(str(latest / "state")).assert_existing_objects_matched()
+                position = json.loads((latest / "position.json").read_text(encoding="utf-8"))
+                self.first_epoch, self.first_step = position["epoch"], position["step"]
+                self.seconds_before, self._metrics_before = position["seconds"], position["metrics"]
+            except (tf.errors.OpError, OSError, ValueError, KeyError, AssertionError) as error:
                 raise ValueError(
-                    f"checkpoint {latest!r} is damaged or of another network ({type(error).__name__}); "
-                    f"delete {directory!r} to start over"
+                    f"checkpoint {str(latest)!r} is damaged or of another network ({type(error).__name__}); "
+                    f"delete it to continue from the one before, or {directory!r} to start over"
                 ) from None
-        self.first_epoch = int(self._epochs_done.numpy())
+        elif any(self._directory.iterdir()):
+            raise ValueError(f"{directory!r} holds no checkpoint that this version reads; delete it to start over")
+        self._saved = time.monotonic()
+
+    @property
+    def latest(self) -> Path | None:
+        """Folder of the last checkpoint; None if there is none."""
+        return next(iter(self._checkpoints()), None)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        continues = epoch == self.first_epoch
+        self._epoch, self._steps_before = epoch, self.first_step if continues else 0
+        self._started = time.monotonic() - (self.seconds_before if continues else 0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0 and self._steps_before:
+            # Keras makes the variables of metrics in the first step. They are sums over the steps of the epoch.
+            for metric, before in zip(self.model.metrics, self._metrics_before, strict=True):
+                metric.set_weights(
+                    [now + np.float32(sum_) for now, sum_ in zip(metric.get_weights(), before, strict=True)]
+                )
+        # What Keras logs for an epoch is computed in its last step, so one step at least must follow the one above.
+        due = self._minutes and time.monotonic() - self._saved >= 60 * self._minutes
+        if due and batch + 2 < self.params["steps"]:
+            check_finite(self.model)
+            self._save(
+                epoch=self._epoch,
+                step=self._steps_before + batch + 1,
+                seconds=time.monotonic() - self._started,
+                metrics=[[float(sum_) for sum_ in metric.get_weights()] for metric in self.model.metrics],
+            )
 
     def on_epoch_end(self, epoch, logs=None):
-        self._epochs_done.assign(epoch + 1)
-        self._manager.save(epoch + 1)
+        self._save(epoch=epoch + 1, step=0, seconds=0.0, metrics=[])
+
+    def _save(self, **position):
+        with runs.written_whole(self._directory / f"ckpt-{int(self.model.optimizer.iterations.numpy())}") as folder:
+            self._state.write(str(folder / "state"))
+            (folder / "position.json").write_text(json.dumps(position) + "\n", encoding="utf-8")
+        for old in self._checkpoints()[2:]:
+            shutil.rmtree(old)
+        self._saved = time.monotonic()
+
+    def _checkpoints(self):
+        """Folders of the checkpoints, the latest first."""
+        folders = [path for path in self._directory.glob("ckpt-*") if path.is_dir()]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("ckpt-")), reverse=True)

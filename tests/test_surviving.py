@@ -1,0 +1,223 @@
+"""Runs that survive: SIGKILL, full disks, diverging weights, and other processes in the same folder.
+
+Twenty kills by default; `python -m pytest tests/test_surviving.py --kills=200` kills more often.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_repvgg import runs
+
+TRAIN = [
+    "train/main.py",
+    "--flagfile=configs/digits_oabn.flags",
+    "--epochs=3",
+    "--batch_size=256",
+    "--deterministic",
+    "--checkpoint_minutes=1e-9",  # after every step, but the last two of an epoch
+]
+EXPORT = ["export/main.py", "--weight_bits=8,4", "--latency_runs=50", "--calibration_images=64"]
+
+
+def names(folder):
+    """Relative paths of all files and folders, but for those of TensorBoard, of which every process starts one."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name}
+
+
+def metrics(workdir):
+    """All that metrics.jsonl says, but for the seconds."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_weights(one, other):
+    pairs = list(zip(runs.load_model(one).weights, runs.load_model(other).weights, strict=True))
+    assert len(pairs) > 50
+    for mine, its in pairs:
+        np.testing.assert_array_equal(mine, its, err_msg=mine.name)
+
+
+def succeeds(outcome):
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    return outcome
+
+
+def fails(outcome, status):
+    """The one line that a program prints when it fails; a progress bar may stand before it."""
+    assert outcome.status == status, outcome.stderr[-3000:]
+    *before, line = outcome.stderr.splitlines()
+    assert all("step/s" in other or not other for other in before), outcome.stderr[-3000:]
+    assert "main.py: error: " in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, run_forked):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    succeeds(run_forked(*TRAIN, f"--workdir={workdir}"))
+    succeeds(run_forked(*EXPORT, f"--workdir={workdir}"))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, run_forked, pytestconfig):
+    """(workdir, kills survived): killed at random moments, started again by the same command, until both are done."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    random = np.random.default_rng(0)
+    survived = 0
+
+    def killed(command, folder, last_event):
+        """Dies up to 2 s after it has begun, or at a random touch of the folder, or up to 100 ms after that."""
+        event = random.integers(1, last_event)
+        event, delay = [(1, random.uniform(0, 2)), (event, 0), (event, random.uniform(0, 0.1))][random.integers(3)]
+        kill = {"folder": str(folder), "event": int(event), "seconds": float(delay)}
+        status = run_forked(*command, f"--workdir={workdir}", kill=kill).status
+        assert status in (0, -signal.SIGKILL)
+        return status == -signal.SIGKILL
+
+    kills = pytestconfig.getoption("kills")
+    while survived < 0.6 * kills:
+        survived += killed(TRAIN, workdir, 60)
+    succeeds(run_forked(*TRAIN, f"--workdir={workdir}"))
+    while survived < kills:
+        survived += killed(EXPORT, workdir / "export", 30)
+    succeeds(run_forked(*EXPORT, f"--workdir={workdir}"))
+    return workdir, survived
+
+
+def test_kills_do_not_change_what_a_run_comes_to(uninterrupted, interrupted, pytestconfig):
+    workdir, survived = interrupted
+    assert survived >= pytestconfig.getoption("kills")
+    assert_same_weights(workdir, uninterrupted)
+    assert metrics(workdir) == metrics(uninterrupted)
+    assert names(workdir) == names(uninterrupted)
+    for path in (*(uninterrupted / "export").glob("*.tflite"), uninterrupted / "input.json"):
+        assert (workdir / path.relative_to(uninterrupted)).read_bytes() == path.read_bytes()
+    for name in ("result.json", "export/export.json"):
+        mine, its = (json.loads((folder / name).read_text()) for folder in (workdir, uninterrupted))
+        assert mine.keys() == its.keys()
+    assert mine["float_training_form_top1_percent"] == its["float_training_form_top1_percent"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kibibytes) -> a file system of that size, or the same one resized."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}k", *options)), "tmpfs", folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this machine does not let the test mount a small disk: {getattr(error, 'stderr', error)}")
+
+    mount(64)
+    yield lambda size: mount(size, "remount") or folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_while_training(small_disk, uninterrupted, run_forked):
+    """Room for one checkpoint only; with more room the same command goes on from it."""
+    command = [*TRAIN, f"--workdir={small_disk(1100) / 'run'}"]
+    workdir = small_disk(1100) / "run"
+    assert "No space left on device" in fails(run_forked(*command), 1)
+    assert not (workdir / "model.keras").exists()
+    (checkpoint,) = (workdir / "checkpoints").iterdir()
+    assert checkpoint.name == "ckpt-1"
+    small_disk(8000)
+    succeeds(run_forked(*command))
+    assert_same_weights(workdir, uninterrupted)
+    assert metrics(workdir) == metrics(uninterrupted)
+
+
+def test_full_disk_while_exporting(small_disk, uninterrupted, run_forked):
+    output = small_disk(64)
+    earlier = {"int8_w8_per_channel.tflite": b"an earlier export", "export.json": b"{}"}
+    for name, content in earlier.items():
+        (output / name).write_bytes(content)
+    line = fails(run_forked(*EXPORT, f"--workdir={uninterrupted}", f"--output={output}"), 1)
+    assert "int8_w8_per_channel.tflite" in line and "No space left on device" in line
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.name != ".lock"} == earlier
+
+
+def test_busy_folders_are_refused(run_forked, tmp_path, uninterrupted):
+    """This process claims them; a lock of a process that has ended does not count."""
+    for name in ("training", "output", "left"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".lock").write_text("1\n")
+    assert runs.claimed_by(tmp_path / "left") is None
+    for name in ("training", "output"):
+        runs.claimed_folder(tmp_path / name)
+        assert runs.claimed_by(tmp_path / name) == str(os.getpid())
+    workdir = tmp_path / "training"
+    busy = f"is in use by process {os.getpid()};"
+    assert busy in fails(run_forked(*TRAIN, f"--workdir={workdir}"), 2)
+    assert busy in fails(run_forked(*EXPORT, f"--workdir={uninterrupted}", f"--output={tmp_path / 'output'}"), 2)
+    (workdir / "input.json").write_bytes((uninterrupted / "input.json").read_bytes())
+    assert f"process {os.getpid()} is training it" in fails(run_forked(*EXPORT, f"--workdir={workdir}"), 2)
+    assert names(workdir) == {".lock", "input.json"}
+
+
+def test_diverging_weights_end_a_run(run_forked, tmp_path):
+    workdir = tmp_path / "run"
+    command = [*TRAIN, "--learning_rate=1e30", f"--workdir={workdir}"]
+    line = fails(run_forked(*command), 1)
+    assert "at step 3; " in line
+    assert f"{workdir}/checkpoints/ckpt-2 is kept" in line and "lower --learning_rate in a new workdir" in line
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"ckpt-1", "ckpt-2"}
+    for name, shape in tf.train.list_variables(str(workdir / "checkpoints" / "ckpt-2" / "state")):
+        if shape:
+            assert np.all(np.isfinite(tf.train.load_variable(str(workdir / "checkpoints" / "ckpt-2" / "state"), name)))
+    assert not (workdir / "model.keras").exists()
+    assert not (workdir / "metrics.jsonl").exists()
+    assert fails(run_forked(*command), 1) == line  # the same command comes to the same end
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    for name in (".model.keras.partial", ".ckpt-5.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_bytes(b"half")
+    runs.write_bytes(tmp_path / "model.keras", b"whole")
+    assert names(tmp_path) == {"model.keras", ".ckpt-5.partial", ".ckpt-5.partial/half"}
+    runs.claimed_folder(tmp_path)
+    assert names(tmp_path) == {"model.keras", ".lock"}
+
+
+def test_folders_are_written_whole_too(tmp_path):
+    with pytest.raises(RuntimeError), runs.written_whole(tmp_path / "run") as temporary:
+        temporary.mkdir()
+        raise RuntimeError
+    assert names(tmp_path) == set()
+    with runs.written_whole(tmp_path / "run") as temporary:
+        shutil.copytree(os.path.dirname(__file__), temporary, ignore=shutil.ignore_patterns("__pycache__"))
+        assert names(tmp_path) > {".run.partial/run/conftest.py"}
+    assert (tmp_path / "run" / "conftest.py").exists()
+    with pytest.raises(OSError, match=r"cannot write .*gone.x' \(No such file or directory\); what was written before"):
+        runs.write_bytes(tmp_path / "gone" / "x", b"")
+
+
+REPORTING = """
+import runpy, sys
+from tensorflow.python.framework import config
+try:
+    runpy.run_path("train/main.py", run_name="__main__")
+finally:
+    print("deterministic:", config.is_op_determinism_enabled())
+"""
+
+
+@pytest.mark.parametrize("word", ["--deterministic", "--nodeterministic"])
+def test_tensorflow_is_told_to_be_deterministic(run_forked, tmp_path, word):
+    """On CPUs, runs that were not told have not been seen to differ."""
+    (tmp_path / "reporting.py").write_text(REPORTING)
+    outcome = run_forked(tmp_path / "reporting.py", word, "--evaluate_only", f"--workdir={tmp_path}")
+    assert "no model at" in outcome.stderr
+    assert outcome.stdout == f"deterministic: {word == '--deterministic'}\n"
