@@ -65,7 +65,7 @@ def bias_codes(file):
     (graph,) = flat.subgraphs
     found = []
     for operator in graph.operators:
-        if flatbuffer.operator_code(flat, operator) in flatbuffer.WEIGHTS_INPUT:
+        if flatbuffer.weights_layout(flat, operator) is not None:
             if len(operator.inputs) < 3 or operator.inputs[2] < 0:
                 continue  # the converter leaves out biases of zero
             tensor = graph.tensors[operator.inputs[2]]

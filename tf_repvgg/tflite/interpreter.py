@@ -47,16 +47,17 @@ def _dequantized(outputs, details):
     return (outputs.astype(np.float32) - zero_point) * np.float32(scale)
 
 
-def predict(file: bytes, images, description: str | None = None) -> np.ndarray:
+def predict(file: bytes, images, description: str | None = None) -> np.ndarray | list[np.ndarray]:
     """Runs a file of batch 1 on every image, one interpreter per core.
 
     Args:
-      file: bytes of a TFLite file with one input and one output.
+      file: bytes of a TFLite file with one input.
       images: float32 array [count, height, width, channels], normalised; quantized here as the input asks.
       description: label of a progress bar; None for no bar.
 
     Returns:
-      float32 array [count, outputs]: the dequantized outputs.
+      float32 array [count, ...]: the dequantized outputs. Of a file with several, a list of such arrays in the order
+      of tf.nest.flatten(model.output): dictionaries by sorted keys.
     """
     workers = os.cpu_count() or 1
     interpreters = [_interpreter(file, threads=1) for _ in range(workers)]
@@ -64,17 +65,21 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray:
     with tqdm(total=len(images), desc=description, unit="image", disable=description is None, leave=False) as bar:
 
         def run(interpreter, indices):
-            (input_details,), (output_details,) = interpreter.get_input_details(), interpreter.get_output_details()
-            outputs = np.empty([len(indices), *output_details["shape"][1:]], output_details["dtype"])
+            (input_details,) = interpreter.get_input_details()
+            all_details = interpreter.get_output_details()
+            outputs = [np.empty([len(indices), *details["shape"][1:]], details["dtype"]) for details in all_details]
             for row, index in enumerate(indices):
                 interpreter.set_tensor(input_details["index"], _quantized(images[index : index + 1], input_details))
                 interpreter.invoke()
-                outputs[row] = interpreter.get_tensor(output_details["index"])[0]
+                for output, details in zip(outputs, all_details, strict=True):
+                    output[row] = interpreter.get_tensor(details["index"])[0]
                 bar.update()
-            return _dequantized(outputs, output_details)
+            return [_dequantized(output, details) for output, details in zip(outputs, all_details, strict=True)]
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            return np.concatenate(list(pool.map(run, interpreters, chunks)))
+            parts = list(pool.map(run, interpreters, chunks))
+    outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
