@@ -154,13 +154,23 @@ def _widen_dead_activations(flat, graph):
 
 
 def _shared_weights(flat, graph, layers):
-    """[(layer, layout of its weights, the operators that run it on one weight tensor)]."""
-    found = {}
+    """[(layer, layout of its weights, the operators that run it)], each layer with a weight tensor of its own.
+
+    A layer that is called twice stays two operators on one tensor; layers with equal kernels, which the converter lets
+    share a tensor, are parted: their biases, or codes given for one of them, may ask for another scale.
+    """
+    found, owners = {}, {}
     for operator in graph.operators:
-        if (layout := flatbuffer.weights_layout(flat, operator)) is not None:
-            weights = flatbuffer.weights_tensor(graph, operator)
-            layer = _layer_of(flat, weights, layout, flatbuffer.bias_tensor(graph, operator), layers)
-            found.setdefault((id(weights), id(layer)), (layer, layout, []))[-1].append(operator)
+        if (layout := flatbuffer.weights_layout(flat, operator)) is None:
+            continue
+        weights = flatbuffer.weights_tensor(graph, operator)
+        layer = _layer_of(flat, weights, layout, flatbuffer.bias_tensor(graph, operator), layers)
+        _, _, operators = found.setdefault((id(weights), id(layer)), (layer, layout, []))
+        operators.append(operator)
+        owners.setdefault(id(weights), layer)
+    for (weights, _), (layer, _, operators) in found.items():
+        if owners[weights] is not layer:
+            flatbuffer.give_own_weights(graph, operators)
     return list(found.values())
 
 

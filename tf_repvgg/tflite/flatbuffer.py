@@ -1,5 +1,6 @@
 """The flatbuffer of a TFLite file as Python objects, and the few edits that this package makes to it."""
 
+import copy
 from typing import NamedTuple
 
 import flatbuffers
@@ -96,6 +97,13 @@ def set_weights(model, tensor, layout, codes, scale):
     """Gives a weight tensor new codes, output channels last, and scales."""
     set_constant(model, tensor, np.moveaxis(codes, layout.first_axis, 0), scale)
     tensor.quantization.quantizedDimension = layout.channel_axis
+
+
+def give_own_weights(graph, operators):
+    """Puts a copy of the weight tensor that operators share with others in its place."""
+    graph.tensors.append(copy.deepcopy(weights_tensor(graph, operators[0])))
+    for operator in operators:
+        operator.inputs[WEIGHTS_INPUT] = len(graph.tensors) - 1
 
 
 def bias_tensor(graph, operator):

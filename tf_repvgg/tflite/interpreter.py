@@ -47,7 +47,14 @@ def _dequantized(outputs, details):
     return (outputs.astype(np.float32) - zero_point) * np.float32(scale)
 
 
-def predict(file: bytes, images, description: str | None = None) -> np.ndarray | list[np.ndarray]:
+def _outputs(interpreter):
+    """{name in the file's signature: details}; a single output needs no signature."""
+    details = interpreter.get_output_details()
+    # With several, the order of this list is the converter's own; only the signature tells which is which.
+    return {"": details[0]} if len(details) == 1 else interpreter.get_signature_runner().get_output_details()
+
+
+def predict(file: bytes, images, description: str | None = None) -> np.ndarray | dict[str, np.ndarray]:
     """Runs a file of batch 1 on every image, one interpreter per core.
 
     Args:
@@ -56,8 +63,8 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray |
       description: label of a progress bar; None for no bar.
 
     Returns:
-      float32 array [count, ...]: the dequantized outputs. Of a file with several, a list of such arrays in the order
-      of tf.nest.flatten(model.output): dictionaries by sorted keys.
+      float32 array [count, ...]: the dequantized outputs. Of a file with several outputs, a dictionary of such arrays:
+      by the keys of the model's outputs, or "output_0" onwards where they are a list.
     """
     workers = os.cpu_count() or 1
     interpreters = [_interpreter(file, threads=1) for _ in range(workers)]
@@ -66,20 +73,20 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray |
 
         def run(interpreter, indices):
             (input_details,) = interpreter.get_input_details()
-            all_details = interpreter.get_output_details()
-            outputs = [np.empty([len(indices), *details["shape"][1:]], details["dtype"]) for details in all_details]
+            details = _outputs(interpreter)
+            outputs = {name: np.empty([len(indices), *its["shape"][1:]], its["dtype"]) for name, its in details.items()}
             for row, index in enumerate(indices):
                 interpreter.set_tensor(input_details["index"], _quantized(images[index : index + 1], input_details))
                 interpreter.invoke()
-                for output, details in zip(outputs, all_details, strict=True):
-                    output[row] = interpreter.get_tensor(details["index"])[0]
+                for name, its in details.items():
+                    outputs[name][row] = interpreter.get_tensor(its["index"])[0]
                 bar.update()
-            return [_dequantized(output, details) for output, details in zip(outputs, all_details, strict=True)]
+            return {name: _dequantized(outputs[name], its) for name, its in details.items()}
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             parts = list(pool.map(run, interpreters, chunks))
-    outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
-    return outputs[0] if len(outputs) == 1 else outputs
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return outputs[""] if "" in outputs else outputs
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
