@@ -66,12 +66,13 @@ def blocks_of(model):
     return [layer for layer in model.layers if isinstance(layer, ReparameterizedBlock)]
 
 
-def narrowed(variant):
-    """The same depths, strides and groups with an eighth of the channels: a structure of its own that fuses quickly."""
+def small(variant):
+    """An eighth of the channels and half of the depth: the same kinds of blocks in the same order, quickly fused."""
     return dataclasses.replace(
         variant,
         stem_width=variant.stem_width // 8,
         widths=tuple(width // 8 for width in variant.widths),
+        depths=tuple(-(-depth // 2) for depth in variant.depths),
         se_reduction=variant.se_reduction and 2,
     )
 
@@ -85,7 +86,7 @@ def test_every_variant_fuses_exactly(name, padding):
     """Random statistics, an input small and uneven enough to meet odd and even sizes on the way down."""
     published = name in PUBLISHED
     size = (40, 44, 3) if published else (12, 11, 3)
-    variant = VARIANTS[name] if name == "A0" or not published else narrowed(VARIANTS[name])
+    variant = VARIANTS[name] if name == "A0" or not published else small(VARIANTS[name])
     model = build_repvgg(variant, size, 10, norm="oabn", oabn_k=0.5, padding=padding)
     randomize(model, gain=0.5)
     x = np.random.default_rng(0).standard_normal((1, *size)).astype("float32")
@@ -130,9 +131,9 @@ def test_counts_are_the_published_ones(without_random_kernels):
         assert 3 * (plain - two) == 2 * (plain - four)
 
 
-def test_groups_are_those_of_the_original():
+def test_groups_are_those_of_the_original(without_random_kernels):
     """Every second layer, the stem being 0: github.com/DingXiaoH/RepVGG, optional_groupwise_layers."""
-    model = build_repvgg(narrowed(VARIANTS["B2g4"]), (32, 32, 3), 10)
+    model = build_repvgg("B1g4", (32, 32, 3), 10)
     grouped = [index for index, block in enumerate(blocks_of(model)) if block.groups == 4]
     assert grouped == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26]
     assert all(block.groups == 1 for index, block in enumerate(blocks_of(model)) if index not in grouped)

@@ -598,20 +598,21 @@ def test_squeeze_excite_survives(per_channel):
     assert np.max(np.abs(tflite.predict(file, images) - expected)) < 0.08 * np.max(np.abs(expected))
 
 
-def test_a_layer_used_twice_has_one_kernel_and_a_bias_for_each_use():
-    """A head shared by feature maps of unlike ranges: one weight scale must leave room for the biases of both."""
+@pytest.mark.parametrize("tiny", [1.0, 1e-4], ids=["one weight tensor", "one for each use"])
+def test_a_layer_used_twice_has_a_bias_for_each_use(tiny):
+    """A head shared by feature maps of unlike ranges. Where a bias needs other weight scales, tensors are parted."""
     shared = keras.layers.Conv2D(5, 3, padding="same", name="shared", bias_initializer=keras.initializers.Constant(0.3))
     inputs = keras.Input((6, 6, 4))
     small = keras.layers.Conv2D(4, 1, activation="relu", kernel_initializer=keras.initializers.Constant(1e-3))(inputs)
     both = keras.layers.Concatenate()([shared(inputs), shared(small)])
     model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(both)))
-    shared.kernel.assign(shared.kernel * np.float32([1, 1, 1, 1e-3, 1e-7]))
+    shared.kernel.assign(shared.kernel * np.float32([1, 1, 1, tiny, tiny**2]))
     images = np.stack(calibration(8, (6, 6, 4)))
     file = tflite.convert(model, images)
     uses = [bias for bias in bias_codes(file) if len(bias[0]) == 5]
     kernels = [found for found in tflite.weight_codes(file) if found.codes.shape == (3, 3, 4, 5)]
     assert len(uses) == len(kernels) == 2
-    np.testing.assert_array_equal(kernels[0].scale, kernels[1].scale)
+    assert np.array_equal(kernels[0].scale, kernels[1].scale) == (tiny == 1)
     for (codes, scale, input_scale), kernel in zip(uses, kernels, strict=True):
         np.testing.assert_allclose(codes * np.float64(scale), 0.3, atol=1e-3)
         np.testing.assert_allclose(scale, np.float64(input_scale) * kernel.scale, rtol=1e-6)

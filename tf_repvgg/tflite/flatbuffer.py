@@ -103,6 +103,7 @@ def give_own_weights(graph, operators):
     """Puts a copy of the weight tensor that operators share with others in its place."""
     graph.tensors.append(copy.deepcopy(weights_tensor(graph, operators[0])))
     for operator in operators:
+        operator.inputs = np.array(operator.inputs)  # as read from a file it cannot be written to
         operator.inputs[WEIGHTS_INPUT] = len(graph.tensors) - 1
 
 

@@ -86,7 +86,7 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray |
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             parts = list(pool.map(run, interpreters, chunks))
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return outputs[""] if "" in outputs else outputs
+    return outputs.get("", outputs)
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
