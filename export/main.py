@@ -40,6 +40,8 @@ GRANULARITIES = ("per_tensor", "per_channel")
 # Why a fully integer RepVGG may hold more than convolutions, a mean and a dense layer.
 EXTRA_OPERATORS = {
     "PAD": "symmetric padding of a strided block",
+    "LOGISTIC": "sigmoid of a block's squeeze-and-excite",
+    "MUL": "a block's channels scaled by its squeeze-and-excite",
     "QUANTIZE": "input or output is not int8",
     "DEQUANTIZE": "output is float",
 }

@@ -25,6 +25,8 @@ def randomize(model_or_block, seed=0, gain=0.6, dead_share=0.1):
                     np.where(dead, 0, sign * gain * generator.uniform(0.5, 1.5, block.filters) * np.sqrt(variance))
                 )
                 layer.beta.assign(generator.normal(0, 0.5, block.filters))
+            elif isinstance(layer, keras.layers.Conv2D) and layer.use_bias:  # of a squeeze-and-excite
+                layer.bias.assign(generator.normal(0, 1, layer.filters))
             elif isinstance(layer, keras.layers.Conv2D):
                 layer.kernel.assign(np.where(dead, 0, layer.kernel.numpy()))
 

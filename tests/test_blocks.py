@@ -352,10 +352,54 @@ def test_branches_start_from_different_kernels():
     assert np.all(other.conv1x1.kernel.numpy() == 0.5)
 
 
-@pytest.mark.parametrize("kind", ["oabn", "qarepvgg"])
-def test_gradients_flow_on_every_stride(kind):
+@pytest.mark.parametrize("kind", ["bn", "qarepvgg"])
+def test_squeeze_excite_is_between_the_sum_and_the_activation(kind):
+    block, plain = BLOCKS[kind](se_reduction=4, activation="tanh"), BLOCKS[kind](activation=None)
+    x = images()
+    block(x), plain(x)
+    randomize(block)
+    own = {id(weight) for weight in block.squeeze_excite.weights}
+    for mine, its in zip(plain.weights, (w for w in block.weights if id(w) not in own), strict=True):
+        mine.assign(its)
+    total = plain(x).numpy()
+    (down, down_bias), (up, up_bias) = (
+        (conv.kernel.numpy()[0, 0], conv.bias.numpy())
+        for conv in (block.squeeze_excite.reduce, block.squeeze_excite.expand)
+    )
+    squeezed = np.maximum(total.mean(axis=(1, 2)) @ down + down_bias, 0)
+    excited = 1 / (1 + np.exp(-(squeezed @ up + up_bias)))
+    np.testing.assert_allclose(block(x), np.tanh(total * excited[:, None, None]), rtol=1e-4, atol=1e-5)
+    copied = type(block).from_config(block.get_config())
+    assert copied.squeeze_excite.reduce.filters == 2
+
+
+@pytest.mark.parametrize("reduction", [0, 9, 2.5])
+def test_squeeze_excite_refuses(reduction):
+    with pytest.raises(
+        ValueError, match=f"reduction is {reduction}; it must be a whole number from 1 to the 8 channels"
+    ):
+        RepVGGBlock(8, se_reduction=reduction)
+
+
+@pytest.mark.parametrize("form", ["model.keras", "saved_model", "model.weights.h5"])
+def test_blocks_with_squeeze_excite_are_saved(tmp_path, form):
+    model = block_model(RepVGGBlock(8, se_reduction=2, groups=2, name="block"), (6, 6))
+    randomize(model)
+    x = images(6, 6)
+    if form.endswith("h5"):
+        model.save_weights(str(tmp_path / form))
+        loaded = block_model(RepVGGBlock(8, se_reduction=2, groups=2, name="block"), (6, 6))
+        loaded.load_weights(str(tmp_path / form))
+    else:
+        model.save(tmp_path / form)
+        loaded = keras.models.load_model(tmp_path / form)
+    np.testing.assert_allclose(loaded(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, options", [("oabn", {}), ("qarepvgg", {}), ("oabn", {"groups": 4, "se_reduction": 2})])
+def test_gradients_flow_on_every_stride(kind, options):
     for stride in (1, 2):
-        block = BLOCKS[kind](strides=stride)
+        block = BLOCKS[kind](strides=stride, **options)
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(block(images(), training=True) ** 2)
         assert all(gradient is not None for gradient in tape.gradient(loss, block.trainable_variables))

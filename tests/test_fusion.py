@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_statistics import randomize, relative_error
 
 from tf_repvgg.fusion import PreActivationStatistics, fuse
-from tf_repvgg.layers import QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
+from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
 from tf_repvgg.models import build_repvgg
 
 TOLERANCE = 1e-4
@@ -31,6 +31,12 @@ KINDS = {
     ),
     "qarepvgg": (QARepVGGBlock, {}),
 }
+# Squeeze-and-excite after the sum of either.
+KINDS_WITH_SE = {
+    "oabn, norm, SE": (RepVGGBlock, {"norm": "oabn", "oabn_k": 0.2, "se_reduction": 4}),
+    "qarepvgg, SE": (QARepVGGBlock, {"se_reduction": 4}),
+}
+ALL_KINDS = KINDS | KINDS_WITH_SE
 
 
 def images(height, width, channels=3, count=2, seed=0):
@@ -58,16 +64,25 @@ def assert_deploy_form(model, fused):
     for name, block in blocks.items():
         assert convs[name].kernel_size == (3, 3)
         assert convs[name].use_bias
-        assert convs[name].activation is block.activation
+        if block.squeeze_excite is None:
+            assert convs[name].activation is block.activation
+        else:
+            assert convs[name].activation is keras.activations.linear
+            (activation,) = (layer for layer in fused.layers if layer.name == f"{name}_activation")
+            assert activation.activation is block.activation
         assert len(convs[name].weights) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("padding", ["same", "symmetric"])
+# Squeeze-and-excite comes after all that strides and groups change: few of its combinations are enough.
+GEOMETRIES = [
+    *itertools.product(KINDS, [1, 2], [1, 2, 4], ["same", "symmetric"]),
+    *itertools.product(KINDS_WITH_SE, [2], [2], ["same", "symmetric"]),
+]
+
+
+@pytest.mark.parametrize("kind, stride, groups, padding", GEOMETRIES)
 def test_every_block_on_odd_and_even_inputs(kind, stride, groups, padding):
-    make, arguments = KINDS[kind]
+    make, arguments = ALL_KINDS[kind]
     common = {"groups": groups, "padding": padding, "activation": None}
     inputs = keras.Input((None, None, 8))
     # The first keeps its input's shape where the stride is 1; the second never does.
@@ -83,7 +98,7 @@ def test_every_block_on_odd_and_even_inputs(kind, stride, groups, padding):
 
 
 @given(
-    kind=st.sampled_from(list(KINDS)),
+    kind=st.sampled_from(list(ALL_KINDS)),
     filters=st.sampled_from([4, 8]),
     geometry=st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3)]),
     padding=st.sampled_from(["same", "symmetric"]),
@@ -93,7 +108,7 @@ def test_every_block_on_odd_and_even_inputs(kind, stride, groups, padding):
     seed=st.integers(0, 2**16),
 )
 def test_any_block(kind, filters, geometry, padding, groups, activation, size, seed):
-    make, arguments = KINDS[kind]
+    make, arguments = ALL_KINDS[kind]
     stride, dilation = geometry
     block = make(
         filters,
@@ -150,8 +165,9 @@ def test_multi_output_backbone_of_any_size():
     assert set(fused(images(33, 40))) == {"c2", "c3", "head"}
     assert fused.input_shape == (None, None, None, 3)
     assert fused.name == "backbone"
-    # The user's own layers stay, batch normalization included.
-    assert [layer.name for layer in layers_of(fused, keras.layers.BatchNormalization)] == ["head_norm"]
+    # The head's normalization follows a plain convolution and goes into it.
+    assert not layers_of(fused, keras.layers.BatchNormalization)
+    assert {"head", "c2", "c3", "both"} <= {layer.name for layer in fused.layers}
     assert_same_function(model, fused, images(33, 40), images(32, 31), images(17, 17))
     function = tf.function(fused, input_signature=[tf.TensorSpec([None, None, None, 3])])
     assert_same_function(model, lambda x, training: function(x), images(33, 40))
@@ -170,6 +186,84 @@ def test_nested_models(training):
     assert not layers_of(fused, ReparameterizedBlock)
     assert set(fused.pre_activation_statistics) == {"stem", "c2", "c3", "c4", "c4_dilated"}
     assert_same_function(outer, fused, images(32, 32))
+
+
+def test_blocks_of_one_name_in_nested_models():
+    """Two backbones of the same make: their convolutions and statistics get names of their own."""
+
+    def two_eyes(seed):
+        def eye(side):
+            eye_inputs = keras.Input((8, 8, 3))
+            features = RepVGGBlock(4, name="first")(RepVGGBlock(4, name="stem")(eye_inputs))
+            return keras.Model(eye_inputs, features, name=side)
+
+        inputs = keras.Input((8, 8, 3))
+        both = keras.layers.Concatenate()([eye("left")(inputs), eye("right")(inputs)])
+        model = keras.Model(inputs, RepVGGBlock(4, name="top")(both), name=f"eyes{seed}")
+        randomize(model, seed)
+        return model
+
+    model = two_eyes(1)
+    fused = fuse(model)
+    names = ["left_stem", "left_first", "right_stem", "right_first", "top"]
+    assert sorted(fused.pre_activation_statistics) == sorted(names)
+    assert sorted(layer.name for layer in layers_of(fused, keras.layers.Conv2D)) == sorted(names)
+    for side in ("left", "right"):
+        mean, variance = model.get_layer(side).get_layer("stem").pre_activation_statistics()
+        found = fused.pre_activation_statistics[f"{side}_stem"]
+        np.testing.assert_array_equal(found.mean, mean)
+        np.testing.assert_array_equal(found.variance, variance)
+    assert_same_function(model, fused, images(8, 8))
+    # Those of models within models too, and a name that is taken is not given twice.
+    inputs = keras.Input((8, 8, 3))
+    taken = RepVGGBlock(4, name="eyes2_left_stem")(inputs)
+    outputs = keras.layers.Concatenate()([two_eyes(2)(inputs), two_eyes(3)(inputs), taken])
+    nested = fuse(keras.Model(inputs, outputs))
+    assert len(nested.pre_activation_statistics) == 11
+    assert {"eyes2_left_stem", "eyes2_left_stem_", "eyes3_right_first"} <= set(nested.pre_activation_statistics)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.layers.Conv2D(6, 3, strides=2, use_bias=False),
+        lambda: keras.layers.Conv2D(6, 3, groups=2, bias_initializer="ones"),
+        lambda: keras.layers.DepthwiseConv2D(3, depth_multiplier=2, bias_initializer="ones"),
+        lambda: keras.layers.Dense(5, use_bias=False),
+    ],
+)
+@pytest.mark.parametrize("norm", [{}, {"scale": False}, {"center": False}, {"k": 0.3}], ids=str)
+def test_normalizations_after_plain_layers_are_merged(make, norm):
+    layer = make()
+    normalization = OutlierAwareBatchNormalization(**norm) if "k" in norm else keras.layers.BatchNormalization(**norm)
+    inputs = keras.Input((9, 8, 4))
+    model = keras.Model(inputs, keras.layers.ReLU()(normalization(layer(RepVGGBlock(4)(inputs)))))
+    generator = np.random.default_rng(0)
+    for weight in normalization.weights:
+        weight.assign(generator.uniform(0.5, 2, weight.shape))
+    fused = fuse(model)
+    assert not layers_of(fused, keras.layers.BatchNormalization)
+    assert fused.get_layer(layer.name).use_bias
+    assert_same_function(model, fused, images(9, 8, 4))
+
+
+def test_other_normalizations_stay():
+    """After an activation, a sum, a shared layer, an output or a layer that something else reads, or in training."""
+    inputs = keras.Input((8, 8, 4))
+    norms = [keras.layers.BatchNormalization(name=name) for name in "abcdef"]
+    conv = lambda **kwargs: keras.layers.Conv2D(4, 1, **kwargs)  # noqa: E731
+    features = norms[0](conv(activation="relu")(RepVGGBlock(4)(inputs)))
+    features = norms[1](features + inputs)
+    shared, read_twice, output = conv(), conv()(features), conv()(features)
+    features = norms[2](shared(shared(features))) + norms[3](read_twice) + read_twice
+    features = features + norms[4](output) + norms[5](conv()(features), training=True)
+    model = keras.Model(inputs, [features, output])
+    randomize(model)
+    for norm in norms:
+        norm.moving_mean.assign([1.0, 2.0, 3.0, 4.0])
+    fused = fuse(model)
+    assert [layer.name for layer in layers_of(fused, keras.layers.BatchNormalization)] == list("abcdef")
+    assert_same_function(model, fused, images(8, 8, 4))
 
 
 def test_blocks_called_with_training_false():
@@ -204,10 +298,10 @@ def test_dictionary_inputs():
 
 
 @pytest.mark.parametrize("policy_while_fusing", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", ["oabn relative, norm", "qarepvgg"])
+@pytest.mark.parametrize("kind", ["oabn relative, norm", "qarepvgg, SE"])
 def test_mixed_precision_model_fuses_to_float32(kind, policy_while_fusing):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    make, arguments = KINDS[kind]
+    make, arguments = ALL_KINDS[kind]
     inputs = keras.Input((8, 8, 4))
     features = keras.layers.Activation("relu")(make(4, name="block", **arguments)(inputs))
     features = keras.layers.Conv2D(6, 1, name="plain")(features)
@@ -291,16 +385,29 @@ def test_refuses_when_exactness_fails_and_says_by_how_much():
     inputs = keras.Input((8, 8, 4))
     model = keras.Model(inputs, LyingBlock(4, activation=None)(inputs), name="liar")
     randomize(model)
-    with pytest.raises(ArithmeticError, match=r"fusing model 'liar' changed its outputs by 1\.00e-02 of the largest"):
+    with pytest.raises(ArithmeticError, match=r"model 'liar' changed its output 'lying_block.*' by 1\.00e-02 of its"):
         fuse(model)
     assert_same_function(model, fuse(model, tolerance=0.02), images(8, 8, 4), tolerance=0.02)
+
+
+def test_every_output_is_checked_by_itself():
+    """An output a million times larger hides nothing, and an output of classes is compared too."""
+    inputs = keras.Input((8, 8, 4))
+    wrong = LyingBlock(4, activation=None, name="wrong")(inputs)
+    large = keras.layers.Rescaling(1e6, name="large")(RepVGGBlock(4)(inputs))
+    classes = keras.layers.Lambda(lambda x: tf.argmax(x, axis=-1), name="classes")(large)
+    model = keras.Model(inputs, [large, classes, wrong])
+    randomize(model)
+    with pytest.raises(ArithmeticError, match=r"changed its output 'wrong' by 1\.00e-02"):
+        fuse(model)
+    assert fuse(keras.Model(inputs, [large, classes]))(images(8, 8, 4))[1].dtype == tf.int64
 
 
 def test_refuses_outputs_that_are_not_finite():
     inputs = keras.Input((8, 8, 4))
     model = keras.Model(inputs, RepVGGBlock(4, name="block")(inputs))
     model.get_layer("block").norm3x3.gamma.assign([np.nan] * 4)
-    with pytest.raises(ArithmeticError, match="changed its outputs by nan"):
+    with pytest.raises(ArithmeticError, match="changed its output 'block' by nan"):
         fuse(model)
 
 

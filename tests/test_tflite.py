@@ -65,7 +65,7 @@ def bias_codes(file):
     (graph,) = flat.subgraphs
     found = []
     for operator in graph.operators:
-        if flatbuffer.operator_code(flat, operator) in flatbuffer.WEIGHTS_INPUT:
+        if flatbuffer.weights_layout(flat, operator) is not None:
             if len(operator.inputs) < 3 or operator.inputs[2] < 0:
                 continue  # the converter leaves out biases of zero
             tensor = graph.tensors[operator.inputs[2]]
@@ -161,9 +161,9 @@ def simulate(file, image):
             return 0.0  # a bias left out
         tensor = graph.tensors[index]
         values = flatbuffer.constant(flat, tensor, dtype).astype(np.float64)
-        if dtype == np.int8:
-            return values * np.asarray(tensor.quantization.scale).reshape(-1, *[1] * (values.ndim - 1))
-        return values * np.asarray(tensor.quantization.scale)
+        shape = np.ones(values.ndim, int)
+        shape[tensor.quantization.quantizedDimension] = -1
+        return values * np.asarray(tensor.quantization.scale).reshape(shape)
 
     real[graph.inputs[0]] = on_grid(graph.inputs[0], image[np.newaxis].astype(np.float64))
     for operator in graph.operators:
@@ -177,10 +177,20 @@ def simulate(file, image):
             dilation = options.dilationHFactor
             y = tf.nn.conv2d(x, kernel, [options.strideH, options.strideW], padding, dilations=dilation).numpy()
             y = y + constant(operator.inputs[2], np.int32)
+        elif name == "DEPTHWISE_CONV_2D":
+            kernel = constant(operator.inputs[1], np.int8)
+            kernel = kernel.reshape(*kernel.shape[1:3], x.shape[-1], -1)
+            strides = [1, options.strideH, options.strideW, 1]
+            padding = "SAME" if options.padding == schema.Padding.SAME else "VALID"
+            y = tf.nn.depthwise_conv2d(x, kernel, strides, padding).numpy() + constant(operator.inputs[2], np.int32)
         elif name == "FULLY_CONNECTED":
             y = x @ constant(operator.inputs[1], np.int8).T + constant(operator.inputs[2], np.int32)
         elif name == "MEAN":
-            y = x.mean(axis=(1, 2))
+            y = x.mean(axis=(1, 2), keepdims=bool(options.keepDims))
+        elif name == "LOGISTIC":
+            y = 1 / (1 + np.exp(-x))
+        elif name == "MUL":
+            y = x * real[operator.inputs[1]]
         elif name == "PAD":
             y = np.pad(x, flatbuffer.constant(flat, graph.tensors[operator.inputs[1]], np.int32))
         elif name in ("QUANTIZE", "DEQUANTIZE"):
@@ -492,7 +502,8 @@ def test_int8_input_is_the_pixel_minus_128(digits_file, digits):
 
 
 @pytest.mark.parametrize(
-    "make, bits", [(keras.layers.DepthwiseConv2D, 8), (lambda size: keras.layers.Conv2DTranspose(2, size), 4)]
+    "make, bits",
+    [(lambda size: keras.layers.SeparableConv2D(2, size), 8), (lambda size: keras.layers.Conv2DTranspose(2, size), 4)],
 )
 def test_layers_that_cannot_be_written_are_named(make, bits):
     inputs = keras.Input(SIZE)
@@ -500,3 +511,167 @@ def test_layers_that_cannot_be_written_are_named(make, bits):
     model = keras.Model(inputs, layer(inputs))
     with pytest.raises(ValueError, match=f"{layer.name}.*{type(layer).__name__}"):
         tflite.convert(model, calibration(2), weight_bits=bits)
+
+
+@pytest.fixture(scope="module")
+def depthwise_model():
+    keras.utils.set_random_seed(0)
+    model = plain_model(
+        keras.layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2, activation="relu", name="double"),
+        keras.layers.DepthwiseConv2D((3, 2), strides=2, use_bias=False, name="strided"),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3, name="dense"),
+    )
+    # Channels of unlike ranges, so that a scale on the wrong channel shows.
+    model.get_layer("double").depthwise_kernel.assign(
+        model.get_layer("double").depthwise_kernel * np.linspace(0.2, 3, 8).reshape(4, 2)
+    )
+    model.get_layer("double").bias.assign(np.linspace(-0.5, 1, 8))
+    return model
+
+
+def as_grouped(kernel):
+    """A depthwise kernel as the grouped convolution it is."""
+    return kernel.numpy().reshape(*kernel.shape[:2], 1, -1)
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_depthwise_convolutions_code_for_code(depthwise_model, bits, per_channel):
+    images = np.stack(calibration(8, (6, 6, 4)))
+    file = tflite.convert(depthwise_model, images, weight_bits=bits, per_channel=per_channel)
+    names = [operator.name for operator in tflite.operators(file)]
+    assert names == ["DEPTHWISE_CONV_2D", "DEPTHWISE_CONV_2D", "MEAN", "FULLY_CONNECTED"]
+    for name, found in zip(("double", "strided"), tflite.weight_codes(file)[:2], strict=True):
+        kernel = as_grouped(depthwise_model.get_layer(name).depthwise_kernel)
+        expected = quantize_min_max(kernel, bits, per_channel)
+        np.testing.assert_array_equal(found.codes, expected.codes)
+        np.testing.assert_array_equal(found.scale, expected.scale)
+        np.testing.assert_allclose(found.dequantize(), kernel, atol=0.51 * np.max(expected.scale))
+    _, tensors = details_of(file)
+    double = next(tensor for tensor in tensors.values() if tuple(tensor["shape"]) == (1, 3, 3, 8))
+    assert double["quantization_parameters"]["quantized_dimension"] == 3
+    assert len(double["quantization_parameters"]["scales"]) == (8 if per_channel else 1)
+    assert_computes_what_it_says(file, images)
+    if bits == 8:
+        expected = depthwise_model(images).numpy()
+        assert np.max(np.abs(tflite.predict(file, images) - expected)) < 0.05 * np.max(np.abs(expected))
+
+
+def test_given_codes_of_a_depthwise_convolution(depthwise_model):
+    generator = np.random.default_rng(0)
+    codes = generator.choice([-100, -7, 0, 30, 127], (3, 3, 1, 8)).astype(np.int8)
+    given = QuantizedKernel(codes, generator.uniform(0.01, 0.02, 8).astype(np.float32))
+    images = np.stack(calibration(8, (6, 6, 4)))
+    file = tflite.convert(depthwise_model, images, kernels={"double": given})
+    np.testing.assert_array_equal(tflite.weight_codes(file)[0].codes, codes)
+    np.testing.assert_array_equal(tflite.weight_codes(file)[0].scale, given.scale)
+    assert_computes_what_it_says(file, images)
+    wrong = QuantizedKernel(codes.reshape(3, 3, 4, 2), given.scale)
+    with pytest.raises(ValueError, match=r"'double': the codes have shape \(3, 3, 4, 2\), its kernel \(3, 3, 1, 8\)"):
+        tflite.with_weights(file, depthwise_model, kernels={"double": wrong})
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
+def test_squeeze_excite_survives(per_channel):
+    inputs = keras.Input(SIZE)
+    features = RepVGGBlock(8, strides=2, se_reduction=2, padding="symmetric", name="first")(inputs)
+    features = QARepVGGBlock(8, groups=4, se_reduction=4, name="second")(features)
+    pooled = keras.layers.GlobalAveragePooling2D(name="pool")(features)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(pooled))
+    randomize(model, dead_share=0)
+    fused = fuse(model)
+    images = np.stack(calibration(8))
+    file = tflite.convert(fused, images, per_channel=per_channel)
+    squeeze_excite = {"MEAN": 1, "CONV_2D": 2, "LOGISTIC": 1, "MUL": 1}
+    expected_operators = collections.Counter({"PAD": 1, "CONV_2D": 2, "MEAN": 1, "FULLY_CONNECTED": 1})
+    expected_operators.update({name: 2 * count for name, count in squeeze_excite.items()})
+    assert collections.Counter(operator.name for operator in tflite.operators(file)) == expected_operators
+    for bits in (8, 4):
+        found = tflite.weight_codes(tflite.with_weights(file, fused, bits, per_channel))
+        for layer, weights in zip(weighted_layers(fused), found, strict=True):
+            expected = quantize_min_max(layer.kernel.numpy(), bits, per_channel)
+            np.testing.assert_array_equal(weights.codes, expected.codes)
+            np.testing.assert_array_equal(weights.scale, expected.scale)
+    assert_computes_what_it_says(file, images)
+    expected = fused(images).numpy()
+    assert np.max(np.abs(tflite.predict(file, images) - expected)) < 0.08 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("tiny", [1.0, 1e-4], ids=["one weight tensor", "one for each use"])
+def test_a_layer_used_twice_has_a_bias_for_each_use(tiny):
+    """A head shared by feature maps of unlike ranges. Where a bias needs other weight scales, tensors are parted."""
+    shared = keras.layers.Conv2D(5, 3, padding="same", name="shared", bias_initializer=keras.initializers.Constant(0.3))
+    inputs = keras.Input((6, 6, 4))
+    small = keras.layers.Conv2D(4, 1, activation="relu", kernel_initializer=keras.initializers.Constant(1e-3))(inputs)
+    both = keras.layers.Concatenate()([shared(inputs), shared(small)])
+    model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(both)))
+    shared.kernel.assign(shared.kernel * np.float32([1, 1, 1, tiny, tiny**2]))
+    images = np.stack(calibration(8, (6, 6, 4)))
+    file = tflite.convert(model, images)
+    uses = [bias for bias in bias_codes(file) if len(bias[0]) == 5]
+    kernels = [found for found in tflite.weight_codes(file) if found.codes.shape == (3, 3, 4, 5)]
+    assert len(uses) == len(kernels) == 2
+    assert np.array_equal(kernels[0].scale, kernels[1].scale) == (tiny == 1)
+    for (codes, scale, input_scale), kernel in zip(uses, kernels, strict=True):
+        np.testing.assert_allclose(codes * np.float64(scale), 0.3, atol=1e-3)
+        np.testing.assert_allclose(scale, np.float64(input_scale) * kernel.scale, rtol=1e-6)
+    expected = model(images).numpy()
+    assert np.max(np.abs(tflite.predict(file, images) - expected)) < 0.05 * np.max(np.abs(expected))
+
+
+def test_layers_that_share_a_tensor_in_the_file_are_parted():
+    """Layers with equal kernels and biases, which the converter merges; one is given other codes."""
+    kernel = keras.initializers.HeNormal(seed=3)
+    first, second = (
+        keras.layers.Conv2D(4, 3, padding="same", kernel_initializer=kernel, bias_initializer=bias, name=name)
+        for name, bias in (("first", "ones"), ("second", keras.initializers.Constant(0.9)))
+    )
+    inputs = keras.Input((6, 6, 4))
+    features = second(keras.layers.ReLU()(first(inputs)))
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(features))
+    given = quantize_min_max(first.kernel.numpy(), 3)
+    images = np.stack(calibration(8, (6, 6, 4)))
+    file = tflite.convert(model, images, kernels={"first": given})
+    one, two = tflite.weight_codes(file)
+    np.testing.assert_array_equal(one.codes, given.codes)
+    np.testing.assert_array_equal(two.codes, quantize_min_max(first.kernel.numpy()).codes)
+    assert_computes_what_it_says(file, images)
+
+
+def test_activations_that_calibration_found_dead():
+    """XNNPACK refuses to load what the converter makes of an activation that is always zero."""
+    model = plain_model(
+        keras.layers.Conv2D(4, 3, activation="relu", name="dead", bias_initializer=keras.initializers.Constant(-99.0)),
+        keras.layers.Conv2D(4, 3, name="after", bias_initializer=keras.initializers.Constant(0.5)),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3),
+    )
+    images = np.stack(calibration(4, (6, 6, 4)))
+    found = tflite.predict(tflite.convert(model, images), images)
+    np.testing.assert_allclose(found, model(images), atol=0.02)
+
+
+@pytest.mark.parametrize("names", [("last", "first"), ("output_0", "output_1")])
+def test_several_outputs_have_the_names_of_the_model(names):
+    inputs = keras.Input((6, 6, 4))
+    features = keras.layers.Conv2D(4, 3)(inputs)
+    outputs = [keras.layers.Conv2D(2, 1, name="z")(features), keras.layers.Conv2D(3, 1, name="a")(features)]
+    model = keras.Model(inputs, outputs if "output_0" in names else dict(zip(names, outputs, strict=True)))
+    images = np.stack(calibration(4, (6, 6, 4)))
+    found = tflite.predict(tflite.convert(model, images), images)
+    expected = dict(zip(names, keras.Model(inputs, outputs)(images), strict=True))
+    assert found.keys() == expected.keys()
+    for name in names:
+        np.testing.assert_allclose(found[name], expected[name], atol=0.05 * np.max(np.abs(expected[name])))
+
+
+def test_codes_for_a_name_that_two_layers_have_are_refused():
+    make = lambda name: keras.Sequential([keras.Input((6, 6, 4)), keras.layers.Conv2D(4, 1, name="conv")], name=name)  # noqa: E731
+    inputs = keras.Input((6, 6, 4))
+    model = keras.Model(inputs, keras.layers.Concatenate()([make("left")(inputs), make("right")(inputs)]))
+    images = calibration(4, (6, 6, 4))
+    file = tflite.convert(model, images)
+    kernels = {"conv": QuantizedKernel(np.ones((1, 1, 4, 4), np.int8), np.float32([0.1]))}
+    with pytest.raises(ValueError, match=r"kernels names 'conv', but 2 layers of the nested models are called so"):
+        tflite.with_weights(file, model, kernels=kernels)

@@ -150,3 +150,13 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
 
     def get_config(self):
         return {**super().get_config(), "k": self.k, "clip_mode": self.clip_mode}
+
+
+def scale_and_shift(norm: keras.layers.BatchNormalization):
+    """t and beta - mean * t of a batch normalization on its running statistics, each of shape [channels]."""
+    if isinstance(norm, OutlierAwareBatchNormalization):
+        gamma = norm.effective_gamma()
+    else:
+        gamma = norm.gamma if norm.scale else tf.ones_like(norm.moving_variance)
+    scale = gamma / tf.sqrt(norm.moving_variance + norm.epsilon)
+    return scale, (norm.beta if norm.center else 0.0) - norm.moving_mean * scale

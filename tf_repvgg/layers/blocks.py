@@ -10,8 +10,9 @@ where `place` puts a 1x1 kernel or the identity on the centre tap of a 3x3 kerne
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.layers.batch_norm import OutlierAwareBatchNormalization
+from tf_repvgg.layers.batch_norm import OutlierAwareBatchNormalization, scale_and_shift
 from tf_repvgg.layers.clip_limit import ClipLimit
+from tf_repvgg.layers.squeeze_excite import SqueezeExcite
 
 NORMS = ("bn", "oabn")
 OABN_BRANCHES = ("identity", "all")
@@ -26,13 +27,6 @@ def _one_of(owner, argument, value, known):
         raise ValueError(f"{owner}: {argument} is {value!r}; known: {', '.join(known)}")
 
 
-def _scale_and_shift(norm):
-    """t and beta - mean * t of a batch normalization on its running statistics, each of shape [channels]."""
-    gamma = norm.effective_gamma() if isinstance(norm, OutlierAwareBatchNormalization) else norm.gamma
-    scale = gamma / tf.sqrt(norm.moving_variance + norm.epsilon)
-    return scale, norm.beta - norm.moving_mean * scale
-
-
 def _scaled(kernel, scale):
     """kernel * scale; under a mixed policy the kernel reads as bfloat16 while a layer runs, statistics as float32."""
     return tf.cast(kernel, scale.dtype) * scale
@@ -45,15 +39,15 @@ def _place(kernel):
 
 def _output_variance(norm):
     """Variance that a batch normalization gives its output, per channel, on its running statistics."""
-    scale, _ = _scale_and_shift(norm)
+    scale, _ = scale_and_shift(norm)
     return tf.square(scale) * norm.moving_variance
 
 
 class ReparameterizedBlock(keras.layers.Layer):
     """What the blocks share: a 3x3 convolution beside a 1x1 one that reads the pixel under the centre tap.
 
-    A block is ``activation(sum of branches)``; subclasses add their normalizations and say in `branches` what every
-    branch contributes to the merged kernel.
+    A block is ``activation(squeeze_excite(sum of branches))``, the squeeze-and-excite being optional; subclasses add
+    their normalizations and say in `branches` what every branch contributes to the merged kernel.
 
     Args:
       filters: number of output channels.
@@ -63,6 +57,7 @@ class ReparameterizedBlock(keras.layers.Layer):
       dilation_rate: spacing of the 3x3 taps; only with strides=1.
       groups: number of groups the channels of both convolutions are split into.
       activation: anything `keras.activations.get` accepts.
+      se_reduction: None, or the reduction of a `SqueezeExcite` between the sum and the activation.
       momentum, epsilon: of every batch normalization in the block.
 
     Raises:
@@ -77,6 +72,7 @@ class ReparameterizedBlock(keras.layers.Layer):
         dilation_rate=1,
         groups=1,
         activation="relu",
+        se_reduction=None,
         momentum=0.9,
         epsilon=1e-5,
         kernel_initializer="he_normal",
@@ -101,11 +97,13 @@ class ReparameterizedBlock(keras.layers.Layer):
         self.dilation_rate = dilation_rate
         self.groups = groups
         self.activation = keras.activations.get(activation)
+        self.se_reduction = se_reduction
         self.momentum = momentum
         self.epsilon = epsilon
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.conv3x3 = self._conv(_KERNEL_SIZE, name="conv3x3")
         self.conv1x1 = self._conv(1, name="conv1x1")
+        self.squeeze_excite = self._squeeze_excite(self.dtype_policy)
 
     @property
     def _kind(self):
@@ -124,6 +122,11 @@ class ReparameterizedBlock(keras.layers.Layer):
             name=name,
             **spatial,
         )
+
+    def _squeeze_excite(self, dtype, name=None):
+        if self.se_reduction is None:
+            return None
+        return SqueezeExcite(self.filters, self.se_reduction, name=f"{name or self.name}_se", dtype=dtype)
 
     def _spatial_arguments(self):
         """Stride, dilation and padding of the 3x3 convolution, in training and in deploy form."""
@@ -179,6 +182,12 @@ class ReparameterizedBlock(keras.layers.Layer):
         # front when n % s == 1 (or s = 1), and none otherwise.
         return tf.where(size % self.strides == 1, 0, 1) if tf.is_tensor(size) else int(size % self.strides != 1)
 
+    def _activated(self, outputs):
+        """What follows the sum of the branches."""
+        if self.squeeze_excite is not None:
+            outputs = self.squeeze_excite(outputs)
+        return self.activation(outputs)
+
     def _identity_kernel(self):
         """The identity as a 3x3 kernel: shape [3, 3, filters / groups, filters]."""
         eye = tf.tile(tf.eye(self.filters // self.groups), [1, self.groups])
@@ -197,24 +206,43 @@ class ReparameterizedBlock(keras.layers.Layer):
         """(mean, variance) of the merged convolution's output as the normalizations imply, each [out] or None."""
         raise NotImplementedError
 
-    def deploy_layers(self):
-        """New, unbuilt layers that compute the same function; the last is the convolution that takes the kernel.
+    def deploy_form(self, name=None):
+        """The same function of plain layers that are new and hold the merged weights, as a callable on tensors.
 
-        They compute in the type of the weights, whatever policy trained them or is set now.
+        They are a convolution called `name`, by default as the block, and where the block needs them padding before and
+        squeeze-and-excite and activation after it. They compute in the type of the weights, whatever policy trained
+        them or is set now.
         """
-        padding = []
-        if self.needs_explicit_padding:
-            padding = [keras.layers.ZeroPadding2D(1, dtype=self.variable_dtype, name=f"{self.name}_padding")]
+        name = name or self.name
+        common = {"dtype": self.variable_dtype}
+        has_tail = self.squeeze_excite is not None
         conv = keras.layers.Conv2D(
             self.filters,
             _KERNEL_SIZE,
             groups=self.groups,
-            activation=self.activation,
-            dtype=self.variable_dtype,
-            name=self.name,
+            activation=None if has_tail else self.activation,
+            name=name,
+            **common,
             **self._spatial_arguments(),
         )
-        return [*padding, conv]
+        kernel, bias = self.equivalent_kernel_and_bias()
+        conv.build((None, None, None, kernel.shape[2] * self.groups))
+        conv.set_weights([kernel.numpy(), bias.numpy()])
+        layers = [conv]
+        if self.needs_explicit_padding:
+            layers.insert(0, keras.layers.ZeroPadding2D(1, name=f"{name}_padding", **common))
+        if has_tail:
+            tail = self._squeeze_excite(self.variable_dtype, name)
+            tail.copy_weights(self.squeeze_excite)
+            # Past its __call__, so that a functional model holds its layers and not the custom layer.
+            layers += [tail.call, keras.layers.Activation(self.activation, name=f"{name}_activation", **common)]
+
+        def call(inputs):
+            for layer in layers:
+                inputs = layer(inputs)
+            return inputs
+
+        return call
 
     def compute_output_shape(self, input_shape):
         batch, height, width, _ = input_shape
@@ -230,6 +258,7 @@ class ReparameterizedBlock(keras.layers.Layer):
             "dilation_rate": self.dilation_rate,
             "groups": self.groups,
             "activation": keras.activations.serialize(self.activation),
+            "se_reduction": self.se_reduction,
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
@@ -325,11 +354,11 @@ class RepVGGBlock(ReparameterizedBlock):
             outputs += self.norm_identity(inputs, training=training)
         elif self.has_constant_identity:
             outputs += self.identity_gain * tf.cast(inputs, outputs.dtype)
-        return self.activation(outputs)
+        return self._activated(outputs)
 
     @staticmethod
     def _conv_branch(conv, norm):
-        scale, shift = _scale_and_shift(norm)
+        scale, shift = scale_and_shift(norm)
         return _scaled(conv.kernel, scale), shift
 
     def _conv1x1_branch(self):
@@ -339,7 +368,7 @@ class RepVGGBlock(ReparameterizedBlock):
     def branches(self):
         found = {"conv3x3": self._conv_branch(self.conv3x3, self.norm3x3), "conv1x1": self._conv1x1_branch()}
         if self.norm_identity is not None:
-            scale, shift = _scale_and_shift(self.norm_identity)
+            scale, shift = scale_and_shift(self.norm_identity)
             found["identity"] = self._identity_kernel() * scale, shift
         elif self.has_constant_identity:
             found["identity"] = self._identity_kernel() * self.identity_gain, tf.zeros([self.filters])
@@ -388,11 +417,11 @@ class QARepVGGBlock(ReparameterizedBlock):
         outputs = self.norm3x3(self._conv3x3(inputs), training=training) + self._conv1x1(inputs)
         if self.has_identity:
             outputs += tf.cast(inputs, outputs.dtype)
-        return self.activation(self.norm_sum(outputs, training=training))
+        return self._activated(self.norm_sum(outputs, training=training))
 
     def branches(self):
-        scale3x3, shift3x3 = _scale_and_shift(self.norm3x3)
-        scale, shift = _scale_and_shift(self.norm_sum)
+        scale3x3, shift3x3 = scale_and_shift(self.norm3x3)
+        scale, shift = scale_and_shift(self.norm_sum)
         found = {
             "conv3x3": (_scaled(self.conv3x3.kernel, scale3x3 * scale), shift3x3 * scale + shift),
             "conv1x1": (_place(_scaled(self.conv1x1.kernel, scale)), tf.zeros([self.filters])),

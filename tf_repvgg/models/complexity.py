@@ -30,6 +30,12 @@ def _pixels(layer):
     return height * width
 
 
+def _squeeze_excite_complexity(layer) -> Complexity:
+    """What a block's squeeze-and-excite adds: its parameters in training form are among the block's already."""
+    macs = sum(int(conv.kernel.shape.num_elements()) for conv in (layer.reduce, layer.expand))
+    return Complexity(0, layer.count_params(), macs, macs)
+
+
 def _layer_complexity(layer) -> Complexity:
     parameters = layer.count_params()
     if isinstance(layer, keras.Model):
@@ -37,10 +43,13 @@ def _layer_complexity(layer) -> Complexity:
     if isinstance(layer, ReparameterizedBlock):
         conv3x3, conv1x1 = layer.conv3x3.count_params(), layer.conv1x1.count_params()
         pixels = _pixels(layer)
-        return Complexity(parameters, conv3x3 + layer.filters, pixels * (conv3x3 + conv1x1), pixels * conv3x3)
+        merged = Complexity(parameters, conv3x3 + layer.filters, pixels * (conv3x3 + conv1x1), pixels * conv3x3)
+        return merged if layer.squeeze_excite is None else merged + _squeeze_excite_complexity(layer.squeeze_excite)
     macs = 0
     if isinstance(layer, keras.layers.Conv2D):
         macs = _pixels(layer) * int(layer.kernel.shape.num_elements())
+    elif isinstance(layer, keras.layers.DepthwiseConv2D):
+        macs = _pixels(layer) * int(layer.depthwise_kernel.shape.num_elements())
     elif isinstance(layer, keras.layers.Dense):
         macs = int(layer.kernel.shape.num_elements())
     return Complexity(parameters, parameters, macs, macs)

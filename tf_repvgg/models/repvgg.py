@@ -1,6 +1,7 @@
 """The variants of RepVGG (arXiv:2101.03697, tables 2 and 3), a family for small images, and their builder."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 import tf_keras as keras
@@ -21,6 +22,8 @@ class Variant:
       depths: number of blocks of each stage.
       stem_stride: 2 as published; 1 for small images.
       strides: stride of each stage's first block.
+      groups: of every second block, counted through all stages from the stem's 0: of the second, fourth and so on.
+      se_reduction: reduction of the squeeze-and-excite in every block, the stem included; None for none.
     """
 
     stem_width: int
@@ -28,11 +31,13 @@ class Variant:
     depths: tuple[int, ...]
     stem_stride: int = 2
     strides: tuple[int, ...] = (2, 2, 2, 2)
+    groups: int = 1
+    se_reduction: int | None = None
 
 
-def _published(depths, a, b):
+def _published(depths, a, b, **options):
     """Widths of the paper: 64, 128 and 256 times a, 512 times b; the stem has at most 64 channels."""
-    return Variant(min(64, int(64 * a)), (int(64 * a), int(128 * a), int(256 * a), int(512 * b)), depths)
+    return Variant(min(64, int(64 * a)), (int(64 * a), int(128 * a), int(256 * a), int(512 * b)), depths, **options)
 
 
 _DEPTHS_A = (2, 4, 14, 1)
@@ -44,8 +49,16 @@ VARIANTS = {
     "A2": _published(_DEPTHS_A, 1.5, 2.75),
     "B0": _published(_DEPTHS_B, 1.0, 2.5),
     "B1": _published(_DEPTHS_B, 2.0, 4.0),
+    "B1g2": _published(_DEPTHS_B, 2.0, 4.0, groups=2),
+    "B1g4": _published(_DEPTHS_B, 2.0, 4.0, groups=4),
     "B2": _published(_DEPTHS_B, 2.5, 5.0),
+    "B2g2": _published(_DEPTHS_B, 2.5, 5.0, groups=2),
+    "B2g4": _published(_DEPTHS_B, 2.5, 5.0, groups=4),
     "B3": _published(_DEPTHS_B, 3.0, 5.0),
+    "B3g2": _published(_DEPTHS_B, 3.0, 5.0, groups=2),
+    "B3g4": _published(_DEPTHS_B, 3.0, 5.0, groups=4),
+    # Not in the paper: from its authors' repository, github.com/DingXiaoH/RepVGG.
+    "D2se": _published((8, 14, 24, 1), 2.5, 5.0, se_reduction=16),
     "digits": Variant(16, (16, 32, 64), (2, 2, 2), stem_stride=1, strides=(1, 2, 2)),
     "cifar-s": Variant(32, (64, 128, 256), (2, 3, 2), stem_stride=1, strides=(2, 2, 2)),
     "cifar-m": Variant(32, (64, 128, 256), (3, 6, 3), stem_stride=1, strides=(1, 2, 2)),
@@ -100,14 +113,13 @@ def build_repvgg(
             f"block='qarepvgg' has no normalization on its identity branch to change, but norm={norm!r} and "
             f"identity={identity!r}; use norm='bn' and identity='norm'"
         )
-    common = {"padding": padding, "momentum": momentum, "epsilon": epsilon}
+    common = {"padding": padding, "momentum": momentum, "epsilon": epsilon, "se_reduction": variant.se_reduction}
 
-    def make_block(name, filters, strides):
+    def make_block(name, filters, **shape):
         if block == "qarepvgg":
-            return QARepVGGBlock(filters, strides=strides, name=name, **common)
+            return QARepVGGBlock(filters, name=name, **shape, **common)
         return RepVGGBlock(
             filters,
-            strides=strides,
             norm=norm,
             oabn_k=limit_for(name, oabn_k),
             oabn_branches=oabn_branches,
@@ -115,15 +127,22 @@ def build_repvgg(
             identity=identity,
             identity_gain=identity_gain,
             name=name,
+            **shape,
             **common,
         )
 
     inputs = keras.Input(input_shape, name="image")
-    features = make_block("stem", variant.stem_width, variant.stem_stride)(inputs)
+    features = make_block("stem", variant.stem_width, strides=variant.stem_stride)(inputs)
     stages = zip(variant.widths, variant.depths, variant.strides, strict=True)
+    positions = itertools.count(1)  # the stem is 0
     for stage, (width, depth, stride) in enumerate(stages, start=1):
         for index in range(1, depth + 1):
-            features = make_block(f"stage{stage}_block{index}", width, stride if index == 1 else 1)(features)
+            features = make_block(
+                f"stage{stage}_block{index}",
+                width,
+                strides=stride if index == 1 else 1,
+                groups=variant.groups if next(positions) % 2 == 0 else 1,
+            )(features)
     features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
     # Logits stay float32 under a mixed policy: softmax on bfloat16 loses the loss's small differences.
     logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")(features)

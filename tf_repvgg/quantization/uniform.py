@@ -10,7 +10,8 @@ class QuantizedKernel:
     """A kernel as integer codes and scales: weight = code * scale.
 
     Attributes:
-      codes: int8 array in the kernel's own layout, output channels last.
+      codes: int8 array in the kernel's own layout, output channels last. A depthwise kernel counts as that of the
+        grouped convolution it is: [height, width, 1, channels * depth multiplier].
       scale: float32, of shape [1] (per tensor) or [output channels].
     """
 

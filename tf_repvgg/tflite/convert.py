@@ -17,6 +17,11 @@ INFERENCE_TYPES = {"int8": tf.int8, "uint8": tf.uint8, "float32": tf.float32}
 METADATA_NAME = "TF_REPVGG_INPUT"
 # Half of what 32 bits hold: the accumulator starts at the bias and needs room for the products.
 _MAX_BIAS_CODE = 2**30
+# The converter gives an activation that is zero on every calibration image a range of +-1e-6. With scales that far from
+# their neighbours' XNNPACK refuses to load the file.
+_DEAD_SCALE = 1e-8
+_NOMINAL_SCALE = 2.0**-7
+_WEIGHTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
 
 def convert(
@@ -39,7 +44,8 @@ def convert(
       per_channel: one weight scale per output channel, or one per tensor.
       inference_type: type of input and output: "int8", "uint8" or "float32".
       weight_bits: 2 to 8: of the uniform weight grid, stored in int8.
-      kernels: codes and scales by layer name, for layers that are already quantized.
+      kernels: codes and scales by layer name, for layers that are already quantized. A DepthwiseConv2D's codes
+        have shape [height, width, 1, channels * depth multiplier].
       metadata: JSON-serializable facts to store in the file under the name TF_REPVGG_INPUT, such as the
         preprocessing that the model expects and the names of its classes.
 
@@ -106,80 +112,130 @@ def with_weights(
 
     Raises:
       ValueError: if an operator of the file has no counterpart in the model, a layer's weights cannot be put on the
-        grid, `kernels` names no layer of the model or has another shape, or given codes leave no room for a bias.
+        grid, `kernels` names no layer of the model, or several, or has another shape, or given codes leave no room
+        for a bias.
     """
     flat = flatbuffer.unpack(file)
     kernels = dict(kernels or {})
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense)]
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, _WEIGHTED)]
     _check_supported(model, weight_bits)
     _check_given(kernels, layers)
     for graph in flat.subgraphs:
-        for operator in graph.operators:
-            if (position := flatbuffer.WEIGHTS_INPUT.get(flatbuffer.operator_code(flat, operator))) is None:
-                continue
-            weights = graph.tensors[operator.inputs[position]]
-            bias_tensor = flatbuffer.bias_tensor(graph, operator)
-            layer = _layer_of(flat, weights, bias_tensor, layers)
-            input_scale = graph.tensors[operator.inputs[0]].quantization.scale[0]
+        _widen_dead_activations(flat, graph)
+        for layer, layout, operators in _shared_weights(flat, graph, layers):
+            input_scales = [graph.tensors[operator.inputs[0]].quantization.scale[0] for operator in operators]
             bias = _bias_of(layer)
             if layer.name in kernels:
                 quantized = kernels[layer.name]
             else:
                 # Below this scale the bias would overflow its 32 bits; a hair above, as float32 rounds the product.
-                floor = 1.001 * np.abs(bias) / (input_scale * _MAX_BIAS_CODE)
-                quantized = quantize_min_max(layer.kernel.numpy(), weight_bits, per_channel, min_scale=floor)
-            flatbuffer.set_constant(flat, weights, np.moveaxis(quantized.codes, -1, 0), quantized.scale)
-            weights.quantization.quantizedDimension = 0
-            bias_scale = input_scale * quantized.scale
-            codes = np.round(bias / bias_scale.astype(np.float64))
-            if np.max(np.abs(codes)) > _MAX_BIAS_CODE:
-                channel = int(np.argmax(np.abs(codes)))
-                raise ValueError(
-                    f"layer {layer.name!r}: the bias {bias[channel]:g} of channel {channel} overflows int32 at scale "
-                    f"{np.broadcast_to(bias_scale, codes.shape)[channel]:g}; use a larger weight scale"
-                )
-            if bias_tensor is not None:
-                flatbuffer.set_constant(flat, bias_tensor, codes.astype(np.int32), bias_scale)
+                floor = 1.001 * np.abs(bias) / (min(input_scales) * _MAX_BIAS_CODE)
+                quantized = quantize_min_max(_kernel_of(layer), weight_bits, per_channel, min_scale=floor)
+            weights = flatbuffer.weights_tensor(graph, operators[0])
+            flatbuffer.set_weights(flat, weights, layout, quantized.codes, quantized.scale)
+            for operator, input_scale in zip(operators, input_scales, strict=True):
+                bias_scale = input_scale * quantized.scale
+                codes = _bias_codes(layer, bias, bias_scale)
+                if (bias_tensor := flatbuffer.bias_tensor(graph, operator)) is not None:
+                    flatbuffer.set_constant(flat, bias_tensor, codes, bias_scale)
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
     return flatbuffer.pack(flat)
 
 
+def _widen_dead_activations(flat, graph):
+    """Gives activations that calibration found to be zero throughout a scale that runtimes can work with."""
+    for tensor in graph.tensors:
+        scale = tensor.quantization.scale if tensor.quantization is not None else None
+        is_constant = flat.buffers[tensor.buffer].data is not None
+        if not is_constant and scale is not None and len(scale) and scale[0] < _DEAD_SCALE:
+            tensor.quantization.scale = np.float32([_NOMINAL_SCALE])
+
+
+def _shared_weights(flat, graph, layers):
+    """[(layer, layout of its weights, the operators that run it)], each layer with a weight tensor of its own.
+
+    A layer that is called twice stays two operators on one tensor; layers with equal kernels, which the converter lets
+    share a tensor, are parted: their biases, or codes given for one of them, may ask for another scale.
+    """
+    found, owners = {}, {}
+    for operator in graph.operators:
+        if (layout := flatbuffer.weights_layout(flat, operator)) is None:
+            continue
+        weights = flatbuffer.weights_tensor(graph, operator)
+        layer = _layer_of(flat, weights, layout, flatbuffer.bias_tensor(graph, operator), layers)
+        _, _, operators = found.setdefault((id(weights), id(layer)), (layer, layout, []))
+        operators.append(operator)
+        owners.setdefault(id(weights), layer)
+    for (weights, _), (layer, _, operators) in found.items():
+        if owners[weights] is not layer:
+            flatbuffer.give_own_weights(graph, operators)
+    return list(found.values())
+
+
+def _bias_codes(layer, bias, scale):
+    """int32 codes of a bias at a scale of shape [1] or [channels]."""
+    codes = np.round(bias / scale.astype(np.float64))
+    if np.max(np.abs(codes)) > _MAX_BIAS_CODE:
+        channel = int(np.argmax(np.abs(codes)))
+        raise ValueError(
+            f"layer {layer.name!r}: the bias {bias[channel]:g} of channel {channel} overflows int32 at scale "
+            f"{np.broadcast_to(scale, codes.shape)[channel]:g}; use a larger weight scale"
+        )
+    return codes.astype(np.int32)
+
+
 def _check_supported(model, weight_bits):
     """Refuses layers whose weights would not be on the grid asked for."""
     for layer in model._flatten_layers():
         is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)  # left as the converter has it: 8 bits
-        if isinstance(layer, keras.layers.DepthwiseConv2D) or (is_transposed and weight_bits < 8):
+        if isinstance(layer, keras.layers.SeparableConv2D) or (is_transposed and weight_bits < 8):
             raise ValueError(
                 f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be written on a grid of "
-                f"{weight_bits} bits; Conv2D and Dense can"
+                f"{weight_bits} bits; Conv2D, DepthwiseConv2D and Dense can"
             )
 
 
 def _check_given(kernels, layers):
-    shapes = {layer.name: tuple(layer.kernel.shape) for layer in layers}
+    by_name = {}
+    for layer in layers:
+        by_name.setdefault(layer.name, []).append(layer)
     for name, quantized in kernels.items():
-        if name not in shapes:
-            raise ValueError(f"kernels names {name!r}, which is no layer of the model; known: {', '.join(shapes)}")
-        if quantized.codes.shape != shapes[name]:
-            raise ValueError(f"layer {name!r}: the codes have shape {quantized.codes.shape}, its kernel {shapes[name]}")
+        if name not in by_name:
+            raise ValueError(f"kernels names {name!r}, which is no layer of the model; known: {', '.join(by_name)}")
+        if len(by_name[name]) > 1:
+            raise ValueError(
+                f"kernels names {name!r}, but {len(by_name[name])} layers of the nested models are called so; give "
+                "them different names"
+            )
+        shape = _kernel_of(by_name[name][0]).shape
+        if quantized.codes.shape != shape:
+            raise ValueError(f"layer {name!r}: the codes have shape {quantized.codes.shape}, its kernel {shape}")
+
+
+def _kernel_of(layer):
+    """A layer's kernel, output channels last; a depthwise one as that of the grouped convolution it is."""
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        kernel = layer.depthwise_kernel.numpy()
+        return kernel.reshape(*kernel.shape[:2], 1, -1)
+    return layer.kernel.numpy()
 
 
 def _bias_of(layer):
-    return layer.bias.numpy() if layer.use_bias else np.zeros(layer.kernel.shape[-1], np.float32)
+    return layer.bias.numpy() if layer.use_bias else np.zeros(_kernel_of(layer).shape[-1], np.float32)
 
 
-def _layer_of(flat, weights, bias_tensor, layers):
+def _layer_of(flat, weights, layout, bias_tensor, layers):
     """The layer whose kernel a weight tensor holds, found by value: names do not survive every conversion.
 
     Where several layers have that kernel, the one whose bias is nearest.
     """
-    codes = flatbuffer.constant(flat, weights, np.int8).astype(np.float32)
-    scale = np.asarray(weights.quantization.scale).reshape(-1, *[1] * (codes.ndim - 1))
+    codes = flatbuffer.weight_codes(flat, weights, layout).astype(np.float32)
+    scale = weights.quantization.scale
     found = []
     for layer in layers:
-        kernel = np.moveaxis(layer.kernel.numpy(), -1, 0)
+        kernel = _kernel_of(layer)
         if kernel.shape == codes.shape and np.all(np.abs(kernel - codes * scale) <= 0.51 * scale):
             found.append(layer)
     if not found:

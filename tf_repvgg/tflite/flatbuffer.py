@@ -1,17 +1,36 @@
 """The flatbuffer of a TFLite file as Python objects, and the few edits that this package makes to it."""
 
+import copy
+from typing import NamedTuple
+
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 FILE_IDENTIFIER = b"TFL3"
 DATA_ALIGNMENT = 16
-# Where the operators that hold weights have them among their inputs.
-WEIGHTS_INPUT = {
-    schema.BuiltinOperator.CONV_2D: 1,
-    schema.BuiltinOperator.FULLY_CONNECTED: 1,
-}
 _BIAS_INPUT = 2
+
+
+class WeightsLayout(NamedTuple):
+    """How an operator holds its weights.
+
+    Attributes:
+      channel_axis: the axis of the output channels, which per-channel scales belong to.
+      first_axis: where the file's first axis stands in the layout of Keras, output channels last. A depthwise kernel
+        counts as that of the grouped convolution it is: [height, width, 1, channels * depth multiplier].
+    """
+
+    channel_axis: int
+    first_axis: int
+
+
+WEIGHTS_INPUT = 1
+WEIGHTS_LAYOUT = {
+    schema.BuiltinOperator.CONV_2D: WeightsLayout(channel_axis=0, first_axis=-1),
+    schema.BuiltinOperator.FULLY_CONNECTED: WeightsLayout(channel_axis=0, first_axis=-1),
+    schema.BuiltinOperator.DEPTHWISE_CONV_2D: WeightsLayout(channel_axis=3, first_axis=2),
+}
 
 
 def unpack(file: bytes) -> schema.ModelT:
@@ -57,6 +76,35 @@ def pack(model: schema.ModelT) -> bytes:
 
 def operator_code(model, operator) -> int:
     return model.operatorCodes[operator.opcodeIndex].builtinCode
+
+
+def weights_layout(model, operator) -> WeightsLayout | None:
+    """How an operator holds its weights; None if it has none."""
+    return WEIGHTS_LAYOUT.get(operator_code(model, operator))
+
+
+def weights_tensor(graph, operator):
+    """The weights among the inputs of an operator that has a `weights_layout`."""
+    return graph.tensors[operator.inputs[WEIGHTS_INPUT]]
+
+
+def weight_codes(model, tensor, layout) -> np.ndarray:
+    """The int8 codes of a weight tensor, output channels last."""
+    return np.moveaxis(constant(model, tensor, np.int8), 0, layout.first_axis)
+
+
+def set_weights(model, tensor, layout, codes, scale):
+    """Gives a weight tensor new codes, output channels last, and scales."""
+    set_constant(model, tensor, np.moveaxis(codes, layout.first_axis, 0), scale)
+    tensor.quantization.quantizedDimension = layout.channel_axis
+
+
+def give_own_weights(graph, operators):
+    """Puts a copy of the weight tensor that operators share with others in its place."""
+    graph.tensors.append(copy.deepcopy(weights_tensor(graph, operators[0])))
+    for operator in operators:
+        operator.inputs = np.array(operator.inputs)  # as read from a file it cannot be written to
+        operator.inputs[WEIGHTS_INPUT] = len(graph.tensors) - 1
 
 
 def bias_tensor(graph, operator):

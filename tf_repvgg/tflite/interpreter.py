@@ -47,16 +47,24 @@ def _dequantized(outputs, details):
     return (outputs.astype(np.float32) - zero_point) * np.float32(scale)
 
 
-def predict(file: bytes, images, description: str | None = None) -> np.ndarray:
+def _outputs(interpreter):
+    """{name in the file's signature: details}; a single output needs no signature."""
+    details = interpreter.get_output_details()
+    # With several, the order of this list is the converter's own; only the signature tells which is which.
+    return {"": details[0]} if len(details) == 1 else interpreter.get_signature_runner().get_output_details()
+
+
+def predict(file: bytes, images, description: str | None = None) -> np.ndarray | dict[str, np.ndarray]:
     """Runs a file of batch 1 on every image, one interpreter per core.
 
     Args:
-      file: bytes of a TFLite file with one input and one output.
+      file: bytes of a TFLite file with one input.
       images: float32 array [count, height, width, channels], normalised; quantized here as the input asks.
       description: label of a progress bar; None for no bar.
 
     Returns:
-      float32 array [count, outputs]: the dequantized outputs.
+      float32 array [count, ...]: the dequantized outputs. Of a file with several outputs, a dictionary of such arrays:
+      by the keys of the model's outputs, or "output_0" onwards where they are a list.
     """
     workers = os.cpu_count() or 1
     interpreters = [_interpreter(file, threads=1) for _ in range(workers)]
@@ -64,17 +72,21 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray:
     with tqdm(total=len(images), desc=description, unit="image", disable=description is None, leave=False) as bar:
 
         def run(interpreter, indices):
-            (input_details,), (output_details,) = interpreter.get_input_details(), interpreter.get_output_details()
-            outputs = np.empty([len(indices), *output_details["shape"][1:]], output_details["dtype"])
+            (input_details,) = interpreter.get_input_details()
+            details = _outputs(interpreter)
+            outputs = {name: np.empty([len(indices), *its["shape"][1:]], its["dtype"]) for name, its in details.items()}
             for row, index in enumerate(indices):
                 interpreter.set_tensor(input_details["index"], _quantized(images[index : index + 1], input_details))
                 interpreter.invoke()
-                outputs[row] = interpreter.get_tensor(output_details["index"])[0]
+                for name, its in details.items():
+                    outputs[name][row] = interpreter.get_tensor(its["index"])[0]
                 bar.update()
-            return _dequantized(outputs, output_details)
+            return {name: _dequantized(outputs[name], its) for name, its in details.items()}
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            return np.concatenate(list(pool.map(run, interpreters, chunks)))
+            parts = list(pool.map(run, interpreters, chunks))
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return outputs.get("", outputs)
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:

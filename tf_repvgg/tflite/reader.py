@@ -34,13 +34,13 @@ def operators(file: bytes) -> list[Operator]:
 
 
 def weight_codes(file: bytes) -> list[QuantizedKernel]:
-    """Codes (output channels last) and scales of every weight tensor, in execution order."""
+    """Codes (output channels last, see `QuantizedKernel`) and scales of every weight tensor, in execution order."""
     flat = flatbuffer.unpack(file)
     found = []
     for graph in flat.subgraphs:
         for operator in graph.operators:
-            if (position := flatbuffer.WEIGHTS_INPUT.get(flatbuffer.operator_code(flat, operator))) is not None:
-                weights = graph.tensors[operator.inputs[position]]
-                codes = np.moveaxis(flatbuffer.constant(flat, weights, np.int8), 0, -1)
+            if (layout := flatbuffer.weights_layout(flat, operator)) is not None:
+                weights = flatbuffer.weights_tensor(graph, operator)
+                codes = flatbuffer.weight_codes(flat, weights, layout)
                 found.append(QuantizedKernel(codes, np.asarray(weights.quantization.scale, np.float32)))
     return found
