@@ -84,7 +84,7 @@ CASES = {
     "workdir of a run with other flags": (
         TRAIN,
         ["--workdir={here}/run", "--norm=oabn", "--epochs=3"],
-        " norm, oabn_branches",
+        " epochs, norm",
         "use another workdir",
     ),
     "finished run, truncated model": (TRAIN, ["--workdir={here}/truncated_run"], "not a whole Keras model", ""),
