@@ -123,7 +123,7 @@ CASES = {
     "workdir of a run with other flags": (
         TRAIN,
         ["--workdir={here}/run", "--norm=oabn", "--epochs=3"],
-        ", norm, ",
+        " epochs, norm",
         "use another workdir",
     ),
     "finished run, truncated model": (TRAIN, ["--workdir={here}/truncated_run"], "not a whole Keras model", ""),

@@ -46,10 +46,16 @@ def written_whole(path):
         os.replace(temporary, path)
         _flush_to_disk(path.parent)
     except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "message", None) or error
-        raise OSError(f"cannot write {str(path)!r} ({reason}); what was written before is intact") from None
+        raise OSError(f"cannot write {str(path)!r} ({_reason(error)}); what was written before is intact") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(error):
+    if isinstance(error, OSError):
+        return error.strerror or error
+    # "{{node ...}} path; reason [Op:...]", and more lines
+    return error.message.partition("\n")[0].rpartition("; ")[2].partition(" [Op:")[0]
 
 
 def _flush_to_disk(path):

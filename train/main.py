@@ -78,9 +78,6 @@ flags.DEFINE_boolean("nesterov", True, "Nesterov's momentum, or the plain one.")
 flags.DEFINE_float(
     "weight_decay", 5e-3, "Decoupled: kernels shrink by this times the learning rate per step.", lower_bound=0
 )
-flags.DEFINE_float(
-    "merged_weight_decay", 0.0, "Weight of an L2 penalty on the blocks' merged kernels, in the loss.", lower_bound=0
-)
 flags.DEFINE_float("label_smoothing", 0.0, "Probability spread over all classes.", lower_bound=0, upper_bound=1)
 flags.DEFINE_enum(
     "precision",
@@ -155,8 +152,6 @@ def make_trainer(data):
     trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
     if FLAGS.init_from:
         runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
-    if FLAGS.merged_weight_decay:
-        optimization.penalize_merged_kernels(trainer, FLAGS.merged_weight_decay)
     steps = steps_per_epoch(data)
     trainer.compile(
         optimization.make_optimizer(

@@ -1,11 +1,7 @@
 """SGD with the schedule and the weight decay that RepVGG is trained with."""
 
-import functools
-
 import tensorflow as tf
 import tf_keras as keras
-
-from tf_repvgg.layers import ReparameterizedBlock
 
 
 def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_decay=0.0, nesterov=True):
@@ -26,23 +22,6 @@ def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_deca
     )
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
-
-
-def penalize_merged_kernels(model, weight):
-    """Adds weight / 2 * sum(K^2) over the merged kernels K of all blocks to the model's loss.
-
-    Decay of the branches' own kernels leaves K alone, since normalization undoes it: a channel whose input varies
-    little gets a large gamma / sigma, and its K spans the grid that all channels share. This penalty moves scale from
-    such channels to the next layer's kernel, which costs nothing, before a range has to be chosen.
-    """
-    for block in model.layers:
-        if isinstance(block, ReparameterizedBlock):
-            model.add_loss(functools.partial(_half_squares, block, weight))
-
-
-def _half_squares(block, weight):
-    kernel, _ = block.equivalent_kernel_and_bias()
-    return weight * tf.nn.l2_loss(kernel)
 
 
 class CrossEntropy(keras.losses.Loss):
