@@ -232,7 +232,7 @@ def test_folders_that_cannot_be_used(tmp_path, flowers, capfd):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, run_program):
+def exported(tmp_path_factory, run_forked):
     """A model trained on a folder and exported, by the commands of a user: (folder, workdir, their output)."""
     folder = tmp_path_factory.mktemp("own_images")
     root = make_folder(folder / "colours", 16)
@@ -253,13 +253,11 @@ def exported(tmp_path_factory, run_program):
             *("--bad_images=skip", "--calibration_images=40", "--latency_runs=50"),
         ],
     ]
-    cases = [{"command": command, "output": str(folder / f"case{index}")} for index, command in enumerate(commands)]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    result = run_program("tests/preloaded.py", folder / "cases.json")
-    assert result.returncode == 0, result.stderr[-3000:]
-    printed = [(folder / f"case{index}.err").read_text() for index in range(2)]
-    for index in range(2):
-        assert (folder / f"case{index}.status").read_text() == "0", printed[index][-3000:]
+    printed = []
+    for command in commands:
+        outcome = run_forked(*command)
+        assert outcome.status == 0, outcome.stderr[-3000:]
+        printed.append(outcome.stderr)
     return root, folder / "run", printed
 
 

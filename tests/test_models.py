@@ -337,6 +337,7 @@ def test_outlier_report_knows_both_forms_and_both_norms():
         assert mine.outlier_ratio == pytest.approx(its.outlier_ratio, rel=1e-5)
         assert mine.clipped_share is None
     # Gammas start at 1 and variances too: the identity tap of plain BN is 1.
-    assert before[1].branch_largest["identity"] == pytest.approx(1, rel=1e-4)
-    records = outliers.as_records(before)
-    assert records[1]["gamma_over_sigma"] == pytest.approx((1, 1, 1), rel=1e-4)
+    (block,) = [entry for entry in before if entry.name == "stage1_block1"]
+    assert block.branch_largest["identity"] == pytest.approx(1, rel=1e-4)
+    (record,) = outliers.as_records([block])
+    assert record["gamma_over_sigma"] == pytest.approx((1, 1, 1), rel=1e-4)
