@@ -184,11 +184,10 @@ def page(found):
 
 `{command}`: A0's 22 layers on 45,000 images of CIFAR-10 by the
 published recipe (configs/cifar10_a0_*.flags: weight decay on, BN epsilon 1e-5), one seed; top-1 in percent on
-{test_images:,} test
-images, in LiteRT; weights by min-max, int8 activations. "Change" is against FP32, in points; "weights alone" is the
-change with int8 weights and float activations, so that what is missing from "change" is due to activations. The
-literature reports 72 to 52 for A0 on ImageNet. Images: JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir
-points at the project's shared copy.
+{test_images:,} test images, in LiteRT; weights by min-max, int8 activations. "Change" is against FP32, in points;
+"weights alone" is the change with int8 weights and float activations, so that what is missing from "change" is due to
+activations. The literature reports 72 to 52 for A0 on ImageNet. Images: JPEG re-encodings (quality 75) of CIFAR-10
+where --data_dir points at the project's shared copy.
 
 {accuracy_table(found)}
 
