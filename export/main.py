@@ -6,7 +6,6 @@ Writes one file per weight width and granularity to the output folder, and expor
 import collections
 import functools
 import itertools
-import json
 
 import numpy as np
 from absl import flags
@@ -56,14 +55,6 @@ def read_flags():
     if not bits or not all(2 <= width <= 8 for width in bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     return bits, FLAGS.granularity
-
-
-def training_input(workdir):
-    """What input.json of a run says about the images its model expects."""
-    path = runs.folder_of(workdir) / runs.INPUT_NAME
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}; it says which dataset and image size the model expects")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def make_data(trained_on):
@@ -152,7 +143,7 @@ def print_table(report):
 def main(_):
     with cli.bad_input_exits():
         bits, granularities = read_flags()
-        trained_on = training_input(FLAGS.workdir)
+        trained_on = runs.read_input(FLAGS.workdir)
         model = runs.load_model(FLAGS.workdir)
         data = make_data(trained_on)
         calibration = data.calibration(FLAGS.calibration_images, FLAGS.calibration_split)

@@ -20,9 +20,10 @@ def test_schedule_warms_up_and_falls_to_zero():
     assert rates[100] == pytest.approx(0, abs=1e-6)
 
 
-def test_weight_decay_leaves_normalizations_and_biases_alone():
+@pytest.mark.parametrize("optimizer", optimization.OPTIMIZERS)
+def test_weight_decay_leaves_normalizations_and_biases_alone(optimizer):
     model = build_repvgg("digits", (8, 8, 1), 10, norm="oabn", oabn_k="inf")
-    optimizer = optimization.make_optimizer(0.1, steps=10**6, warmup_steps=0, weight_decay=0.5)
+    optimizer = optimization.make_optimizer(0.1, steps=10**6, warmup_steps=0, weight_decay=0.5, optimizer=optimizer)
     optimizer.build(model.trainable_variables)
     for variable in model.trainable_variables:
         variable.assign(np.ones(variable.shape))

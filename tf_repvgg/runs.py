@@ -266,6 +266,18 @@ def folder_of(path) -> Path:
     return path if path.is_dir() else path.parent
 
 
+def read_input(path) -> dict:
+    """What input.json of the run at `path`, a workdir or the model file in it, says about its images.
+
+    Raises:
+      FileNotFoundError: if there is no such run, or no such file.
+    """
+    path = folder_of(path) / INPUT_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; it says which dataset and image size the model expects")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def load_model(path) -> keras.Model:
     """Loads a training-form model from a .keras file or from the workdir that holds one.
 

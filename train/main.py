@@ -14,12 +14,12 @@ import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Preprocessing
+from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Preprocessing, rand_augment
 from tf_repvgg.data.augmentation import CROPS
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.layers.clip_limit import parse_by_name
 from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
-from tf_repvgg.training import callbacks, optimization
+from tf_repvgg.training import callbacks, distillation, optimization
 
 FLAGS = flags.FLAGS
 
@@ -49,6 +49,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("crop_padding", 2, "Pixels that --crop=pad adds on every side.", lower_bound=0)
 flags.DEFINE_boolean("flip", None, "Mirror half of the training images; by default unless the set is of digits.")
+flags.DEFINE_integer("randaugment", 0, "Operations that RandAugment applies to each image; 0 for none.", lower_bound=0)
+flags.DEFINE_float("randaugment_magnitude", 9, "Their strength.", lower_bound=0, upper_bound=rand_augment.MAX_MAGNITUDE)
+flags.DEFINE_float("mixup", 0.0, "Alpha of mixup; 0 for none.", lower_bound=0)
 flags.DEFINE_boolean(
     "validation", True, "Hold validation data out of training and report on them, not on the test set."
 )
@@ -71,12 +74,22 @@ flags.DEFINE_integer("steps_per_epoch", None, "By default those of one pass over
 flags.DEFINE_integer("early_epochs", 0, "The first so many epochs train on smaller, cheaper crops.", lower_bound=0)
 flags.DEFINE_integer("early_crop", 24, "Height and width of those crops.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.1, "Peak of the cosine schedule.", lower_bound=0)
+flags.DEFINE_enum("optimizer", "sgd", optimization.OPTIMIZERS, "SGD, or AdamW with Keras's moments.")
+flags.DEFINE_float(
+    "learning_rate", 0.1, "Peak of the cosine schedule; AdamW needs a lower one, about 0.001.", lower_bound=0
+)
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
 flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
 flags.DEFINE_boolean("nesterov", True, "Nesterov's momentum, or the plain one.")
 flags.DEFINE_float(
     "weight_decay", 5e-3, "Decoupled: kernels shrink by this times the learning rate per step.", lower_bound=0
+)
+flags.DEFINE_float(
+    "ema",
+    0.0,
+    "Decay of a moving average of the weights, such as 0.999, which is what is kept; 0 for none.",
+    lower_bound=0,
+    upper_bound=1,
 )
 flags.DEFINE_float("label_smoothing", 0.0, "Probability spread over all classes.", lower_bound=0, upper_bound=1)
 flags.DEFINE_enum(
@@ -87,6 +100,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("seed", 0, "Of initial weights, shuffling and augmentation.", lower_bound=0)
 flags.DEFINE_string("init_from", None, "model.keras, or a workdir with one, whose weights training starts from.")
+flags.DEFINE_string("distill_from", None, "Workdir of a finished run, or its model.keras, whose model is the teacher.")
+flags.DEFINE_float("distill_weight", 0.5, "Weight of the teacher's part of the loss.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("distill_temperature", 4.0, "What divides both logits in that part.", lower_bound=0)
 flags.DEFINE_boolean("deterministic", False, "The same weights to the bit from the same command on the same machine.")
 flags.DEFINE_float(
     "checkpoint_minutes",
@@ -107,6 +123,9 @@ def make_data():
         crop=FLAGS.crop,
         crop_padding=FLAGS.crop_padding,
         flip=FLAGS.flip,
+        rand_augment_operations=FLAGS.randaugment,
+        rand_augment_magnitude=FLAGS.randaugment_magnitude,
+        mixup_alpha=FLAGS.mixup,
         seed=FLAGS.seed,
         bad_images=FLAGS.bad_images,
         max_megapixels=FLAGS.max_megapixels,
@@ -152,6 +171,9 @@ def make_trainer(data):
     trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
     if FLAGS.init_from:
         runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
+    if FLAGS.distill_from:
+        teacher = distillation.load_teacher(FLAGS.distill_from, data)
+        trainer = distillation.Distilled(trainer, teacher, FLAGS.distill_weight, FLAGS.distill_temperature)
     steps = steps_per_epoch(data)
     trainer.compile(
         optimization.make_optimizer(
@@ -161,18 +183,21 @@ def make_trainer(data):
             momentum=FLAGS.momentum,
             nesterov=FLAGS.nesterov,
             weight_decay=FLAGS.weight_decay,
+            optimizer=FLAGS.optimizer,
         ),
         optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")],
+        loss_weights=1 - FLAGS.distill_weight if FLAGS.distill_from else None,
+        metrics=[optimization.top1()],
     )
     return trainer
 
 
-def train(run, data, trainer, resume):
+def train(run, data, trainer, resume, average):
     """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images."""
     steps = steps_per_epoch(data)
     every_phase = [
         callbacks.StopOnNaN(),
+        *([average] if average else []),
         callbacks.MetricsLog(run.metrics_path, resume.first_epoch, resume.seconds_before),
         keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
         resume,
@@ -198,7 +223,7 @@ def train(run, data, trainer, resume):
 
 def evaluate(data, model, split):
     """Top-1 in percent on every image of a split."""
-    model.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")])
+    model.compile(metrics=[optimization.top1()])
     return 100 * model.evaluate(data.evaluation(split), verbose=0, return_dict=True)["top1"]
 
 
@@ -217,20 +242,22 @@ def main(_):
             model = make_model(data, data.image_shape)
             trainer = make_trainer(data)
             run.start(FLAGS, data)  # after everything that can refuse
-            resume = callbacks.Resume(run.checkpoints_path, trainer, FLAGS.checkpoint_minutes)
+            average = callbacks.AverageWeights(trainer, FLAGS.ema) if FLAGS.ema else None
+            also = {"averages": average.averages} if average else {}
+            resume = callbacks.Resume(run.checkpoints_path, trainer, FLAGS.checkpoint_minutes, **also)
         else:
             model = runs.load_model(run.path)
     if trains:
         summary(model)
         try:
-            train(run, data, trainer, resume)
+            train(run, data, trainer, resume, average)
         except FloatingPointError as error:
             kept = f"{resume.latest} is kept" if resume.latest else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"{error}; {kept}; the same command goes on from there, so rather try a lower --learning_rate in a new "
                 "workdir"
             ) from None
-        model.set_weights(trainer.get_weights())
+        model.set_weights([weight.numpy() for weight in (average.averages if average else trainer.weights)])
         run.save_model(model)
     outliers.report(model, print_fn=print)
     split = "validation" if FLAGS.validation else "test"

@@ -1,4 +1,4 @@
-"""Random crops and flips of training images; every draw depends on the given seed alone."""
+"""Random crops and flips of training images, and mixup; every draw depends on the given seed alone."""
 
 import tensorflow as tf
 
@@ -27,6 +27,31 @@ def pad_and_crop(images, size, padding, flip, seed):
     if flip:
         columns = tf.where(draws[2] < 0.5, columns, columns[:, ::-1])
     return tf.gather(rows, columns, batch_dims=1, axis=2)
+
+
+def mixup(images, labels, num_classes, alpha, seed):
+    """Mixes each image of a batch, and its label, with another of the batch (arXiv:1710.09412).
+
+    One share for the batch, drawn from Beta(alpha, alpha); the other image is the one at the same place from the end,
+    as batches are shuffled anyway.
+
+    Args:
+      images: float tensor [batch, height, width, channels].
+      labels: integers [batch].
+      num_classes: number of classes.
+      alpha: above 0; small ones mix little.
+      seed: two integers.
+
+    Returns:
+      Images as they came, and float32 probabilities [batch, num_classes].
+    """
+    # Another stream than that of the crops, which are drawn from the seed itself.
+    seed = tf.random.fold_in(tf.cast(tf.stack(seed), tf.int64), 1)
+    first, second = tf.unstack(tf.random.stateless_gamma([2], seed, alpha))
+    # Of tiny alphas both may underflow to 0.
+    share = tf.math.divide_no_nan(first, first + second)
+    labels = tf.one_hot(labels, num_classes)
+    return tuple(share * both + (1 - share) * both[::-1] for both in (images, labels))
 
 
 def random_resized_crop(encoded, decode, channels, size, flip, seed):

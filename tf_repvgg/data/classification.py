@@ -1,12 +1,13 @@
-"""From a dataset's name to batches: decode, resize, augment, normalise, cache, shuffle, batch, prefetch."""
+"""From a dataset's name to batches: decode, resize, cache, shuffle, batch, augment, normalise, prefetch."""
 
 import dataclasses
 import functools
+import math
 
 import tensorflow as tf
 
-from tf_repvgg.data import image_folder
-from tf_repvgg.data.augmentation import CROPS, pad_and_crop, random_resized_crop
+from tf_repvgg.data import image_folder, rand_augment
+from tf_repvgg.data.augmentation import CROPS, mixup, pad_and_crop, random_resized_crop
 from tf_repvgg.data.preprocessing import Preprocessing
 from tf_repvgg.data.sources import TfdsSource
 
@@ -32,6 +33,9 @@ class ClassificationData:
       crop_padding: pixels that "pad" adds on every side.
       flip: whether half of the training images are mirrored; None for all sets but those known to be of digits or
         letters.
+      rand_augment_operations, rand_augment_magnitude: N and M of RandAugment, see `tf_repvgg.data.rand_augment`; 0
+        operations for none.
+      mixup_alpha: of mixup, see `tf_repvgg.data.augmentation`; 0 for none.
       seed: of shuffling and augmentation.
       bad_images, max_megapixels: see `ImageFolder`; they matter to folders only.
 
@@ -57,12 +61,18 @@ class ClassificationData:
         crop="pad",
         crop_padding=0,
         flip=None,
+        rand_augment_operations=0,
+        rand_augment_magnitude=9.0,
+        mixup_alpha=0.0,
         seed=0,
         bad_images="refuse",
         max_megapixels=image_folder.MAX_MEGAPIXELS,
     ):
         if crop not in CROPS:
             raise ValueError(f"crop is {crop!r}; known: {', '.join(CROPS)}")
+        rand_augment.check(rand_augment_operations, rand_augment_magnitude)
+        if not 0 <= mixup_alpha < math.inf:
+            raise ValueError(f"mixup's alpha is {mixup_alpha:g}; it must be 0 or more")
         if name.startswith(image_folder.PREFIX):
             self._source = image_folder.ImageFolder(name, data_dir, bad_images, max_megapixels)
         else:
@@ -74,7 +84,13 @@ class ClassificationData:
         self._crop = crop
         self._crop_padding = crop_padding
         self._flips = self._source.flips if flip is None else flip
+        self._rand_augment = (rand_augment_operations, rand_augment_magnitude) if rand_augment_operations else None
+        self._mixup_alpha = mixup_alpha
         *stored_size, self.channels = self._source.image_shape
+        if self._rand_augment and self.channels not in (1, 3):
+            raise ValueError(
+                f"RandAugment is for images of 1 or 3 channels, but those of {name!r} have {self.channels}"
+            )
         preprocessing = preprocessing or Preprocessing()
         if preprocessing.size is None:
             if None in stored_size:
@@ -148,7 +164,7 @@ class ClassificationData:
         """Augmented, shuffled batches of the given epochs.
 
         Order and augmentation depend on seed, epoch and step alone, so a run that continues anywhere sees what an
-        uninterrupted one would have seen.
+        uninterrupted one would have seen. Labels are integers [batch], or with mixup probabilities [batch, classes].
 
         Args:
           batch_size: images in a batch.
@@ -164,10 +180,11 @@ class ClassificationData:
         batches = []
         for epoch in epochs:
             skipped = first_step if epoch == epochs.start else 0
-            # Seeds that are shared with no epoch of the next ones.
-            batches.append(one_epoch(batch_size, size, 1000 * self.seed + epoch, skipped).take(steps - skipped))
+            seed = 1000 * self.seed + epoch  # shared with no epoch of the next seeds
+            cropped = one_epoch(batch_size, size, seed, skipped).take(steps - skipped)
+            batches.append(self._finished(cropped, seed, skipped))
         dataset = functools.reduce(tf.data.Dataset.concatenate, batches).with_options(_options())
-        return dataset.map(lambda x, y: (self.preprocessing(x), y)).prefetch(_PREFETCHED_BATCHES)
+        return dataset.prefetch(_PREFETCHED_BATCHES)
 
     def calibration(self, count: int, split: str = "train") -> tf.data.Dataset:
         """The first `count` images of a split, normalised, one by one: what activation ranges are measured on.
@@ -226,6 +243,20 @@ class ClassificationData:
             num_parallel_calls=_PARALLEL_CALLS,
         )
         return cropped.batch(batch_size, drop_remainder=True)
+
+    def _finished(self, batches, seed, first_step):
+        """What follows cropping, batch by batch: RandAugment, normalization, mixup."""
+
+        def finish(step, batch):
+            images, labels = batch
+            if self._rand_augment:
+                images = rand_augment.rand_augment(images, *self._rand_augment, [seed, step])
+            images = self.preprocessing(images)
+            if self._mixup_alpha:
+                images, labels = mixup(images, labels, self.num_classes, self._mixup_alpha, [seed, step])
+            return images, labels
+
+        return batches.enumerate(first_step).map(finish, num_parallel_calls=_PARALLEL_CALLS)
 
 
 def _options():

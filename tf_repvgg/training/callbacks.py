@@ -1,4 +1,4 @@
-"""Keras callbacks: one progress bar for the whole run, a line of JSON per epoch, and resuming."""
+"""Keras callbacks: one progress bar for the whole run, a line of JSON per epoch, averaged weights, and resuming."""
 
 import json
 import math
@@ -96,6 +96,52 @@ def _step(model):
     return f"step {int(model.optimizer.iterations.numpy())}"
 
 
+class AverageWeights(keras.callbacks.Callback):
+    """Exponential moving average of all weights of a model, which takes their place while it is evaluated.
+
+    After step n: average = d * average + (1 - d) * weight with d = min(decay, (1 + n) / (10 + n)), so that the initial
+    weights are soon forgotten (`tf.train.ExponentialMovingAverage`). Running statistics of normalizations are averaged
+    like trained weights: those of the weights as they are now do not belong to averaged ones. OABN's limit holds for
+    the averages too, as it is applied to the stored gamma whenever that is read.
+
+    Stands before callbacks that write checkpoints, so that these hold the average of the step that they are of.
+
+    Args:
+      trainer: compiled model.
+      decay: from 0, which averages nothing, to 1.
+
+    Attributes:
+      averages: the averaged weights as variables, in the order of the model's own; `Resume` saves them.
+    """
+
+    def __init__(self, trainer, decay):
+        super().__init__()
+        self._weights = trainer.weights
+        self._average = tf.train.ExponentialMovingAverage(decay, num_updates=trainer.optimizer.iterations)
+        self._average.apply(self._weights)  # makes the variables
+        self.averages = [self._average.average(weight) for weight in self._weights]
+        # One graph: one by one, these hundreds of small operations would take a part of the step.
+        self._update, self._exchange = tf.function(self._update_each), tf.function(self._exchange_each)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._update()
+
+    def on_test_begin(self, logs=None):
+        self._exchange()
+
+    def on_test_end(self, logs=None):
+        self._exchange()
+
+    def _update_each(self):
+        self._average.apply(self._weights)
+
+    def _exchange_each(self):
+        for weight, average in zip(self._weights, self.averages, strict=True):
+            before = tf.identity(weight.read_value())
+            weight.assign(average)
+            average.assign(before)
+
+
 class Resume(keras.callbacks.Callback):
     """Checkpoints weights, optimizer and position in the data, and restores the last checkpoint when made.
 
@@ -107,6 +153,7 @@ class Resume(keras.callbacks.Callback):
       directory: folder of the checkpoints.
       trainer: compiled model.
       minutes: between checkpoints within an epoch; 0 for none.
+      **others: variables, or lists of them, to be saved and restored too.
 
     Attributes:
       first_epoch: the epoch to continue with, counted from 0.
@@ -117,7 +164,7 @@ class Resume(keras.callbacks.Callback):
       ValueError: if the last checkpoint is damaged, or of another network or version.
     """
 
-    def __init__(self, directory, trainer, minutes=0.0):
+    def __init__(self, directory, trainer, minutes=0.0, **others):
         super().__init__()
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -125,7 +172,7 @@ class Resume(keras.callbacks.Callback):
         self._minutes = minutes
         # Slots must exist before they can be restored.
         trainer.optimizer.build(trainer.trainable_variables)
-        self._state = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer)
+        self._state = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer, **others)
         self.first_epoch, self.first_step, self.seconds_before, self._metrics_before = 0, 0, 0.0, []
         if latest := self.latest:
             try:
