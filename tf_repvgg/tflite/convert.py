@@ -10,8 +10,8 @@ import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
 
 from tf_repvgg import native_output
-from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.activations import WEIGHTED, quantizers
+from tf_repvgg.quantization.checks import check_fused, checked_images
 from tf_repvgg.quantization.layers import QuantizedLayer
 from tf_repvgg.quantization.uniform import QuantizedKernel, quantize_min_max
 from tf_repvgg.tflite import flatbuffer
@@ -63,33 +63,15 @@ def convert(
     """
     if inference_type not in INFERENCE_TYPES:
         raise ValueError(f"inference_type is {inference_type!r}; known: {', '.join(INFERENCE_TYPES)}")
-    for layer in model._flatten_layers():
-        if isinstance(layer, ReparameterizedBlock):
-            raise ValueError(f"block {layer.name!r} is still in training form; call tf_repvgg.fusion.fuse(model) first")
+    check_fused(model)
     if quantizers(model):
         _check_quantized(model, calibration)
         file = _converted(model, model.input_shape[1:], inference_type)
         _check_integer(file)
     else:
-        images = _checked(() if calibration is None else calibration, model.input_shape)
+        images = checked_images(() if calibration is None else calibration, model.input_shape)
         file = _converted(model, images[0].shape[1:], inference_type, images)
     return with_weights(file, model, weight_bits, per_channel, kernels, metadata)
-
-
-def _checked(calibration, input_shape):
-    """Calibration images as a list of batches of one."""
-    shape = tuple(input_shape[1:])
-    images = []
-    for index, image in enumerate(calibration):
-        image = np.asarray(image, np.float32)
-        if len(image.shape) != 3 or any(size not in (None, its) for size, its in zip(shape, image.shape, strict=True)):
-            raise ValueError(f"calibration image {index} has shape {image.shape}; the model's input is {shape}")
-        if not np.all(np.isfinite(image)):
-            raise ValueError(f"calibration image {index} holds infinities or NaN")
-        images.append(image[np.newaxis])
-    if not images:
-        raise ValueError("there are no calibration images; activation ranges need at least one")
-    return images
 
 
 def _check_quantized(model, calibration):
