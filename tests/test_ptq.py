@@ -27,7 +27,7 @@ def model():
 
 def network_of(model, bits=3, per_channel=False, batch=None, **options):
     batch = images(32, model.input_shape[1:]) if batch is None else batch
-    return Network(model, batch, lambda names: dict.fromkeys(names, bits), per_channel, Options(**options))
+    return Network(model, batch, ptq.bits_by_layer(model, bits), per_channel, Options(**options))
 
 
 def kernels_of(model):
@@ -43,7 +43,8 @@ def test_every_method(model, method):
     assert np.sqrt(np.mean(np.square(found(batch) - expected))) < 0.1 * np.std(expected)
     for quantized in kernels_of(found).values():
         for column in quantized.codes.reshape(-1, quantized.codes.shape[-1]).T:
-            assert 2 < len(np.unique(column)) <= 64
+            assert len(np.unique(column)) <= 64
+        assert len(np.unique(quantized.codes)) > 16
         assert method == "codebook" or np.max(np.abs(quantized.codes)) <= 31
     assert np.all(np.isfinite([quantizer.range.numpy() for quantizer in quantizers(found)]))
 
@@ -220,7 +221,7 @@ def test_codebook_states(model, states, per_channel):
         columns = quantized.codes.shape[-1] if per_channel else 1
         for column in quantized.codes.reshape(-1, columns).T:
             assert len(np.unique(column)) <= states
-            assert states == 256 or len(np.unique(column)) == states
+            assert states == 256 or len(np.unique(column)) == states or not np.any(column)  # a dead channel
 
 
 def test_bits_by_pattern():

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 import numpy as np
 import tf_keras as keras
 
+from tf_repvgg import graph
+from tf_repvgg.quantization.activations import WEIGHTED
 from tf_repvgg.quantization.checks import check_fused, checked_images
 from tf_repvgg.quantization.ptq.adaquant import adaquant
 from tf_repvgg.quantization.ptq.adaround import adaround
@@ -45,7 +47,7 @@ METHODS = {
 # Normalised images are within a few units of zero; pixels of 0 to 255 are not.
 _LARGEST_INPUT = 32.0
 
-__all__ = ["METHODS", "Network", "Options", "parse_bits", "parse_method", "quantize"]
+__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_bits", "parse_method", "quantize"]
 
 
 def quantize(
@@ -77,7 +79,6 @@ def quantize(
       TypeError: for an unknown option.
     """
     methods = parse_method(method)
-    weight_bits = parse_bits(weight_bits)
     options = _checked_options(Options(**options))
     check_fused(model)
     images = checked_images(() if calibration is None else calibration, model.input_shape)
@@ -85,7 +86,7 @@ def quantize(
         raise ValueError(
             f"calibration images reach {largest:g}, as pixels do; they must be normalised as the model was trained"
         )
-    network = Network(model, np.concatenate(images), lambda names: _bits_of(names, weight_bits), per_channel, options)
+    network = Network(model, np.concatenate(images), bits_by_layer(model, weight_bits), per_channel, options)
     for step in methods:
         step(network)
     if not network.is_complete:  # after methods that only change the float form
@@ -130,15 +131,22 @@ def parse_bits(bits: int | str | Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _bits_of(names, weight_bits):
-    """{layer name: bits} by the first pattern that matches the whole name."""
-    found = {}
-    for pattern in weight_bits:
+def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
+    """{layer name: bits} of a model's Conv2D, DepthwiseConv2D and Dense layers, by the first pattern that matches.
+
+    Raises:
+      ValueError: as `parse_bits`, for a pattern that matches no layer, and for a layer that none matches.
+    """
+    patterns = parse_bits(weight_bits)
+    unique = graph.unique_names(model)
+    names = [unique[id(layer)] for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
+    for pattern in patterns:
         if not any(re.fullmatch(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names) or names
             raise ValueError(f"pattern {pattern!r} of weight bits matches no layer; there are: {', '.join(near)}")
+    found = {}
     for name in names:
-        matches = [bits for pattern, bits in weight_bits.items() if re.fullmatch(pattern, name)]
+        matches = [bits for pattern, bits in patterns.items() if re.fullmatch(pattern, name)]
         if not matches:
             raise ValueError(f"no pattern of weight bits matches layer {name!r}; add '.*' as the last one")
         found[name] = matches[0]

@@ -47,7 +47,7 @@ class Network:
     Args:
       model: fused model.
       images: float32 [count, height, width, channels].
-      bits: {layer name: weight bits}, or a function of the names that returns it.
+      bits: {layer name: weight bits}.
       per_channel: granularity of weight scales.
       options: see `Options`.
 
@@ -66,7 +66,7 @@ class Network:
             model, lambda layer, changes: quantized_form(layer, per_channel, **changes)
         )
         self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED)}
-        self.bits = bits(list(self.layers))
+        self.bits = bits
         self.quantizers = {
             layer.name: layer for layer in self.quantized.layers if isinstance(layer, ActivationQuantizer)
         }
