@@ -2,18 +2,22 @@
 
 import numpy as np
 import tensorflow as tf
+import tf_keras as keras
 
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.reconstruction import Rounding, reconstruct
 from tf_repvgg.quantization.uniform import QuantizedKernel
 
-# In steps of the grid for weights, in shares of the scale for scales.
+# Of weights in steps of the grid, and of biases; scales move at a tenth of it, as shares of themselves.
 _LEARNING_RATE = 1e-2
+_SCALE_RATE = 0.1
 
 
 def adaquant(network: Network) -> None:
     """Moves weights to any codes, and scales, so that each layer reproduces the float layer's outputs (equation 2)."""
-    reconstruct(network, _rounding, _LEARNING_RATE, "AdaQuant")
+    # Falling to zero, or weights would still hop between codes in the end.
+    rate = keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, network.options.iterations)
+    reconstruct(network, _rounding, rate, "AdaQuant")
 
 
 def _rounding(network, name, bias):
@@ -21,16 +25,19 @@ def _rounding(network, name, bias):
     largest = 2 ** (network.bits[name] - 1) - 1
     # Weights in steps of the grid they start on: one learning rate serves all layers.
     weights = tf.Variable(network.kernel(name) / start)
-    log_scale = tf.Variable(tf.zeros_like(start))
+    moved = tf.Variable(tf.zeros_like(start))
+
+    def growth():
+        return tf.exp(_SCALE_RATE * moved)
 
     def codes():
-        exact = tf.clip_by_value(weights * tf.exp(-log_scale), -float(largest), float(largest))
+        exact = tf.clip_by_value(weights / growth(), -float(largest), float(largest))
         return exact + tf.stop_gradient(tf.round(exact) - exact)
 
     def scale():
-        return np.maximum(start * np.exp(log_scale.numpy()), network.min_scale(name).max()).astype(np.float32)
+        return np.maximum(start * growth().numpy(), network.min_scale(name).max()).astype(np.float32)
 
     def result():
         return QuantizedKernel(codes().numpy().astype(np.int8), scale()), bias.numpy()
 
-    return Rounding([weights, log_scale], lambda: codes() * start * tf.exp(log_scale), lambda _: 0.0, result)
+    return Rounding([weights, moved], lambda: codes() * start * growth(), lambda _: 0.0, result)

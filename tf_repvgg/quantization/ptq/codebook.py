@@ -58,10 +58,14 @@ def k_means(values, weights, states) -> np.ndarray:
     for _ in range(_SWEEPS):
         borders = np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2)
         edges = np.concatenate([[0], borders, [len(values)]])
-        of_cluster = mass[edges[1:]] - mass[edges[:-1]]
-        means = (moment[edges[1:]] - moment[edges[:-1]]) / np.where(of_cluster > 0, of_cluster, 1)
-        moved = np.where(of_cluster > 0, means, centroids)
-        if np.allclose(moved, centroids, rtol=1e-7, atol=0):
+        is_empty = edges[1:] == edges[:-1]
+        of_cluster = np.where(is_empty, 1, mass[edges[1:]] - mass[edges[:-1]])
+        moved = np.where(is_empty, centroids, (moment[edges[1:]] - moment[edges[:-1]]) / of_cluster)
+        if np.any(is_empty):
+            # Empty clusters start anew where errors are largest.
+            errors = weights * np.square(values - np.repeat(moved, np.diff(edges)))
+            moved[is_empty] = values[np.argsort(errors)[-np.count_nonzero(is_empty) :]]
+        elif np.allclose(moved, centroids, rtol=1e-7, atol=0):
             break
         centroids = np.sort(moved)
     return centroids

@@ -72,6 +72,7 @@ class Network:
         }
         self.kernels = {}
         self.notes = []
+        self._traced = {}
         self.expected = self.float_outputs()
         for layer in self.layers.values():
             if not all(np.all(np.isfinite(values)) for values in layer.get_weights()):
@@ -169,7 +170,12 @@ class Network:
         return found if isinstance(tensors, list) else found[0]
 
     def _batches(self, model, tensors):
-        run = tf.function(functools.partial(keras.Model(model.inputs, tensors), training=False))
+        # Traced once: weights may have changed since, which the graph reads anew. Tensors stay with their ids.
+        key = tuple(id(tensor) for tensor in tensors)
+        if key not in self._traced:
+            run = tf.function(functools.partial(keras.Model(model.inputs, tensors), training=False))
+            self._traced[key] = tensors, run
+        _, run = self._traced[key]
         for start in range(0, len(self.images), _BATCH):
             found = run(tf.constant(self.images[start : start + _BATCH]))
             yield [values.numpy() for values in tf.nest.flatten(found)]

@@ -31,7 +31,7 @@ class Rounding(NamedTuple):
     result: Callable
 
 
-def reconstruct(network: Network, make_rounding: Callable, learning_rate: float, description: str) -> None:
+def reconstruct(network: Network, make_rounding: Callable, learning_rate, description: str) -> None:
     """Improves kernels and biases layer by layer: inputs of the quantized prefix, outputs of the float layer.
 
     Starts from the kernels and ranges that are set, by default those of `mse`. A layer keeps its start unless its mean
@@ -39,7 +39,7 @@ def reconstruct(network: Network, make_rounding: Callable, learning_rate: float,
 
     Args:
       make_rounding: (network, name, bias variable) -> `Rounding`.
-      learning_rate: of Adam.
+      learning_rate: of Adam: a number or a schedule.
       description: of the progress bar.
     """
     if not network.is_complete:
