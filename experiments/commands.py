@@ -38,8 +38,11 @@ def train(config, workdir, **flags) -> dict:
 
 
 def export(workdir, **flags) -> dict:
-    """Exports a trained run, unless just that was done already; returns its export.json."""
-    path = ROOT / workdir / "export" / "export.json"
+    """Exports a trained run, unless just that was done already; returns its export.json.
+
+    It is in the folder `output` if that is among the flags, by default in "export" in the workdir.
+    """
+    path = ROOT / flags.get("output", f"{workdir}/export") / "export.json"
     asked = {name: str(value) for name, value in flags.items() if name != "data_dir"}
     if path.exists():
         found = _read(path)

@@ -6,6 +6,7 @@ Writes one file per weight width and granularity to the output folder, and expor
 import collections
 import functools
 import itertools
+import time
 
 import numpy as np
 from absl import flags
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from tf_repvgg import cli, fusion, outliers, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
+from tf_repvgg.quantization import ptq
 
 FLAGS = flags.FLAGS
 
@@ -28,6 +30,17 @@ flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of
 flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Images of a folder that are larger are bad.", lower_bound=0)
 flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, 2 to 8; one file each.")
 flags.DEFINE_list("granularity", ["per_channel"], "Weight scales: per_tensor, per_channel, or both; one file each.")
+flags.DEFINE_string(
+    "ptq",
+    "min_max",
+    f"How weights and ranges are found: {', '.join(ptq.METHODS)}, or several in a row as in equalize+adaquant.",
+)
+flags.DEFINE_string("layer_bits", None, "Layers of other widths, by patterns of names: stem=8,logits=8.")
+flags.DEFINE_integer("ptq_iterations", ptq.Options.iterations, "Steps per layer of AdaRound, AdaQuant.", lower_bound=1)
+flags.DEFINE_integer(
+    "number_of_clusters", None, "States of codebooks, by default 2^bits.", lower_bound=2, upper_bound=256
+)
+flags.DEFINE_integer("ptq_seed", 0, "Seed of AdaRound and AdaQuant.")
 flags.DEFINE_enum("inference_type", "int8", list(tflite.INFERENCE_TYPES), "Type of the file's input and output.")
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
 flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
@@ -54,7 +67,44 @@ def read_flags():
     bits = [int(word) if word.isdigit() else 0 for word in FLAGS.weight_bits]
     if not bits or not all(2 <= width <= 8 for width in bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
+    ptq.parse_method(FLAGS.ptq)
     return bits, FLAGS.granularity
+
+
+def widths(bits):
+    """Bits by pattern of layer names, as one file has them."""
+    return ",".join(filter(None, [FLAGS.layer_bits, f".*={bits}"]))
+
+
+def make_files(fused, calibration, bits, granularities, metadata):
+    """Yields (file name, what it is, bytes) for every width and granularity."""
+    # Without further wishes, TensorFlow's own calibration serves all files.
+    is_plain = FLAGS.ptq == "min_max" and FLAGS.layer_bits is None
+    calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type) if is_plain else None
+    for width, granularity in itertools.product(bits, granularities):
+        facts = {"weight_bits": width, "granularity": granularity, "ptq": FLAGS.ptq}
+        per_channel = granularity == "per_channel"
+        started = time.monotonic()
+        if is_plain:
+            suffix = ""
+            file = tflite.with_weights(calibrated, fused, width, per_channel, metadata=metadata)
+        else:
+            suffix = "_" + FLAGS.ptq.replace("+", "_")
+            model = ptq.quantize(
+                fused,
+                FLAGS.ptq,
+                widths(width),
+                per_channel,
+                calibration.as_numpy_iterator(),
+                iterations=FLAGS.ptq_iterations,
+                number_of_clusters=FLAGS.number_of_clusters,
+                seed=FLAGS.ptq_seed,
+                progress=True,
+            )
+            facts |= {"layer_bits": FLAGS.layer_bits, "notes": list(model.quantization_notes)}
+            file = tflite.convert(model, inference_type=FLAGS.inference_type, metadata=metadata)
+        facts["quantization_seconds"] = round(time.monotonic() - started, 1)
+        yield f"{FLAGS.inference_type}_w{width}_{granularity}{suffix}.tflite", facts, file
 
 
 def make_data(trained_on):
@@ -133,6 +183,8 @@ def print_table(report):
     }
     rows = [[entry[key] for key in columns] for entry in report["files"]]
     print(tabulate(rows, list(columns.values()), intfmt=",", floatfmt=("", ".2f", ".2f", "", ".3f", ".3f")))
+    for note in dict.fromkeys(note for entry in report["files"] for note in entry.get("notes", ())):
+        print(f"{report['files'][0]['ptq']}: {note}")
     print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK\n")
     found = report["files"][0]["operators"]
     print("operators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
@@ -154,15 +206,12 @@ def main(_):
             fused = fusion.fuse(model)
         except ArithmeticError as error:  # weights that are not finite, say
             raise ValueError(error) from None
+        ptq.bits_by_layer(fused, widths(bits[0]))
         output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
-    calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type)
     files, grids = {}, {}
-    for width, granularity in itertools.product(bits, granularities):
-        name = f"{FLAGS.inference_type}_w{width}_{granularity}.tflite"
-        per_channel = granularity == "per_channel"
-        files[name] = tflite.with_weights(calibrated, fused, width, per_channel, metadata=trained_on)
-        grids[name] = {"weight_bits": width, "granularity": granularity}
-        runs.write_bytes(output / name, files[name])
+    for name, facts, file in make_files(fused, calibration, bits, granularities, trained_on):
+        files[name], grids[name] = file, facts
+        runs.write_bytes(output / name, file)
     predictors = {"training form": model.predict_on_batch, "fused": fused.predict_on_batch}
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)

@@ -173,6 +173,18 @@ CASES = {
         "--granularity is 'per_layer'",
         "per_tensor, per_channel",
     ),
+    "export: PTQ method": (
+        EXPORT,
+        ["--workdir={here}/run", "--ptq=adaqaunt"],
+        "PTQ method is 'adaqaunt'; known: min_max",
+        "adaquant",
+    ),
+    "export: layers of other widths": (
+        EXPORT,
+        ["--workdir={here}/run", "--layer_bits=stm=8"],
+        "pattern 'stm' of weight bits matches no layer; there are: stem",
+        "",
+    ),
     "export: too few calibration images": (
         EXPORT,
         ["--workdir={here}/run", "--calibration_images=5000"],

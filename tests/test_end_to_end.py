@@ -194,6 +194,32 @@ def test_integer_files_keep_the_accuracy(exported):
         assert entry["agreement_with_float_percent"] > 95
 
 
+def test_export_with_another_ptq_method(trained, run_program, tmp_path):
+    workdir, _, _ = trained
+    result = run_program(
+        "export/main.py",
+        f"--workdir={workdir}",
+        f"--output={tmp_path}",
+        "--ptq=equalize+adaquant",
+        "--ptq_iterations=60",
+        "--weight_bits=4",
+        "--layer_bits=stem=8,logits=8",
+        "--granularity=per_tensor",
+        "--latency_runs=50",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "export.json").read_text())
+    (entry,) = report["files"]
+    assert entry["file"] == "int8_w4_per_tensor_equalize_adaquant.tflite"
+    assert (entry["ptq"], entry["layer_bits"]) == ("equalize+adaquant", "stem=8,logits=8")
+    assert entry["quantization_seconds"] > 0
+    assert entry["operators"] == {"CONV_2D": 7, "MEAN": 1, "FULLY_CONNECTED": 1}
+    assert entry["top1_percent"] > report["float_fused_top1_percent"] - 5
+    codes = tflite.weight_codes((tmp_path / entry["file"]).read_bytes())
+    largest = [int(np.max(np.abs(kernel.codes.astype(int)))) for kernel in codes]
+    assert largest[0] > 7 and largest[-1] > 7 and max(largest[1:-1]) <= 7
+
+
 def test_reported_numbers_are_those_of_the_files(exported, trained, digits_test_split):
     """Without export/main.py: the model from its file, fused here, and each written file in the interpreter."""
     folder, _ = exported

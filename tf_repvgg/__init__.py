@@ -26,5 +26,5 @@ if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         "Import tf_repvgg before anything that touches tf.keras, or set TF_USE_LEGACY_KERAS=1 in the environment."
     )
 
-from tf_repvgg import layers  # noqa: F401  (registers the layers for loading)
+from tf_repvgg import layers, quantization  # noqa: F401  (registers their layers for loading)
 from tf_repvgg.version import __version__  # noqa: F401

@@ -1,5 +1,28 @@
-"""Number formats for weights and the methods that put weights on them."""
+"""Number formats for weights and activations, and the methods that put a network on them.
 
+A quantized model, whatever made it, is a Keras model of `QuantizedLayer`s and `ActivationQuantizer`s, which
+`tf_repvgg.tflite.convert` writes code for code.
+"""
+
+from tf_repvgg.quantization.activations import ActivationQuantizer, quantize_activations, quantizers
+from tf_repvgg.quantization.layers import (
+    QuantizedConv2D,
+    QuantizedDense,
+    QuantizedDepthwiseConv2D,
+    QuantizedLayer,
+    quantized_form,
+)
 from tf_repvgg.quantization.uniform import QuantizedKernel, quantize_min_max
 
-__all__ = ["QuantizedKernel", "quantize_min_max"]
+__all__ = [
+    "ActivationQuantizer",
+    "QuantizedConv2D",
+    "QuantizedDense",
+    "QuantizedDepthwiseConv2D",
+    "QuantizedKernel",
+    "QuantizedLayer",
+    "quantize_activations",
+    "quantize_min_max",
+    "quantized_form",
+    "quantizers",
+]

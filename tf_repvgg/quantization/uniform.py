@@ -35,18 +35,33 @@ def quantize_min_max(kernel, bits=8, per_channel=True, min_scale=0.0) -> Quantiz
     Raises:
       ValueError: if `bits` is out of range or the kernel is not finite.
     """
+    return round_to_grid(kernel, largest_magnitude(kernel, per_channel), bits, min_scale)
+
+
+def largest_magnitude(kernel, per_channel) -> np.ndarray:
+    """The largest |weight| of each output channel, or of the tensor: shape [channels] or [1]."""
+    magnitude = np.abs(np.asarray(kernel, np.float32))
+    return np.max(magnitude, axis=tuple(range(magnitude.ndim - 1))) if per_channel else np.max(magnitude).reshape(1)
+
+
+def round_to_grid(kernel, largest, bits, min_scale=0.0) -> QuantizedKernel:
+    """Rounds a kernel to the grid whose largest code stands for `largest`; weights beyond it are clipped.
+
+    Args:
+      kernel: float array [..., output channels].
+      largest: float array [output channels] or [1].
+      bits, min_scale: as for `quantize_min_max`, and the same errors.
+    """
     if bits not in range(2, 9):
         raise ValueError(f"weight bits are {bits!r}; they must be a whole number from 2 to 8")
     kernel = np.asarray(kernel, np.float32)
     if not np.all(np.isfinite(kernel)):
         raise ValueError("the kernel holds infinities or NaN; was training stable?")
     largest_code = 2 ** (bits - 1) - 1
-    magnitude = np.abs(kernel)
-    largest = np.max(magnitude, axis=tuple(range(kernel.ndim - 1))) if per_channel else np.max(magnitude).reshape(1)
     min_scale = np.asarray(min_scale, np.float32)
     scale = largest / largest_code
     # All-zero channels need some scale; any other channel's makes their bias as fine as its neighbours'.
     scale = np.where(scale > 0, scale, np.max(scale) if np.max(scale) > 0 else 1.0)
-    scale = np.maximum(scale, min_scale if per_channel else np.max(min_scale)).astype(np.float32)
+    scale = np.maximum(scale, np.max(min_scale) if len(scale) == 1 else min_scale).astype(np.float32)
     codes = np.clip(np.round(kernel / scale), -largest_code, largest_code)
     return QuantizedKernel(codes.astype(np.int8), scale)

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
+from ai_edge_litert import schema_py_generated as schema
 
 from tf_repvgg import native_output
-from tf_repvgg.layers import ReparameterizedBlock
+from tf_repvgg.quantization.activations import WEIGHTED, quantizers
+from tf_repvgg.quantization.checks import check_fused, checked_images
+from tf_repvgg.quantization.layers import QuantizedLayer
 from tf_repvgg.quantization.uniform import QuantizedKernel, quantize_min_max
 from tf_repvgg.tflite import flatbuffer
 
@@ -21,12 +24,11 @@ _MAX_BIAS_CODE = 2**30
 # their neighbours' XNNPACK refuses to load the file.
 _DEAD_SCALE = 1e-8
 _NOMINAL_SCALE = 2.0**-7
-_WEIGHTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
 
 def convert(
     model: keras.Model,
-    calibration,
+    calibration=None,
     per_channel: bool = True,
     inference_type: str = "int8",
     weight_bits: int = 8,
@@ -35,12 +37,14 @@ def convert(
 ) -> bytes:
     """Writes a fused model as a fully integer file: int8 activations and weights, int32 biases, batch 1.
 
-    Activation ranges are the smallest and largest values seen on the calibration images. Weights are those of
+    A quantized model, one that holds `ActivationQuantizer`s, needs no calibration: the file has its ranges. Of any
+    other, activation ranges are the smallest and largest values seen on the calibration images. Weights are those of
     `with_weights`.
 
     Args:
       model: deploy-form model with one input (see `tf_repvgg.fusion.fuse`).
-      calibration: iterable of normalised float images [height, width, channels], without a batch dimension.
+      calibration: iterable of normalised float images [height, width, channels], without a batch dimension; None for
+        a quantized model, whose input must then have a known size.
       per_channel: one weight scale per output channel, or one per tensor.
       inference_type: type of input and output: "int8", "uint8" or "float32".
       weight_bits: 2 to 8: of the uniform weight grid, stored in int8.
@@ -53,44 +57,57 @@ def convert(
       The bytes of the file.
 
     Raises:
-      ValueError: for a model that is not fused, an unknown inference type, bits out of range, or calibration images
-        that are none, of another shape, or not finite.
+      ValueError: for a model that is not fused, an unknown inference type, bits out of range, calibration images
+        that are none, of another shape, or not finite, or given for a quantized model; and for a quantized model with
+        an activation that has no range.
     """
     if inference_type not in INFERENCE_TYPES:
         raise ValueError(f"inference_type is {inference_type!r}; known: {', '.join(INFERENCE_TYPES)}")
-    for layer in model._flatten_layers():
-        if isinstance(layer, ReparameterizedBlock):
-            raise ValueError(f"block {layer.name!r} is still in training form; call tf_repvgg.fusion.fuse(model) first")
-    file = _calibrated(model, _checked(calibration, model.input_shape), inference_type)
+    check_fused(model)
+    if quantizers(model):
+        _check_quantized(model, calibration)
+        file = _converted(model, model.input_shape[1:], inference_type)
+        _check_integer(file)
+    else:
+        images = checked_images(() if calibration is None else calibration, model.input_shape)
+        file = _converted(model, images[0].shape[1:], inference_type, images)
     return with_weights(file, model, weight_bits, per_channel, kernels, metadata)
 
 
-def _checked(calibration, input_shape):
-    """Calibration images as a list of batches of one."""
-    shape = tuple(input_shape[1:])
-    images = []
-    for index, image in enumerate(calibration):
-        image = np.asarray(image, np.float32)
-        if len(image.shape) != 3 or any(size not in (None, its) for size, its in zip(shape, image.shape, strict=True)):
-            raise ValueError(f"calibration image {index} has shape {image.shape}; the model's input is {shape}")
-        if not np.all(np.isfinite(image)):
-            raise ValueError(f"calibration image {index} holds infinities or NaN")
-        images.append(image[np.newaxis])
-    if not images:
-        raise ValueError("there are no calibration images; activation ranges need at least one")
-    return images
+def _check_quantized(model, calibration):
+    if calibration is not None:
+        raise ValueError("the model holds its own activation ranges; leave calibration out")
+    if None in model.input_shape[1:]:
+        raise ValueError(f"the model's input is {model.input_shape[1:]}; a file needs a fixed size of images")
+    for quantizer in quantizers(model):
+        if not np.all(np.isfinite(quantizer.range.numpy())):
+            raise ValueError(f"{quantizer.name!r} has no range yet; train the model, or quantize it by a method of ptq")
 
 
-def _calibrated(model, images, inference_type):
+def _check_integer(file):
+    """Refuses a file that computes in float somewhere: an activation without a quantizer leaves such a tensor."""
+    flat = flatbuffer.unpack(file)
+    for graph in flat.subgraphs:
+        for operator in graph.operators:
+            output = graph.tensors[operator.outputs[0]]
+            if output.type == schema.TensorType.FLOAT32 and operator.outputs[0] not in graph.outputs:
+                raise ValueError(
+                    f"the file would compute {output.name.decode()!r} in float; put an ActivationQuantizer after every "
+                    "operation, as tf_repvgg.quantization.quantize_activations does"
+                )
+
+
+def _converted(model, image_shape, inference_type, images=None):
     """TensorFlow's own integer conversion: right in everything but the weights' grid."""
     # A fixed batch of 1: what runtimes without dynamic shapes need.
     function = tf.function(lambda image: model(image, training=False)).get_concrete_function(
-        tf.TensorSpec(images[0].shape, tf.float32, name="image")
+        tf.TensorSpec((1, *image_shape), tf.float32, name="image")
     )
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: ([image] for image in images)
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    if images is not None:
+        converter.representative_dataset = lambda: ([image] for image in images)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = INFERENCE_TYPES[inference_type]
     with warnings.catch_warnings(), native_output.hidden():
         warnings.simplefilter("ignore")
@@ -107,7 +124,8 @@ def with_weights(
 ) -> bytes:
     """Puts a model's weights and biases into a calibrated int8 file of that model, code for code.
 
-    Layers named in `kernels` get exactly those codes and scales; all others are rounded by `quantize_min_max`.
+    Layers named in `kernels` get exactly those codes and scales, quantized layers their own; all others are rounded by
+    `quantize_min_max`.
     Biases are int32 with scale (input scale * weight scale). Arguments as for `convert`.
 
     Raises:
@@ -116,8 +134,8 @@ def with_weights(
         for a bias.
     """
     flat = flatbuffer.unpack(file)
-    kernels = dict(kernels or {})
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, _WEIGHTED)]
+    kernels = _own_kernels(model) | dict(kernels or {})
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
     _check_supported(model, weight_bits)
     _check_given(kernels, layers)
     for graph in flat.subgraphs:
@@ -142,6 +160,11 @@ def with_weights(
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
     return flatbuffer.pack(flat)
+
+
+def _own_kernels(model):
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, QuantizedLayer)]
+    return {layer.name: layer.quantized_kernel() for layer in layers}
 
 
 def _widen_dead_activations(flat, graph):

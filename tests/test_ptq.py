@@ -1,0 +1,262 @@
+"""Post-training quantization: each method does what its paper says, and none ends worse than it started."""
+
+import sys
+
+import numpy as np
+import pytest
+import tf_keras as keras
+from hypothesis import given
+from hypothesis import strategies as st
+from test_quantized_models import SIZE, images, small_repvgg
+
+from tf_repvgg import tflite
+from tf_repvgg.layers import RepVGGBlock
+from tf_repvgg.quantization import ptq, quantize_min_max, quantizers
+from tf_repvgg.quantization.ptq import METHODS, Network, Options, parse_bits
+from tf_repvgg.quantization.ptq.codebook import k_means
+from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
+from tf_repvgg.quantization.ptq.histograms import Histogram
+from tf_repvgg.quantization.ptq.mse import best_grid, best_range
+from tf_repvgg.quantization.ptq.percentile import central_range
+from tf_repvgg.quantization.ptq.reconstruction import objective
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    return small_repvgg()
+
+
+def network_of(model, bits=3, per_channel=False, batch=None, **options):
+    batch = images(32, model.input_shape[1:]) if batch is None else batch
+    return Network(model, batch, ptq.bits_by_layer(model, bits), per_channel, Options(**options))
+
+
+def kernels_of(model):
+    return {name: model.get_layer(name).quantized_kernel() for name in ("first", "second", "logits")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(model, method):
+    """The codes of the asked width in every layer, close to float at 6 bits, and ranges everywhere."""
+    batch = images(8, seed=1)
+    expected = model(batch).numpy()
+    found = ptq.quantize(model, method, 6, True, images(32), iterations=20)
+    assert np.sqrt(np.mean(np.square(found(batch) - expected))) < 0.1 * np.std(expected)
+    for quantized in kernels_of(found).values():
+        for column in quantized.codes.reshape(-1, quantized.codes.shape[-1]).T:
+            assert len(np.unique(column)) <= 64
+        assert len(np.unique(quantized.codes)) > 16
+        assert method == "codebook" or np.max(np.abs(quantized.codes)) <= 31
+    assert np.all(np.isfinite([quantizer.range.numpy() for quantizer in quantizers(found)]))
+
+
+def test_from_a_combination_to_a_file(model):
+    found = ptq.quantize(model, "equalize+adaquant", "first=8,.*=4", calibration=images(32), iterations=20)
+    largest = {name: np.max(np.abs(kernel.codes.astype(int))) for name, kernel in kernels_of(found).items()}
+    assert largest["first"] > 40 and largest["second"] <= 7 and largest["logits"] <= 7
+    file, batch = tflite.convert(found), images(8, seed=1)
+    for own, written in zip(kernels_of(found).values(), tflite.weight_codes(file), strict=True):
+        np.testing.assert_array_equal(own.codes, written.codes)
+        np.testing.assert_array_equal(own.scale, written.scale)
+    difference = np.abs(tflite.predict(file, batch) - found(batch).numpy())
+    assert np.max(difference) <= 2.01 * quantizers(found)[-1].scale()
+
+
+def test_equalized_model_is_the_same_function(model):
+    network = network_of(model)
+    before = {name: network.kernel(name) for name in network.layers}
+    METHODS["equalize"](network)
+    batch = images(8, seed=2)
+    expected = model(batch).numpy()
+    assert np.max(np.abs(network.float(batch) - expected)) < 1e-4 * np.max(np.abs(expected))
+    for first, second in (("first", "second"), ("second", "logits")):
+        r1 = np.max(np.abs(network.kernel(first)), axis=(0, 1, 2))
+        after = network.kernel(second)
+        r2 = np.max(np.abs(after), axis=(*range(after.ndim - 2), after.ndim - 1))
+        alive = (r1 > 0) & (r2 > 0)
+        np.testing.assert_allclose(r1[alive], r2[alive], rtol=0.02)
+        assert not np.allclose(network.kernel(first), before[first], rtol=0.1)
+    assert network.notes == []
+
+
+def test_only_what_is_safe_is_equalized():
+    """A branch, groups, and an activation that no factor passes."""
+    inputs = keras.Input((8, 8, 4), name="image")
+    conv = lambda name, **options: keras.layers.Conv2D(4, 3, padding="same", name=name, **options)  # noqa: E731
+    split = conv("split", activation="relu")(inputs)
+    both = keras.layers.Add()([conv("left", activation="relu6")(split), conv("right")(split)])
+    features = conv("grouped", groups=2)(conv("before_groups")(both))
+    features = keras.layers.MaxPooling2D()(keras.layers.ReLU()(features))
+    outputs = keras.layers.Dense(3, name="dense")(keras.layers.GlobalAveragePooling2D()(features))
+    model = keras.Model(inputs, outputs)
+    network = network_of(model)
+    batch = images(8, (8, 8, 4), seed=2)
+    before = {name: network.kernel(name) for name in network.layers}
+    METHODS["equalize"](network)
+    expected = model(batch).numpy()
+    assert np.max(np.abs(network.float(batch) - expected)) < 1e-4 * np.max(np.abs(expected))
+    changed = {name for name, kernel in before.items() if not np.allclose(kernel, network.kernel(name))}
+    assert changed == {"grouped", "dense"}
+    (note,) = network.notes
+    assert note.startswith("not equalized with what follows them: ")
+    assert set(note.partition(": ")[2].split(", ")) == {"split", "left", "right", "before_groups"}
+
+
+@pytest.mark.parametrize("method", ["adaround", "adaquant"])
+def test_no_layer_ends_worse_than_its_start(model, method):
+    """On the calibration objective; and the network as a whole ends better."""
+    start, network = network_of(model), network_of(model, iterations=60)
+    METHODS["mse"](start)
+    METHODS[method](network)
+    assert network.error() < start.error()
+    layer = network.quantized.get_layer("first")  # its inputs are the same in both
+    inputs, expected = network.inputs_of("first"), network.outputs_of("first")
+    errors = [
+        objective(layer, its.kernels["first"], its.quantized_bias("first"), inputs, expected)
+        for its in (network, start)
+    ]
+    assert errors[0] < errors[1]
+    if method == "adaround":
+        for name, quantized in network.kernels.items():
+            exact = np.clip(network.kernel(name) / quantized.scale, -3, 3)
+            assert np.all(np.abs(quantized.codes - exact) <= 1)
+
+
+def test_a_start_that_cannot_be_improved_is_kept(model, monkeypatch):
+    """A learning rate that ruins everything."""
+    monkeypatch.setattr(sys.modules["tf_repvgg.quantization.ptq.adaquant"], "_LEARNING_RATE", 1e3)
+    start, network = network_of(model, 8), network_of(model, 8, iterations=5)
+    METHODS["mse"](start)
+    METHODS["adaquant"](network)
+    for name, quantized in start.kernels.items():
+        np.testing.assert_array_equal(network.kernels[name].codes, quantized.codes)
+
+
+def test_seeded(model):
+    runs = [ptq.quantize(model, "adaquant", 3, calibration=images(32), iterations=10, seed=seed) for seed in (1, 1, 2)]
+    one, same, other = (np.concatenate([k.codes.ravel() for k in kernels_of(run).values()]) for run in runs)
+    np.testing.assert_array_equal(one, same)
+    assert np.any(one != other)
+
+
+def test_bias_correction_restores_means(model):
+    network = network_of(model, 3)
+    METHODS["min_max"](network)
+    before = network.error()
+    METHODS["bias_correct"](network)
+    assert network.error() < before
+    for name in network.layers:
+        expected = network.linear_outputs_of(name)
+        found = network.linear_outputs_of_quantized(name) + network.quantized_bias(name)
+        axes = tuple(range(expected.ndim - 1))
+        np.testing.assert_allclose(found.mean(axes), expected.mean(axes), atol=1e-4 * np.abs(expected).max())
+
+
+def test_absorption_keeps_the_function_above_its_threshold():
+    inputs = keras.Input((6, 6, 3), name="image")
+    features = keras.layers.Conv2D(4, 3, activation="relu", name="high", bias_initializer=constant(20.0))(inputs)
+    outputs = keras.layers.Conv2D(2, 3, name="next")(features)
+    model = keras.Model(inputs, outputs)
+    network = network_of(model)
+    absorb_high_biases(network)
+    difference = np.abs(network.float(network.images) - model(network.images).numpy())
+    assert np.max(difference) < 0.1 and np.mean(difference < 1e-4) > 0.9  # one in a thousand inputs is below it
+    assert np.all(network.bias("high") < 15)
+
+
+def constant(value):
+    return keras.initializers.Constant(value)
+
+
+def test_dfq_says_what_absorption_did(model):
+    found = ptq.quantize(model, "dfq", 4, calibration=images(32))
+    assert any("high-bias absorption changed the float outputs by" in note for note in found.quantization_notes)
+
+
+@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), per_channel=st.booleans())
+def test_mse_grid_is_never_worse_than_min_max(seed, bits, per_channel):
+    kernel = np.random.default_rng(seed).standard_t(3, (3, 3, 4, 5)).astype("float32")
+    best, plain = (method(kernel, bits, per_channel) for method in (best_grid, quantize_min_max))
+    errors = [np.sum(np.square(found.dequantize() - kernel)) for found in (best, plain)]
+    assert errors[0] <= errors[1]
+    assert bits > 4 or errors[0] < errors[1]
+
+
+def test_mse_range_clips_an_outlier_that_min_max_keeps():
+    values = np.append(np.random.default_rng(0).normal(size=1_000_000), 40.0)
+    counts, edges = np.histogram(values, 2048)
+    low, high = best_range(Histogram(counts, edges))
+    assert high < 30 and low < -3
+
+
+def test_percentile_range_by_hand():
+    histogram = Histogram(np.array([1, 0, 48, 50, 1]), np.arange(6.0))
+    assert central_range(histogram, 0.98) == (2.0, 4.0)
+    assert central_range(histogram, 1.0) == (0.0, 5.0)
+
+
+@given(seed=st.integers(0, 1000), states=st.integers(2, 40))
+def test_k_means(seed, states):
+    """A fixed point of Lloyd's algorithm that is better than a uniform grid of as many states."""
+    generator = np.random.default_rng(seed)
+    values, weights = generator.standard_t(3, 500), generator.uniform(0.1, 5, 500)
+    centroids = k_means(values, weights, states)
+    assert len(centroids) == states and np.all(np.diff(centroids) >= 0)
+
+    def error(book):
+        return np.sum(weights * np.min(np.square(values[:, None] - book), axis=1))
+
+    assert error(centroids) < error(np.linspace(values.min(), values.max(), states))
+
+
+def test_k_means_follows_the_weights():
+    values = np.array([0.0, 1.0, 10.0, 11.0])
+    np.testing.assert_allclose(k_means(values, np.array([1, 3, 1, 1]), 2), [0.75, 10.5])
+    np.testing.assert_array_equal(k_means(np.array([2.0, 1.0, 2.0]), np.ones(3), 5), [1, 2])
+    np.testing.assert_array_equal(k_means(np.zeros(4), np.zeros(4), 3), [0])
+
+
+@pytest.mark.parametrize("states, per_channel", [(2, False), (5, True), (256, False)])
+def test_codebook_states(model, states, per_channel):
+    found = ptq.quantize(model, "codebook", 8, per_channel, images(8), number_of_clusters=states)
+    for quantized in kernels_of(found).values():
+        columns = quantized.codes.shape[-1] if per_channel else 1
+        for column in quantized.codes.reshape(-1, columns).T:
+            assert len(np.unique(column)) <= states
+            assert states == 256 or len(np.unique(column)) == states or not np.any(column)  # a dead channel
+
+
+def test_bits_by_pattern():
+    assert parse_bits(4) == parse_bits("4") == {".*": 4}
+    assert parse_bits("stem=8,.*=3") == {"stem": 8, ".*": 3}
+    for bad in (1, 9, "x", "a=1", 4.5, True, {"a": None}):
+        with pytest.raises(ValueError, match="must be a whole number from 2 to 8"):
+            parse_bits(bad)
+    with pytest.raises(ValueError, match="not a regular expression"):
+        parse_bits("(=4")
+
+
+def test_bad_input(model):
+    def refuses(match, model=model, calibration=None, **arguments):
+        calibration = images(2) if calibration is None else calibration
+        with pytest.raises(ValueError, match=match):
+            ptq.quantize(model, calibration=calibration, **arguments)
+
+    refuses("PTQ method is 'minmax'; known: min_max, ", method="minmax")
+    refuses("PTQ method is ''", method="mse+")
+    refuses("'secnd' of weight bits matches no layer; there are: second", weight_bits="secnd=4,.*=8")
+    refuses("no pattern of weight bits matches layer 'second'", weight_bits="first=4")
+    refuses("there are no calibration images", calibration=[])
+    refuses(r"image 1 has shape \(3, 3, 3\)", calibration=[np.zeros(SIZE), np.zeros((3, 3, 3))])
+    refuses("image 0 holds infinities or NaN", calibration=[np.full(SIZE, np.nan)])
+    refuses("reach 255, as pixels do; they must be normalised", calibration=[np.full(SIZE, 255.0)])
+    refuses("percentile is 10", percentile=10)
+    refuses("number_of_clusters is 257", number_of_clusters=257)
+    refuses("iterations are 0", iterations=0)
+    inputs = keras.Input(SIZE)
+    training_form = keras.Model(inputs, RepVGGBlock(4, name="stem")(inputs))
+    refuses(r"block 'stem' is still in training form; call tf_repvgg\.fusion\.fuse", model=training_form)
+    broken = keras.models.clone_model(model)
+    broken.get_layer("first").bias.assign(np.full(8, np.nan))
+    refuses("layer 'first' holds infinities or NaN", model=broken)

@@ -1,0 +1,256 @@
+"""The form that every quantized model has: where it rounds, what it saves, and that its file computes the same."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+from ai_edge_litert.interpreter import Interpreter
+from random_statistics import randomize
+
+from tf_repvgg import tflite
+from tf_repvgg.fusion import fuse
+from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
+from tf_repvgg.quantization import (
+    ActivationQuantizer,
+    QuantizedConv2D,
+    QuantizedKernel,
+    quantize_activations,
+    quantize_min_max,
+    quantized_form,
+    quantizers,
+)
+
+SIZE = (12, 11, 3)
+
+
+def images(count=16, size=SIZE, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (count, *size)).astype("float32")
+
+
+def quantized(model, bits=8, per_channel=True, batch=None):
+    """Min-max weights, and ranges of one training step."""
+
+    def replace(layer, changes):
+        form = quantized_form(layer, per_channel, **changes)
+
+        def call(inputs):
+            outputs = form(inputs)
+            kernel = layer.get_weights()[0]
+            grouped = kernel.reshape(*kernel.shape[:2], 1, -1) if "depthwise" in layer.weights[0].name else kernel
+            form.set_weights([*layer.get_weights(), form.scale.numpy()])
+            form.set_quantized_kernel(quantize_min_max(grouped, bits, per_channel))
+            return outputs
+
+        return call
+
+    result = quantize_activations(model, replace)
+    result(images(size=model.input_shape[1:]) if batch is None else batch, training=True)
+    return result
+
+
+def small_repvgg(padding="same"):
+    inputs = keras.Input(SIZE, name="image")
+    features = RepVGGBlock(8, strides=2, padding=padding, name="first")(inputs)
+    features = QARepVGGBlock(8, name="second")(features)
+    features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(features))
+    randomize(model)
+    return fuse(model)
+
+
+def step_of(model):
+    return quantizers(model)[-1].scale()
+
+
+def assert_file_computes_the_model(model, file, batch, steps=2.01):
+    found, expected = tflite.predict(file, batch), model(batch).numpy()
+    assert np.max(np.abs(found - expected)) <= steps * step_of(model)
+    assert np.ptp(found) > 20 * step_of(model)
+
+
+@pytest.mark.parametrize("minimum, maximum", [(-1.0, 127 / 128), (0.0, 6.0), (-0.013, 3.7), (-5.0, 0.0), (0.5, 2.0)])
+def test_grid_by_its_definition(minimum, maximum):
+    quantizer = ActivationQuantizer()
+    quantizer.build((None, 4))
+    quantizer.set_range(minimum, maximum)
+    low, high = min(minimum, 0), max(maximum, 0)
+    scale = (high - low) / 255
+    zero_point = round(-128 - low / scale)
+    values = np.linspace(low - 1, high + 1, 1001).astype("float32")
+    values = values[np.abs(values / scale % 1 - 0.5) > 1e-3]  # ties
+    codes = np.clip(np.round(values / scale) + zero_point, -128, 127)
+    np.testing.assert_allclose(quantizer(values), (codes - zero_point) * scale, atol=1e-5)
+    assert quantizer(np.zeros(1, "float32")).numpy() == 0
+    np.testing.assert_allclose(quantizer.scale(), scale, rtol=1e-5)
+
+
+def test_gradient_passes_inside_the_range_only():
+    quantizer = ActivationQuantizer(fixed_range=(-1, 127 / 128))
+    values = tf.constant([-2.0, -0.9, 0.3, 0.9, 1.5])
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        outputs = quantizer(values, training=True)
+    np.testing.assert_array_equal(tape.gradient(outputs, values), [0, 1, 1, 1, 0])
+
+
+def test_running_range():
+    quantizer = ActivationQuantizer(momentum=0.75)
+    assert np.all(np.isnan(quantizer(np.ones(3, "float32"))))  # no range yet: nobody takes that for a result
+    quantizer(np.float32([-2, 6]), training=True)
+    np.testing.assert_allclose(quantizer.range, [-2, 6])
+    step = tf.function(lambda values: quantizer(values, training=True))
+    step(tf.constant([-1.0, 10.0]))
+    np.testing.assert_allclose(quantizer.range, [-1.75, 7])
+    step(tf.constant([3.0, 7.0]))  # zero stays in
+    np.testing.assert_allclose(quantizer.range, [-1.3125, 7])
+    quantizer.freeze()
+    step(tf.constant([-100.0, 100.0]))
+    quantizer(np.float32([-100, 100]))
+    np.testing.assert_allclose(quantizer.range, [-1.3125, 7])
+    quantizer.freeze(False)
+    step(tf.constant([0.0, 11.0]))
+    np.testing.assert_allclose(quantizer.range, [-0.984375, 8])
+
+
+def test_bad_quantizers():
+    for momentum in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"momentum is {momentum}; it must be from 0 to 1"):
+            ActivationQuantizer(momentum)
+    with pytest.raises(ValueError, match="must hold zero"):
+        ActivationQuantizer(fixed_range=(0.5, 1))
+    quantizer = ActivationQuantizer(name="q")
+    quantizer.build((None, 4))
+    for bad in ((np.nan, 1), (0, np.inf), (1, -1)):
+        with pytest.raises(ValueError, match=r"q: .* is no range"):
+            quantizer.set_range(*bad)
+
+
+@pytest.mark.parametrize("bits, per_channel", [(8, True), (4, False), (3, True)])
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+def test_file_computes_what_the_model_computes(padding, bits, per_channel):
+    model = quantized(small_repvgg(padding), bits, per_channel)
+    names = [quantizer.name for quantizer in quantizers(model)]
+    assert names == [f"{name}_quantizer" for name in ("image", "first", "second", "pool", "logits")]
+    file = tflite.convert(model)
+    expected = ["PAD"] * (padding == "symmetric") + ["CONV_2D", "CONV_2D", "MEAN", "FULLY_CONNECTED"]
+    assert [operator.name for operator in tflite.operators(file)] == expected
+    for name, found in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
+        own = model.get_layer(name).quantized_kernel()
+        np.testing.assert_array_equal(found.codes, own.codes)
+        np.testing.assert_array_equal(found.scale, own.scale)
+        assert np.max(np.abs(own.codes.astype(int))) == 2 ** (bits - 1) - 1
+    assert_file_computes_the_model(model, file, images(8, seed=1))
+
+
+@pytest.mark.parametrize("inference_type", ["uint8", "float32"])
+def test_other_ends(inference_type):
+    model = quantized(small_repvgg())
+    file = tflite.convert(model, inference_type=inference_type)
+    assert_file_computes_the_model(model, file, images(8, seed=1))
+
+
+@pytest.mark.parametrize("minimum, maximum, zero_point", [(-1, 1, -1), (-0.7, 0.1, 95)])
+def test_the_file_has_the_same_grid(minimum, maximum, zero_point):
+    """Also where zero falls between two codes, as it does for -1 .. 1."""
+    model = quantized(small_repvgg())
+    quantizers(model)[0].set_range(minimum, maximum)
+    interpreter = Interpreter(model_content=tflite.convert(model))
+    (details,) = interpreter.get_input_details()
+    np.testing.assert_allclose(details["quantization"], ((maximum - minimum) / 255, zero_point), rtol=1e-6)
+    np.testing.assert_allclose(
+        quantizers(model)[0](np.float32([-9, 9])),
+        (np.array([-128, 127]) - zero_point) * (maximum - minimum) / 255,
+        rtol=1e-6,
+    )
+
+
+def test_saved_and_loaded(tmp_path):
+    model = quantized(small_repvgg(), 4)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(loaded(images()), model(images()))
+    assert tflite.convert(loaded) == tflite.convert(model)
+    assert isinstance(loaded.get_layer("first"), QuantizedConv2D)
+
+
+def every_operation():
+    """Branches, squeeze-and-excite, ReLUs of their own, nested models, and layers that keep their input's grid."""
+    inputs = keras.Input((8, 8, 3), name="image")
+    nested_input = keras.Input((8, 8, 4))
+    nested = keras.Model(nested_input, keras.layers.Conv2D(4, 1, name="conv")(nested_input), name="left")
+    features = keras.layers.ReLU(name="own_relu")(keras.layers.Conv2D(4, 3, padding="same", name="conv")(inputs))
+    features = keras.layers.Add(name="add")([nested(features), features])
+    gate = keras.layers.Conv2D(4, 1, activation="sigmoid", name="gate")(features)
+    features = keras.layers.Multiply(name="scaled")([features, gate])
+    features = keras.layers.DepthwiseConv2D(3, padding="same", activation="relu6", name="depthwise")(features)
+    pooled = keras.layers.MaxPooling2D(2, name="max")(features)
+    averaged = keras.layers.AveragePooling2D(2, name="average")(features)
+    features = keras.layers.Concatenate(name="both")([pooled, averaged])
+    features = keras.layers.UpSampling2D(2, name="up")(features)
+    features = keras.layers.Dropout(0.5, name="dropout")(keras.layers.Flatten(name="flat")(features))
+    return keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="dense")(features))
+
+
+def test_quantizers_stand_where_tflite_rounds():
+    model = every_operation()
+    for layer in model.layers:
+        if layer.weights:
+            layer.set_weights([w + 0.1 for w in layer.get_weights()])
+    result = quantized(model, batch=images(size=(8, 8, 3)))
+    found = [quantizer.name.removesuffix("_quantizer") for quantizer in quantizers(result)]
+    expected = "image own_relu left_conv add gate gate_activation scaled depthwise both dense dense_activation"
+    assert sorted(found) == sorted(expected.split())
+    file = tflite.convert(result)
+    names = [operator.name for operator in tflite.operators(file)]
+    assert "DEQUANTIZE" not in names
+    batch = images(8, (8, 8, 3), seed=1)
+    # Roundings of many operations add up; without any quantization the two would differ by more.
+    assert np.max(np.abs(tflite.predict(file, batch) - result(batch).numpy())) <= 6.01 / 256
+    assert np.max(np.abs(model(batch) - result(batch, training=False))) < 0.1
+
+
+def test_a_layer_used_twice_has_a_quantizer_for_each_use():
+    shared = keras.layers.Conv2D(3, 3, padding="same", name="shared")
+    inputs = keras.Input((6, 6, 3))
+    model = keras.Model(inputs, shared(shared(inputs)))
+    result = quantized(model)
+    assert [quantizer.name for quantizer in quantizers(result)][1:] == ["shared_quantizer", "shared_quantizer_2"]
+    file = tflite.convert(result)
+    assert_file_computes_the_model(result, file, images(4, (6, 6, 3)))
+
+
+def test_an_activation_that_is_always_zero():
+    inputs = keras.Input((6, 6, 3))
+    dead = keras.layers.Conv2D(4, 3, activation="relu", bias_initializer=keras.initializers.Constant(-99.0))(inputs)
+    bias = keras.initializers.Constant(0.5)
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 1, bias_initializer=bias, name="after")(dead))
+    result = quantized(model)
+    batch = images(2, (6, 6, 3))
+    np.testing.assert_allclose(result(batch), 0.5, atol=0.01)
+    np.testing.assert_allclose(tflite.predict(tflite.convert(result), batch), 0.5, atol=0.01)
+
+
+def test_refusals():
+    model = quantize_activations(small_repvgg())
+    with pytest.raises(ValueError, match="'image_quantizer' has no range yet"):
+        tflite.convert(model)
+    with pytest.raises(ValueError, match="holds its own activation ranges; leave calibration out"):
+        tflite.convert(model, images())
+    result = quantized(small_repvgg())
+    layer = result.get_layer("first")
+    with pytest.raises(ValueError, match=r"'first': codes and scale have shapes \(3, 3, 3, 8\) and \(1,\)"):
+        layer.set_quantized_kernel(QuantizedKernel(np.ones((3, 3, 3, 8), np.int8), np.float32([1])))
+    layer.kernel.assign(layer.kernel + 0.001)
+    with pytest.raises(ValueError, match="'first': the kernel is not on its grid"):
+        tflite.convert(result)
+    transposed = keras.Sequential([keras.Input(SIZE), keras.layers.Conv2DTranspose(2, 3, name="up")])
+    with pytest.raises(ValueError, match="'up' is a Conv2DTranspose, whose weights cannot be quantized"):
+        quantized(transposed)
+
+
+def test_float_operations_in_the_file_are_refused():
+    inputs = keras.Input((6, 6, 3))
+    features = keras.layers.Conv2D(4, 3)(ActivationQuantizer(fixed_range=(-1, 1))(inputs))
+    model = keras.Model(inputs, ActivationQuantizer(fixed_range=(-1, 1))(keras.layers.Activation("swish")(features)))
+    with pytest.raises(ValueError, match=r"in float; put an ActivationQuantizer after every operation"):
+        tflite.convert(model)

@@ -1,0 +1,237 @@
+"""Activations on 8-bit grids in a Keras model, where and as an integer TFLite file has them."""
+
+import collections
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg import graph
+
+WEIGHTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+# Ranges that TFLite prescribes for the outputs of these activations.
+FIXED_RANGES = {"sigmoid": (0.0, 255 / 256), "softmax": (0.0, 255 / 256), "tanh": (-1.0, 127 / 128)}
+
+_FUSED_ACTIVATIONS = ("linear", "relu", "relu6")
+# A range narrower than the first is that of an activation that is always zero; runtimes refuse scales that small.
+_DEAD_WIDTH, _NOMINAL_WIDTH = 1e-5, 255 / 128
+# TFLite gives the outputs of these the scale of their input; a grid of their own would not convert.
+_RANGE_PRESERVING = (
+    keras.layers.AveragePooling2D,
+    keras.layers.Cropping2D,
+    keras.layers.Dropout,
+    keras.layers.Flatten,
+    keras.layers.GaussianNoise,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.MaxPooling2D,
+    keras.layers.Permute,
+    keras.layers.Reshape,
+    keras.layers.SpatialDropout2D,
+    keras.layers.UpSampling2D,
+    keras.layers.ZeroPadding2D,
+)
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class ActivationQuantizer(keras.layers.Layer):
+    """Fake quantization of activations to 8 bits, affine, one range per tensor, as TFLite computes it.
+
+    Forward: with [minimum, maximum] moved by less than half a step so that zero is a code,
+    `scale * round(clip(x) / scale)`, rounding ties up. Pseudo-gradient: 1 inside the range, 0 outside.
+    In training the range follows that of the batches, which the same step already uses:
+    `range = momentum * range + (1 - momentum) * range of the batch`; the first batch sets it.
+
+    A range that was neither trained nor set is NaN, and so is then every output.
+
+    Args:
+      momentum: of the running range, 0 to 1.
+      fixed_range: (minimum, maximum) that never changes, for activations whose range TFLite prescribes.
+      nonnegative: that inputs are known to be zero or above, as after ReLU; saves a pass over them.
+
+    Raises:
+      ValueError: for a momentum outside 0..1, or a fixed range that does not hold zero.
+
+    References: arXiv:1712.05877 (section 3 and 3.1).
+    """
+
+    def __init__(self, momentum=0.99, fixed_range=None, nonnegative=False, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is {momentum!r}; it must be from 0 to 1")
+        if fixed_range is not None and not fixed_range[0] <= 0 <= fixed_range[1]:
+            raise ValueError(f"fixed_range is {fixed_range!r}; it must hold zero, which padding needs")
+        self.momentum = momentum
+        self.fixed_range = None if fixed_range is None else tuple(map(float, fixed_range))
+        self.nonnegative = nonnegative
+
+    def build(self, input_shape):
+        start = (np.nan, np.nan) if self.fixed_range is None else self.fixed_range
+        initializer = keras.initializers.Constant(np.float32(start))
+        self.range = self.add_weight("range", [2], tf.float32, initializer, trainable=False)
+        self.is_frozen = self.add_weight("is_frozen", [], tf.bool, keras.initializers.Zeros(), trainable=False)
+        super().build(input_shape)
+
+    def freeze(self, frozen=True):
+        """Stops the running range, or lets it run again; in effect at once, also in a compiled training step."""
+        self.is_frozen.assign(frozen)
+
+    def set_range(self, minimum, maximum):
+        """Sets the range, widened to hold zero.
+
+        Raises:
+          ValueError: if it is not finite, or not a range; and for a fixed range.
+        """
+        if not (np.isfinite(minimum) and np.isfinite(maximum) and minimum <= maximum):
+            raise ValueError(f"{self.name}: [{minimum}, {maximum}] is no range; were there NaN or no images?")
+        if self.fixed_range is not None:
+            raise ValueError(f"{self.name}: the range is fixed at {list(self.fixed_range)}")
+        self.range.assign([min(minimum, 0.0), max(maximum, 0.0)])
+
+    def scale(self) -> float:
+        """The step of the grid; NaN while there is no range."""
+        minimum, maximum = self.bounds()
+        return float((maximum - minimum) / 255)
+
+    def bounds(self):
+        """(minimum, maximum) of the grid, both codes of it as zero is.
+
+        Nudged here and not by TensorFlow's operation: where zero falls between two codes, that and the converter take
+        different ones.
+        """
+        minimum, maximum = tf.unstack(self.range)
+        width = tf.where(maximum - minimum < _DEAD_WIDTH, _NOMINAL_WIDTH, maximum - minimum)
+        scale = width / 255
+        zero_code = tf.round(-minimum / scale)
+        return -zero_code * scale, (255 - zero_code) * scale
+
+    def call(self, inputs, training=None):
+        values = tf.cast(inputs, tf.float32)
+        if training and self.fixed_range is None:
+            tf.cond(self.is_frozen, lambda: None, lambda: self._follow(tf.stop_gradient(values)))
+        minimum, maximum = self.bounds()
+        outputs = tf.quantization.fake_quant_with_min_max_vars(
+            values, tf.stop_gradient(minimum), tf.stop_gradient(maximum)
+        )
+        return tf.cast(outputs, inputs.dtype)
+
+    def _follow(self, values):
+        minimum = 0.0 if self.nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
+        batch = tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
+        moved = self.momentum * self.range + (1 - self.momentum) * batch
+        self.range.assign(tf.where(tf.math.is_nan(self.range), batch, moved))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "fixed_range": self.fixed_range,
+            "nonnegative": self.nonnegative,
+        }
+
+
+def quantizers(model: keras.Model) -> list[ActivationQuantizer]:
+    """The quantizers of a model, in its order of layers."""
+    return [layer for layer in model._flatten_layers() if isinstance(layer, ActivationQuantizer)]
+
+
+def quantize_activations(
+    model: keras.Model,
+    replace_weighted: Callable | None = None,
+    make_quantizer: Callable = ActivationQuantizer,
+) -> keras.Model:
+    """A copy of a fused model with a quantizer wherever an int8 TFLite file of it rounds.
+
+    That is after inputs and after every operation that computes, but not after those whose output has its input's grid
+    (reshaping, padding, pooling but for the global mean, upsampling), nor between an operation and the ReLU that is
+    fused with it. Activations other than ReLU become layers of their own. Nested models become part of the copy, whose
+    layers have the names of `tf_repvgg.graph.unique_names`.
+
+    Args:
+      model: functional deploy-form model.
+      replace_weighted: (Conv2D, DepthwiseConv2D or Dense layer, changes to its configuration: name and activation)
+        -> callable on tensors that takes the layer's place; by default a copy.
+      make_quantizer: makes each quantizer from the keywords of `ActivationQuantizer`.
+
+    Raises:
+      ValueError: if the model is not functional.
+    """
+    if not graph.is_functional(model):
+        raise ValueError(f"quantization needs a functional Keras 2 model, but got {type(model).__name__}")
+    names = graph.unique_names(model)
+    followed_by_relu = _followed_by_relu(model)
+    replace_weighted = replace_weighted or (lambda layer, changes: graph.copied(layer, **changes))
+    calls = collections.Counter()
+
+    def quantized(tensors, name, **options):
+        def one(tensor):
+            if not tensor.dtype.is_floating:
+                return tensor
+            calls[name] += 1
+            suffix = f"_{calls[name]}" if calls[name] > 1 else ""
+            return make_quantizer(name=f"{name}_quantizer{suffix}", **options)(tensor)
+
+        return tf.nest.map_structure(one, tensors)
+
+    def replace(layer):
+        name = names[id(layer)]
+        activation = _activation_name(layer)
+        options = _quantizer_options(activation)
+        if isinstance(layer, WEIGHTED) and activation not in _FUSED_ACTIVATIONS:
+            linear = replace_weighted(layer, {"name": name, "activation": "linear"})
+            activate = keras.layers.Activation(layer.activation, name=f"{name}_activation")
+            return lambda *arguments, **keywords: quantized(
+                activate(quantized(linear(*arguments, **keywords), name)), f"{name}_activation", **options
+            )
+        if isinstance(layer, WEIGHTED):
+            copy = replace_weighted(layer, {"name": name})
+        else:
+            copy = graph.copied(layer, name=name)
+        if isinstance(layer, _RANGE_PRESERVING) or id(layer) in followed_by_relu or activation == "linear_only":
+            return copy
+        return lambda *arguments, **keywords: quantized(copy(*arguments, **keywords), name, **options)
+
+    def replace_input(tensor):
+        return quantized(tensor, tensor.node.layer.name)
+
+    return graph.rebuild(model, replace, replace_input, inline_nested=True)
+
+
+def _activation_name(layer):
+    """The activation that a layer ends with, by Keras's name; None for layers that have none."""
+    if isinstance(layer, keras.layers.ReLU):
+        is_plain = not np.any(layer.negative_slope) and not np.any(layer.threshold)
+        return {None: "relu", 6.0: "relu6"}.get(layer.max_value) if is_plain else None
+    if isinstance(layer, keras.layers.Softmax):
+        return "softmax"
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", None)
+    return "linear_only" if name == "linear" and isinstance(layer, keras.layers.Activation) else name
+
+
+def _quantizer_options(activation):
+    if activation in FIXED_RANGES:
+        return {"fixed_range": FIXED_RANGES[activation]}
+    return {"nonnegative": True} if activation in ("relu", "relu6") else {}
+
+
+def _followed_by_relu(model):
+    """Ids of layers that compute and whose every output goes into a ReLU layer alone, which runtimes fuse with them."""
+    owners = {id(owner): owner for owner in (model, *model._flatten_layers()) if graph.is_functional(owner)}.values()
+    relu_only, others = set(), set()
+    for owner in owners:
+        nodes = graph.nodes(owner)
+        sources = {key: node.layer for node in nodes for key in node.flat_output_ids}
+        outputs = {str(id(tensor)) for tensor in tf.nest.flatten(owner._nested_outputs)}
+        for node in nodes:
+            is_relu = not isinstance(node.layer, WEIGHTED) and _activation_name(node.layer) in ("relu", "relu6")
+            for key in node.flat_input_ids:
+                source = sources.get(key)
+                if source is None:
+                    continue
+                is_only = owner._tensor_usage_count[key] == 1 and key not in outputs
+                is_linear = _activation_name(source) in (None, "linear")
+                fits = is_relu and is_only and is_linear and not isinstance(source, _RANGE_PRESERVING)
+                (relu_only if fits else others).add(id(source))
+        others.update(id(sources[key]) for key in outputs if key in sources)
+    return relu_only - others

@@ -1,0 +1,115 @@
+"""Layers whose kernel lies on an integer grid: what every way of quantizing weights ends in, and what is exported."""
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg.quantization.uniform import QuantizedKernel
+
+
+class QuantizedLayer:
+    """A layer with a kernel of int8 codes times a scale; a plain layer otherwise, kernel and bias included.
+
+    The kernel is stored as it is multiplied with, in float32; `scale` is one more weight beside kernel and bias, and
+    codes are read back from both, exactly.
+
+    Args:
+      per_channel: whether there is a scale for each output channel, or one.
+      **kwargs: those of the plain layer.
+    """
+
+    def __init__(self, *args, per_channel=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.per_channel = per_channel
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        count = self._codes_shape[-1] if self.per_channel else 1
+        self.scale = self.add_weight("scale", [count], tf.float32, keras.initializers.Ones(), trainable=False)
+
+    def set_quantized_kernel(self, quantized: QuantizedKernel):
+        """Takes over codes and scale.
+
+        Raises:
+          ValueError: if their shapes are not the layer's.
+        """
+        expected, found = ((self._codes_shape, tuple(self.scale.shape)), (quantized.codes.shape, quantized.scale.shape))
+        if found != expected:
+            raise ValueError(
+                f"layer {self.name!r}: codes and scale have shapes {found[0]} and {found[1]}; the layer needs "
+                f"{expected[0]} and {expected[1]}"
+            )
+        self._kernel.assign(quantized.dequantize().reshape(self._kernel.shape))
+        self.scale.assign(quantized.scale)
+
+    def quantized_kernel(self) -> QuantizedKernel:
+        """Codes and scale, output channels last (see `QuantizedKernel`).
+
+        Raises:
+          ValueError: if the kernel is not on its grid, as after training it as a plain weight.
+        """
+        kernel, scale = self._kernel.numpy().reshape(self._codes_shape), self.scale.numpy()
+        codes = np.round(kernel / scale)
+        if not (np.all(np.abs(codes) <= 127) and np.array_equal(codes.astype(np.float32) * scale, kernel)):
+            raise ValueError(
+                f"layer {self.name!r}: the kernel is not on its grid of int8 codes; was it trained, or its weights "
+                "set, after quantization?"
+            )
+        return QuantizedKernel(codes.astype(np.int8), scale)
+
+    @property
+    def _kernel(self):
+        return self.kernel
+
+    @property
+    def _codes_shape(self):
+        return tuple(self._kernel.shape)
+
+    def get_config(self):
+        return {**super().get_config(), "per_channel": self.per_channel}
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class QuantizedConv2D(QuantizedLayer, keras.layers.Conv2D):
+    """Conv2D with its kernel on a grid."""
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class QuantizedDense(QuantizedLayer, keras.layers.Dense):
+    """Dense with its kernel on a grid."""
+
+
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class QuantizedDepthwiseConv2D(QuantizedLayer, keras.layers.DepthwiseConv2D):
+    """DepthwiseConv2D with its kernel on a grid; codes are those of the grouped convolution that it is."""
+
+    @property
+    def _kernel(self):
+        return self.depthwise_kernel
+
+    @property
+    def _codes_shape(self):
+        height, width, channels, multiplier = self.depthwise_kernel.shape
+        return height, width, 1, channels * multiplier
+
+
+_QUANTIZED_FORMS = {
+    keras.layers.Conv2D: QuantizedConv2D,
+    keras.layers.Dense: QuantizedDense,
+    keras.layers.DepthwiseConv2D: QuantizedDepthwiseConv2D,
+}
+
+
+def quantized_form(layer, per_channel, **changes):
+    """A new quantized layer in the configuration of a plain one; it has its weights once it is called.
+
+    Raises:
+      ValueError: if the layer is of no class that has a quantized form.
+    """
+    if type(layer) not in _QUANTIZED_FORMS:
+        raise ValueError(
+            f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be quantized; Conv2D, "
+            "DepthwiseConv2D and Dense can"
+        )
+    config = layer.get_config() | {"dtype": layer.variable_dtype, "per_channel": per_channel} | changes
+    return _QUANTIZED_FORMS[type(layer)].from_config(config)

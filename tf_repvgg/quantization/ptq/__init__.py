@@ -1,0 +1,163 @@
+"""Post-training quantization: one interface, one file per method.
+
+A method is a function of a `Network` that changes it in place: the float form's weights as long as its function stays
+the same (`equalize`), ranges of activations (`network.quantizers[name].set_range`), kernels and biases
+(`network.set_kernel`). To add one:
+
+1. write it in a file of its name here, with the formula's source in the docstring;
+2. start from what is set, or from another method's function (`if not network.is_complete: mse(network)`);
+3. take settings from `network.options`, draw with `options.seed`, loop over `network.progress(...)`;
+4. say in `network.notes` what was left out;
+5. add it to `METHODS` below, the only table that knows all; export/main.py --ptq and combinations know it from there;
+6. add its name to the tests in tests/test_ptq.py that run over `METHODS`.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import tf_keras as keras
+
+from tf_repvgg import graph
+from tf_repvgg.quantization.activations import WEIGHTED
+from tf_repvgg.quantization.checks import check_fused, checked_images
+from tf_repvgg.quantization.ptq.adaquant import adaquant
+from tf_repvgg.quantization.ptq.adaround import adaround
+from tf_repvgg.quantization.ptq.bias_correct import bias_correct
+from tf_repvgg.quantization.ptq.codebook import codebook
+from tf_repvgg.quantization.ptq.dfq import dfq
+from tf_repvgg.quantization.ptq.equalize import equalize
+from tf_repvgg.quantization.ptq.min_max import min_max
+from tf_repvgg.quantization.ptq.mse import mse
+from tf_repvgg.quantization.ptq.network import Network, Options
+from tf_repvgg.quantization.ptq.percentile import percentile
+
+METHODS = {
+    "min_max": min_max,
+    "percentile": percentile,
+    "mse": mse,
+    "equalize": equalize,
+    "bias_correct": bias_correct,
+    "dfq": dfq,
+    "adaround": adaround,
+    "adaquant": adaquant,
+    "codebook": codebook,
+}
+# Normalised images are within a few units of zero; pixels of 0 to 255 are not.
+_LARGEST_INPUT = 32.0
+
+__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_bits", "parse_method", "quantize"]
+
+
+def quantize(
+    model: keras.Model,
+    method: str = "min_max",
+    weight_bits: int | str | Mapping[str, int] = 8,
+    per_channel: bool = False,
+    calibration=None,
+    **options,
+) -> keras.Model:
+    """Quantizes a fused model after training: weights to a few bits, activations to 8.
+
+    Args:
+      model: fused functional model with one input (see `tf_repvgg.fusion.fuse`).
+      method: a name in `METHODS`, or several in the order in which they are applied, as in "equalize+adaquant".
+      weight_bits: 2 to 8, or {pattern of layer names: bits}, first match wins; also as text, "stem=8,.*=4".
+      per_channel: one weight scale per output channel, or one per tensor.
+      calibration: iterable of normalised float images [height, width, channels], without a batch dimension.
+      **options: fields of `Options`.
+
+    Returns:
+      A Keras model of `QuantizedLayer`s and `ActivationQuantizer`s, for `tf_repvgg.tflite.convert`. Its attribute
+      `quantization_notes` lists what the methods did not or not fully do. (Keras does not save that attribute.)
+
+    Raises:
+      ValueError: for an unknown method, bits outside 2..8, patterns that match no layer, a model that is not fused or
+        not functional or has weights that are not finite, and for calibration images that are none, of another shape,
+        not finite, or not normalised.
+      TypeError: for an unknown option.
+    """
+    methods = parse_method(method)
+    options = _checked_options(Options(**options))
+    check_fused(model)
+    images = checked_images(() if calibration is None else calibration, model.input_shape)
+    if (largest := max(float(np.max(np.abs(image))) for image in images)) > _LARGEST_INPUT:
+        raise ValueError(
+            f"calibration images reach {largest:g}, as pixels do; they must be normalised as the model was trained"
+        )
+    network = Network(model, np.concatenate(images), bits_by_layer(model, weight_bits), per_channel, options)
+    for step in methods:
+        step(network)
+    if not network.is_complete:  # after methods that only change the float form
+        min_max(network)
+    network.quantized.quantization_notes = tuple(network.notes)
+    return network.quantized
+
+
+def parse_method(text: str) -> list:
+    """The functions of "min_max" or "equalize+adaquant".
+
+    Raises:
+      ValueError: for a name that is not in `METHODS`.
+    """
+    for name in text.split("+"):
+        if name not in METHODS:
+            raise ValueError(f"PTQ method is {name!r}; known: {', '.join(METHODS)}, and several joined by '+'")
+    return [METHODS[name] for name in text.split("+")]
+
+
+def parse_bits(bits: int | str | Mapping[str, int]) -> dict[str, int]:
+    """Weight bits as {pattern: bits}, from 4, "4", "stem=8,.*=4" or a mapping.
+
+    Raises:
+      ValueError: for bits outside 2..8 and patterns that are no regular expressions.
+    """
+    if isinstance(bits, str):
+        bits = dict(part.rpartition("=")[::2] if "=" in part else (".*", part) for part in bits.split(","))
+    elif not isinstance(bits, Mapping):
+        bits = {".*": bits}
+    found = {}
+    for pattern, width in bits.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"weight bits for pattern {pattern!r}: not a regular expression ({error})") from None
+        if isinstance(width, str) and width.isdigit():
+            width = int(width)
+        if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= 8:
+            raise ValueError(f"weight bits are {width!r}; they must be a whole number from 2 to 8")
+        found[pattern] = width
+    return found
+
+
+def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
+    """{layer name: bits} of a model's Conv2D, DepthwiseConv2D and Dense layers, by the first pattern that matches.
+
+    Raises:
+      ValueError: as `parse_bits`, for a pattern that matches no layer, and for a layer that none matches.
+    """
+    patterns = parse_bits(weight_bits)
+    unique = graph.unique_names(model)
+    names = [unique[id(layer)] for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names) or names
+            raise ValueError(f"pattern {pattern!r} of weight bits matches no layer; there are: {', '.join(near)}")
+    found = {}
+    for name in names:
+        matches = [bits for pattern, bits in patterns.items() if re.fullmatch(pattern, name)]
+        if not matches:
+            raise ValueError(f"no pattern of weight bits matches layer {name!r}; add '.*' as the last one")
+        found[name] = matches[0]
+    return found
+
+
+def _checked_options(options):
+    if not 50 < options.percentile <= 100:
+        raise ValueError(f"percentile is {options.percentile!r}; it must be above 50, and at most 100")
+    if options.iterations < 1:
+        raise ValueError(f"iterations are {options.iterations!r}; they must be 1 or more")
+    if options.number_of_clusters is not None and not 2 <= options.number_of_clusters <= 256:
+        raise ValueError(f"number_of_clusters is {options.number_of_clusters!r}; it must be from 2 to 256")
+    return options

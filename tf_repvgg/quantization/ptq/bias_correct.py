@@ -1,0 +1,26 @@
+"""Bias correction (Nagel 2019, arXiv:1906.04721, section 4.2; empirical, appendix D): no layer shifts its mean."""
+
+from tf_repvgg.quantization.ptq.min_max import min_max
+from tf_repvgg.quantization.ptq.network import Network
+
+
+def bias_correct(network: Network) -> None:
+    """Adds to each bias the mean that quantization took from the layer's output, from first to last layer.
+
+    Inputs are those of the network quantized so far. Undone as a whole if the outputs' error is larger for it.
+    """
+    if not network.is_complete:
+        min_max(network)
+    error, before = network.error(), network.biases()
+    for name in network.progress(network.layers, "bias correction"):
+        layer = network.quantized.get_layer(name)
+        if network.is_shared(name) or not layer.use_bias:
+            continue
+        expected = network.linear_outputs_of(name)
+        found = network.linear_outputs_of_quantized(name)
+        axes = tuple(range(expected.ndim - 1))
+        layer.bias.assign(expected.mean(axes) - found.mean(axes))
+    if not network.error() < error:
+        network.notes.append("bias correction undone: the outputs' error was no smaller for it")
+        for name, bias in before.items():
+            network.quantized.get_layer(name).bias.assign(bias)

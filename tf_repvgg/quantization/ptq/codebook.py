@@ -1,0 +1,89 @@
+"""Codebooks without training: k-means on kernels, weighted by the second moment of each layer's input."""
+
+import numpy as np
+
+from tf_repvgg.quantization.ptq.min_max import ranges_min_max
+from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.uniform import QuantizedKernel
+
+_SWEEPS = 100
+
+
+def codebook(network: Network) -> None:
+    """Sets every kernel to a few values, on int8 codes; and the activation ranges, by min-max, unless they are set.
+
+    An error e of a weight that multiplies x costs e^2 E[x^2]: squared errors are weighted by that, per input channel.
+    """
+    if not network.has_ranges:
+        ranges_min_max(network)
+    for name in network.progress(network.layers, "codebooks"):
+        states = network.options.number_of_clusters or 2 ** network.bits[name]
+        kernel = network.kernel(name)
+        importance = np.broadcast_to(_second_moment(network, name, kernel.shape), kernel.shape)
+        columns = [kernel.shape[-1], 1][not network.per_channel]
+        values, weights = (array.reshape(-1, columns) for array in (kernel, importance))
+        books = [k_means(values[:, c], weights[:, c], states) for c in range(columns)]
+        network.set_kernel(name, _on_grid(kernel, books, network.min_scale(name)))
+
+
+def _second_moment(network, name, shape):
+    """E[x^2] of what each weight multiplies; of shape [inputs, outputs], either of which may be 1."""
+    if network.is_shared(name):
+        return np.ones([1, 1], np.float32)
+    inputs = network.inputs_of(name)
+    moment = np.mean(np.square(inputs), axis=tuple(range(inputs.ndim - 1)))
+    *_, reads, channels = shape
+    groups = len(moment) // reads
+    # Output channels of one group follow one another and read the same inputs.
+    return np.repeat(moment.reshape(groups, reads).T, channels // groups, axis=1)
+
+
+def k_means(values, weights, states) -> np.ndarray:
+    """Centroids, sorted, of weighted k-means in one dimension; fewer where there are fewer distinct values.
+
+    Args:
+      values, weights: float arrays [count].
+      states: largest number of centroids.
+
+    Lloyd's algorithm on sorted values, where clusters are intervals and their means differences of cumulative sums.
+    """
+    order = np.argsort(values)
+    values, weights = np.asarray(values, np.float64)[order], np.asarray(weights, np.float64)[order]
+    weights = weights + 1e-12 * max(weights.max(), 1e-30)  # inputs that are always zero
+    if len(distinct := np.unique(values)) <= states:
+        return distinct
+    mass, moment = (np.concatenate([[0], np.cumsum(part)]) for part in (weights, weights * values))
+    # Density to the power 1/3 is where centroids of the smallest error lie (Panter and Dite); ranges see the tails too.
+    centroids = np.quantile(np.concatenate([values, np.linspace(values[0], values[-1], len(values))]), _middles(states))
+    for _ in range(_SWEEPS):
+        borders = np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2)
+        edges = np.concatenate([[0], borders, [len(values)]])
+        is_empty = edges[1:] == edges[:-1]
+        of_cluster = np.where(is_empty, 1, mass[edges[1:]] - mass[edges[:-1]])
+        moved = np.where(is_empty, centroids, (moment[edges[1:]] - moment[edges[:-1]]) / of_cluster)
+        if np.any(is_empty):
+            # Empty clusters start anew where errors are largest.
+            errors = weights * np.square(values - np.repeat(moved, np.diff(edges)))
+            moved[is_empty] = values[np.argsort(errors)[-np.count_nonzero(is_empty) :]]
+        elif np.allclose(moved, centroids, rtol=1e-7, atol=0):
+            break
+        centroids = np.sort(moved)
+    return centroids
+
+
+def _middles(count):
+    return (np.arange(count) + 0.5) / count
+
+
+def _on_grid(kernel, books, min_scale):
+    """Codes of the nearest centroid, centroids rounded to int8 codes of a scale that spends all 127 on the largest."""
+    largest = np.array([np.max(np.abs(book)) for book in books])
+    scale = np.where(largest > 0, largest, 1.0) / 127
+    scale = np.maximum(scale, np.max(min_scale) if len(scale) == 1 else min_scale).astype(np.float32)
+    flat = kernel.reshape(-1, len(books))
+    codes = np.empty(flat.shape, np.int8)
+    for column, book in enumerate(books):
+        grid = np.unique(np.round(book / scale[column]).astype(np.int8))
+        borders = (grid[1:].astype(np.float32) + grid[:-1]) / 2 * scale[column]
+        codes[:, column] = grid[np.searchsorted(borders, flat[:, column])]
+    return QuantizedKernel(codes.reshape(kernel.shape), scale)

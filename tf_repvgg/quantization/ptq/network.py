@@ -1,0 +1,208 @@
+"""The network that a method of post-training quantization works on: float and quantized form, side by side."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from tqdm import tqdm
+
+from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations
+from tf_repvgg.quantization.layers import quantized_form
+from tf_repvgg.quantization.uniform import QuantizedKernel
+
+# As in tflite.with_weights: biases are int32 codes and need room for the products.
+_MAX_BIAS_CODE = 2**30
+_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What methods can be told beside bits and granularity.
+
+    Attributes:
+      percentile: of the percentile method: the share of values inside the range, in percent.
+      iterations: optimizer steps for each layer, of AdaRound and AdaQuant.
+      number_of_clusters: states of a codebook; None for 2^bits.
+      seed: of everything drawn at random.
+      progress: whether long methods show a progress bar.
+    """
+
+    percentile: float = 99.99
+    iterations: int = 500
+    number_of_clusters: int | None = None
+    seed: int = 0
+    progress: bool = False
+
+
+class Network:
+    """A fused model, a quantized copy of it, and calibration images; methods change it step by step.
+
+    Methods may change the weights of the float form, as long as it stays the same function; set ranges of activations;
+    and set quantized kernels and biases. They leave what they do not care for to the defaults, which
+    `tf_repvgg.quantization.ptq.quantize` fills in.
+
+    Args:
+      model: fused model.
+      images: float32 [count, height, width, channels].
+      bits: {layer name: weight bits}.
+      per_channel: granularity of weight scales.
+      options: see `Options`.
+
+    Attributes:
+      layers: {name: float layer with weights}, in execution order.
+      kernels: {name: the quantized kernel set last}.
+      notes: what users should know of what was done or left out, line by line.
+    """
+
+    def __init__(self, model, images, bits, per_channel, options):
+        self.images, self.per_channel, self.options = images, per_channel, options
+        self.float = quantize_activations(
+            model, make_quantizer=lambda name, **_: keras.layers.Activation("linear", name=name)
+        )
+        self.quantized = quantize_activations(
+            model, lambda layer, changes: quantized_form(layer, per_channel, **changes)
+        )
+        self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED)}
+        self.bits = bits
+        self.quantizers = {
+            layer.name: layer for layer in self.quantized.layers if isinstance(layer, ActivationQuantizer)
+        }
+        self.kernels = {}
+        self.notes = []
+        self._traced = {}
+        self.expected = self.float_outputs()
+        for layer in self.layers.values():
+            if not all(np.all(np.isfinite(values)) for values in layer.get_weights()):
+                raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
+
+    @property
+    def free_ranges(self) -> list[str]:
+        """Names of the quantizers whose range is a method's to set."""
+        return [name for name, quantizer in self.quantizers.items() if quantizer.fixed_range is None]
+
+    @property
+    def has_ranges(self) -> bool:
+        return all(np.all(np.isfinite(quantizer.range.numpy())) for quantizer in self.quantizers.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all ranges and kernels are set."""
+        return self.has_ranges and self.kernels.keys() == self.layers.keys()
+
+    def activations(self) -> Iterable[dict[str, np.ndarray]]:
+        """What the float network computes where the quantized one has a range to be set, batch by batch."""
+        names = self.free_ranges
+        for found in self._batches(self.float, [self.float.get_layer(name).output for name in names]):
+            yield dict(zip(names, found, strict=True))
+
+    def kernel(self, name) -> np.ndarray:
+        """The float kernel in the layout of `QuantizedKernel`."""
+        return as_grouped(self.layers[name], self.layers[name].get_weights()[0])
+
+    def bias(self, name) -> np.ndarray:
+        layer = self.layers[name]
+        return layer.bias.numpy() if layer.use_bias else np.zeros(self.kernel(name).shape[-1], np.float32)
+
+    def min_scale(self, name) -> np.ndarray:
+        """The smallest weight scale of each output channel at which the bias still fits into 32 bits."""
+        nodes = self.quantized.get_layer(name).inbound_nodes
+        smallest = min(_quantizer_before(node.keras_inputs[0]).scale() for node in nodes)
+        return 1.001 * np.abs(self.bias(name)) / (smallest * _MAX_BIAS_CODE)
+
+    def set_kernel(self, name, quantized: QuantizedKernel, bias=None):
+        """Gives a layer of the quantized network its codes, and the float layer's bias or another one."""
+        layer = self.quantized.get_layer(name)
+        layer.set_quantized_kernel(quantized)
+        if layer.use_bias:
+            layer.bias.assign(self.bias(name) if bias is None else bias)
+        self.kernels[name] = quantized
+
+    def quantized_bias(self, name) -> np.ndarray:
+        """The bias that the layer has in the quantized network."""
+        layer = self.quantized.get_layer(name)
+        return layer.bias.numpy() if layer.use_bias else self.bias(name)
+
+    def biases(self) -> dict[str, np.ndarray]:
+        """The biases of the quantized network by layer, where there are any."""
+        return {name: self.quantized_bias(name) for name, layer in self.layers.items() if layer.use_bias}
+
+    def outputs_of(self, name) -> np.ndarray:
+        """What the float layer computes on the calibration images, its activation included."""
+        return self._run(self.float, self.layers[name].output)
+
+    def inputs_of(self, name) -> np.ndarray:
+        """What the layer is given in the network quantized so far."""
+        return self._run(self.quantized, self.quantized.get_layer(name).input)
+
+    def linear_outputs_of(self, name) -> np.ndarray:
+        """What the float layer computes before its activation."""
+        layer = self.layers[name]
+        return self._run(self.float, linear(layer, layer.input, layer.get_weights()[0]) + self.bias(name))
+
+    def linear_outputs_of_quantized(self, name) -> np.ndarray:
+        """What the quantized layer computes on `inputs_of(name)`, without bias and activation."""
+        layer = self.quantized.get_layer(name)
+        return self._run(self.quantized, linear(layer, layer.input, self.kernels[name].dequantize()))
+
+    def is_shared(self, name) -> bool:
+        """Whether the layer is called more than once, so that it has no one input."""
+        return len(self.quantized.get_layer(name).inbound_nodes) > 1
+
+    def float_outputs(self) -> list[np.ndarray]:
+        """All outputs of the float network as it is now; `expected` holds those of the original."""
+        return self._run(self.float, self.float.outputs)
+
+    def error(self) -> float:
+        """Mean squared error of the quantized network's outputs on the calibration images."""
+        found = self._run(self.quantized, self.quantized.outputs)
+        return float(np.mean([np.mean(np.square(mine - its)) for mine, its in zip(self.expected, found, strict=True)]))
+
+    def progress(self, names, description):
+        return tqdm(names, description, unit="layer", disable=not self.options.progress, leave=False)
+
+    def _run(self, model, tensors):
+        """Values of a tensor of the model, or of a list of them, on all calibration images."""
+        parts = list(self._batches(model, tf.nest.flatten(tensors)))
+        found = [np.concatenate(of_tensor) for of_tensor in zip(*parts, strict=True)]
+        return found if isinstance(tensors, list) else found[0]
+
+    def _batches(self, model, tensors):
+        # Traced once: weights may have changed since, which the graph reads anew. Tensors stay with their ids.
+        key = tuple(id(tensor) for tensor in tensors)
+        if key not in self._traced:
+            run = tf.function(functools.partial(keras.Model(model.inputs, tensors), training=False))
+            self._traced[key] = tensors, run
+        _, run = self._traced[key]
+        for start in range(0, len(self.images), _BATCH):
+            found = run(tf.constant(self.images[start : start + _BATCH]))
+            yield [values.numpy() for values in tf.nest.flatten(found)]
+
+
+def as_grouped(layer, kernel) -> np.ndarray:
+    """A kernel with output channels last; a depthwise one as that of the grouped convolution it is."""
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        return kernel.reshape(*kernel.shape[:2], 1, -1)
+    return kernel
+
+
+def linear(layer, inputs, kernel):
+    """What a layer computes with another kernel, in the layout of `QuantizedKernel`, without bias and activation."""
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        kernel = tf.reshape(kernel, layer.depthwise_kernel.shape)
+        return keras.backend.depthwise_conv2d(
+            inputs, kernel, layer.strides, layer.padding, dilation_rate=layer.dilation_rate
+        )
+    if isinstance(layer, keras.layers.Dense):
+        return tf.tensordot(inputs, kernel, 1)
+    return layer.convolution_op(inputs, kernel=kernel)
+
+
+def _quantizer_before(tensor):
+    while not isinstance(layer := tensor.node.layer, ActivationQuantizer):
+        tensor = tf.nest.flatten(tensor.node.keras_inputs)[0]
+        if tensor.node.is_input:
+            raise ValueError(f"layer {layer.name!r} reads an input that is not quantized")
+    return layer

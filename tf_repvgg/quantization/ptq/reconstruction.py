@@ -1,0 +1,89 @@
+"""Learning a layer's rounding from what it should compute: what AdaRound and AdaQuant share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg.quantization.ptq.mse import mse
+from tf_repvgg.quantization.ptq.network import Network, linear
+from tf_repvgg.quantization.uniform import QuantizedKernel
+
+_BATCH = 32
+_EVALUATED = 64
+
+
+class Rounding(NamedTuple):
+    """How a kernel is being rounded.
+
+    Attributes:
+      variables: what the optimizer changes.
+      soft_kernel: () -> the kernel during training, differentiable.
+      penalty: progress from 0 to 1 -> a number added to the loss.
+      result: () -> (the quantized kernel, the bias).
+    """
+
+    variables: list
+    soft_kernel: Callable
+    penalty: Callable
+    result: Callable
+
+
+def reconstruct(network: Network, make_rounding: Callable, learning_rate, description: str) -> None:
+    """Improves kernels and biases layer by layer: inputs of the quantized prefix, outputs of the float layer.
+
+    Starts from the kernels and ranges that are set, by default those of `mse`. A layer keeps its start unless its mean
+    squared error over all calibration images becomes smaller.
+
+    Args:
+      make_rounding: (network, name, bias variable) -> `Rounding`.
+      learning_rate: of Adam: a number or a schedule.
+      description: of the progress bar.
+    """
+    if not network.is_complete:
+        mse(network)
+    generator = np.random.default_rng(network.options.seed)
+    for name in network.progress(network.layers, description):
+        if network.is_shared(name):
+            network.notes.append(f"{description}: {name} is called more than once and keeps its start")
+            continue
+        inputs, expected = network.inputs_of(name), network.outputs_of(name)
+        layer = network.quantized.get_layer(name)
+        start = network.kernels[name], network.quantized_bias(name)
+        bias = tf.Variable(start[1], trainable=layer.use_bias)
+        rounding = make_rounding(network, name, bias)
+        _optimize(layer, rounding, bias, inputs, expected, learning_rate, network.options.iterations, generator)
+        result = rounding.result()
+        if objective(layer, *result, inputs, expected) < objective(layer, *start, inputs, expected):
+            network.set_kernel(name, *result)
+
+
+def objective(layer, quantized: QuantizedKernel, bias, inputs, expected) -> float:
+    """Mean squared error of the layer's output, its activation included, over all calibration images."""
+    kernel, total = quantized.dequantize(), 0.0
+    for start in range(0, len(inputs), _EVALUATED):
+        part = slice(start, start + _EVALUATED)
+        found = layer.activation(linear(layer, inputs[part], kernel) + bias)
+        total += float(tf.reduce_sum(tf.math.squared_difference(found, expected[part])))
+    return total / expected.size
+
+
+def _optimize(layer, rounding, bias, inputs, expected, learning_rate, iterations, generator):
+    optimizer = keras.optimizers.Adam(learning_rate)
+    variables = rounding.variables + ([bias] if layer.use_bias else [])
+    optimizer.build(variables)
+    # Errors in units of the output's own spread, so that one learning rate and one penalty serve all layers.
+    unit = float(np.var(expected)) or 1.0
+
+    @tf.function
+    def step(x, y, progress):
+        with tf.GradientTape() as tape:
+            found = layer.activation(linear(layer, x, rounding.soft_kernel()) + bias)
+            loss = tf.reduce_mean(tf.math.squared_difference(found, y)) / unit + rounding.penalty(progress)
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+
+    for iteration in range(iterations):
+        chosen = generator.integers(0, len(inputs), min(_BATCH, len(inputs)))
+        step(tf.constant(inputs[chosen]), tf.constant(expected[chosen]), tf.constant(iteration / iterations))
