@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from random_statistics import randomize, relative_error
 from tf_repvgg import outliers
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
-from tf_repvgg.models import VARIANTS, Variant, build_repvgg, complexity, summary
+from tf_repvgg.models import VARIANTS, Complexity, Variant, build_repvgg, complexity, summary
 
 # Millions of parameters of the deploy form with 1000 classes, in the paper's table 4, which cuts digits off.
 PAPER = {
@@ -99,58 +100,79 @@ def test_every_variant_fuses_exactly(name, padding):
     assert (variant.se_reduction is not None) == any(isinstance(layer, keras.layers.Multiply) for layer in fused.layers)
 
 
-@pytest.fixture
-def without_random_kernels(monkeypatch):
-    """Drawing a hundred million weights takes seconds, and no count depends on them."""
-    zeros = lambda self, shape, dtype=None, **_: tf.zeros(shape, dtype)  # noqa: E731
-    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
-    yield
-    gc.collect()
+class Built(NamedTuple):
+    """What the tests of the published variants look at; models of their size are not kept."""
+
+    counts: Complexity
+    running_statistics: int
+    groups: list[int]
+    squeezes: list[tuple[tuple[int, ...], tuple[int, ...], bool] | None]
 
 
-def test_counts_are_the_published_ones(without_random_kernels):
-    counts = {}
-    for name in PUBLISHED:
+def _squeeze(block):
+    """Kernel shapes of a block's squeeze-and-excite, and whether both have biases."""
+    if block.squeeze_excite is None:
+        return None
+    reduce, expand = block.squeeze_excite.reduce, block.squeeze_excite.expand
+    return tuple(reduce.kernel.shape), tuple(expand.kernel.shape), reduce.use_bias and expand.use_bias
+
+
+@pytest.fixture(scope="module")
+def published():
+    """{variant: Built} at full size. Kernels are zero: drawing a hundred million takes seconds and changes no count."""
+
+    def build(name):
         model = build_repvgg(name, (224, 224, 3), 1000)
-        assert len(blocks_of(model)) == LAYERS[name[0]]
+        blocks = blocks_of(model)
         running = sum(int(np.prod(weight.shape)) for weight in model.non_trainable_weights)
-        counts[name] = complexity(model)
-        trained = counts[name].training_parameters - running
-        deployed = counts[name].deploy_parameters
+        return Built(complexity(model), running, [block.groups for block in blocks], [_squeeze(it) for it in blocks])
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        zeros = lambda self, shape, dtype=None, **_: tf.zeros(shape, dtype)  # noqa: E731
+        patch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
+        for name in PUBLISHED:
+            found[name] = build(name)
+            gc.collect()
+    return found
+
+
+def test_counts_are_the_published_ones(published):
+    for name, built in published.items():
+        assert len(built.groups) == LAYERS[name[0]]
+        trained = built.counts.training_parameters - built.running_statistics
+        deployed = built.counts.deploy_parameters
         if name in MMCLASSIFICATION:
             assert (round(trained / 1e6, 2), round(deployed / 1e6, 2)) == MMCLASSIFICATION[name]
         if name in PAPER:
             assert deployed // 10_000 / 100 == PAPER[name]
         if name in PAPER_GMACS:
-            assert counts[name].deploy_macs / 1e9 == pytest.approx(PAPER_GMACS[name], abs=0.06)
-        del model
-        gc.collect()
+            assert built.counts.deploy_macs / 1e9 == pytest.approx(PAPER_GMACS[name], abs=0.06)
     # 2 groups save half of the grouped kernels where 4 groups save three quarters.
     for name in ("B1", "B2", "B3"):
-        plain, two, four = (counts[name + groups].deploy_parameters for groups in ("", "g2", "g4"))
+        plain, two, four = (published[name + groups].counts.deploy_parameters for groups in ("", "g2", "g4"))
         assert 3 * (plain - two) == 2 * (plain - four)
 
 
-def test_groups_are_those_of_the_original(without_random_kernels):
+def test_groups_are_those_of_the_original(published):
     """Every second layer, the stem being 0: github.com/DingXiaoH/RepVGG, optional_groupwise_layers."""
-    model = build_repvgg("B1g4", (32, 32, 3), 10)
-    grouped = [index for index, block in enumerate(blocks_of(model)) if block.groups == 4]
-    assert grouped == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26]
-    assert all(block.groups == 1 for index, block in enumerate(blocks_of(model)) if index not in grouped)
+    for name, built in published.items():
+        grouped = {index: groups for index, groups in enumerate(built.groups) if groups > 1}
+        expected = range(2, 27, 2) if "g" in name else []
+        assert grouped == {index: int(name[-1]) for index in expected}
 
 
-def test_squeeze_excite_of_d2se_is_that_of_the_original(without_random_kernels):
-    """A sixteenth of each block's channels, the stem included, in two 1x1 convolutions with biases."""
-    model = build_repvgg("D2se", (32, 32, 3), 10)
+def test_squeeze_excite_is_that_of_the_original(published):
+    """D2se: a sixteenth of each block's channels, the stem included, in two 1x1 convolutions with biases."""
     assert VARIANTS["D2se"].depths == (8, 14, 24, 1)
-    for block in blocks_of(model):
-        assert block.squeeze_excite.reduce.kernel.shape == (1, 1, block.filters, block.filters // 16)
-        assert block.squeeze_excite.expand.kernel.shape == (1, 1, block.filters // 16, block.filters)
-        assert block.squeeze_excite.reduce.use_bias and block.squeeze_excite.expand.use_bias
+    widths = [64] + [160] * 8 + [320] * 14 + [640] * 24 + [2560]
+    expected = [((1, 1, width, width // 16), (1, 1, width // 16, width), True) for width in widths]
+    assert published["D2se"].squeezes == expected
+    assert all(set(built.squeezes) == {None} for name, built in published.items() if name != "D2se")
 
 
-def test_the_1x1_branches_add_a_ninth_to_every_block_and_nothing_to_the_classifier(without_random_kernels):
-    counts = complexity(build_repvgg("A0", (224, 224, 3), 1000))
+def test_the_1x1_branches_add_a_ninth_to_every_block_and_nothing_to_the_classifier(published):
+    counts = published["A0"].counts
     classifier = 1280 * 1000
     assert (counts.training_macs - classifier) * 9 == (counts.deploy_macs - classifier) * 10
 

@@ -621,7 +621,7 @@ def test_a_layer_used_twice_has_a_bias_for_each_use(tiny):
 
 
 def test_layers_that_share_a_tensor_in_the_file_are_parted():
-    """Layers with equal kernels and biases, which the converter merges; one is given other codes."""
+    """Layers with equal kernels, which the converter merges; one is given other codes."""
     kernel = keras.initializers.HeNormal(seed=3)
     first, second = (
         keras.layers.Conv2D(4, 3, padding="same", kernel_initializer=kernel, bias_initializer=bias, name=name)
