@@ -93,6 +93,19 @@ class QuantizedDepthwiseConv2D(QuantizedLayer, keras.layers.DepthwiseConv2D):
         return height, width, 1, channels * multiplier
 
 
+def kernel_of(layer) -> np.ndarray:
+    """The kernel of a Conv2D, DepthwiseConv2D or Dense layer in the layout of `QuantizedKernel`."""
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        kernel = layer.depthwise_kernel.numpy()
+        return kernel.reshape(*kernel.shape[:2], 1, -1)
+    return layer.kernel.numpy()
+
+
+def bias_of(layer) -> np.ndarray:
+    """The bias of such a layer, zeros where it has none: shape [output channels]."""
+    return layer.bias.numpy() if layer.use_bias else np.zeros(kernel_of(layer).shape[-1], np.float32)
+
+
 _QUANTIZED_FORMS = {
     keras.layers.Conv2D: QuantizedConv2D,
     keras.layers.Dense: QuantizedDense,

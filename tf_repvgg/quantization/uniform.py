@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 
+# Half of what 32 bits hold: an accumulator starts at the bias and needs room for the products.
+MAX_BIAS_CODE = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel:
@@ -58,10 +61,20 @@ def round_to_grid(kernel, largest, bits, min_scale=0.0) -> QuantizedKernel:
     if not np.all(np.isfinite(kernel)):
         raise ValueError("the kernel holds infinities or NaN; was training stable?")
     largest_code = 2 ** (bits - 1) - 1
-    min_scale = np.asarray(min_scale, np.float32)
     scale = largest / largest_code
     # All-zero channels need some scale; any other channel's makes their bias as fine as its neighbours'.
     scale = np.where(scale > 0, scale, np.max(scale) if np.max(scale) > 0 else 1.0)
-    scale = np.maximum(scale, np.max(min_scale) if len(scale) == 1 else min_scale).astype(np.float32)
+    scale = at_least(scale, min_scale)
     codes = np.clip(np.round(kernel / scale), -largest_code, largest_code)
     return QuantizedKernel(codes.astype(np.int8), scale)
+
+
+def at_least(scale, min_scale) -> np.ndarray:
+    """A scale of shape [1] or [output channels] as float32, raised to `min_scale`: a number or [output channels]."""
+    return np.maximum(scale, np.max(min_scale) if len(scale) == 1 else min_scale).astype(np.float32)
+
+
+def min_scale_of_bias(bias, input_scale) -> np.ndarray:
+    """The weight scale below which a bias overflows its 32 bits, for each output channel."""
+    # A hair above, as float32 rounds the product of the scales.
+    return 1.001 * np.abs(bias) / (input_scale * MAX_BIAS_CODE)

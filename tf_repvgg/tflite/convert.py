@@ -12,14 +12,12 @@ from ai_edge_litert import schema_py_generated as schema
 from tf_repvgg import native_output
 from tf_repvgg.quantization.activations import WEIGHTED, quantizers
 from tf_repvgg.quantization.checks import check_fused, checked_images
-from tf_repvgg.quantization.layers import QuantizedLayer
-from tf_repvgg.quantization.uniform import QuantizedKernel, quantize_min_max
+from tf_repvgg.quantization.layers import QuantizedLayer, bias_of, kernel_of
+from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias, quantize_min_max
 from tf_repvgg.tflite import flatbuffer
 
 INFERENCE_TYPES = {"int8": tf.int8, "uint8": tf.uint8, "float32": tf.float32}
 METADATA_NAME = "TF_REPVGG_INPUT"
-# Half of what 32 bits hold: the accumulator starts at the bias and needs room for the products.
-_MAX_BIAS_CODE = 2**30
 # The converter gives an activation that is zero on every calibration image a range of +-1e-6. With scales that far from
 # their neighbours' XNNPACK refuses to load the file.
 _DEAD_SCALE = 1e-8
@@ -142,13 +140,12 @@ def with_weights(
         _widen_dead_activations(flat, graph)
         for layer, layout, operators in _shared_weights(flat, graph, layers):
             input_scales = [graph.tensors[operator.inputs[0]].quantization.scale[0] for operator in operators]
-            bias = _bias_of(layer)
+            bias = bias_of(layer)
             if layer.name in kernels:
                 quantized = kernels[layer.name]
             else:
-                # Below this scale the bias would overflow its 32 bits; a hair above, as float32 rounds the product.
-                floor = 1.001 * np.abs(bias) / (min(input_scales) * _MAX_BIAS_CODE)
-                quantized = quantize_min_max(_kernel_of(layer), weight_bits, per_channel, min_scale=floor)
+                floor = min_scale_of_bias(bias, min(input_scales))
+                quantized = quantize_min_max(kernel_of(layer), weight_bits, per_channel, min_scale=floor)
             weights = flatbuffer.weights_tensor(graph, operators[0])
             flatbuffer.set_weights(flat, weights, layout, quantized.codes, quantized.scale)
             for operator, input_scale in zip(operators, input_scales, strict=True):
@@ -200,7 +197,7 @@ def _shared_weights(flat, graph, layers):
 def _bias_codes(layer, bias, scale):
     """int32 codes of a bias at a scale of shape [1] or [channels]."""
     codes = np.round(bias / scale.astype(np.float64))
-    if np.max(np.abs(codes)) > _MAX_BIAS_CODE:
+    if np.max(np.abs(codes)) > MAX_BIAS_CODE:
         channel = int(np.argmax(np.abs(codes)))
         raise ValueError(
             f"layer {layer.name!r}: the bias {bias[channel]:g} of channel {channel} overflows int32 at scale "
@@ -232,21 +229,9 @@ def _check_given(kernels, layers):
                 f"kernels names {name!r}, but {len(by_name[name])} layers of the nested models are called so; give "
                 "them different names"
             )
-        shape = _kernel_of(by_name[name][0]).shape
+        shape = kernel_of(by_name[name][0]).shape
         if quantized.codes.shape != shape:
             raise ValueError(f"layer {name!r}: the codes have shape {quantized.codes.shape}, its kernel {shape}")
-
-
-def _kernel_of(layer):
-    """A layer's kernel, output channels last; a depthwise one as that of the grouped convolution it is."""
-    if isinstance(layer, keras.layers.DepthwiseConv2D):
-        kernel = layer.depthwise_kernel.numpy()
-        return kernel.reshape(*kernel.shape[:2], 1, -1)
-    return layer.kernel.numpy()
-
-
-def _bias_of(layer):
-    return layer.bias.numpy() if layer.use_bias else np.zeros(_kernel_of(layer).shape[-1], np.float32)
 
 
 def _layer_of(flat, weights, layout, bias_tensor, layers):
@@ -258,7 +243,7 @@ def _layer_of(flat, weights, layout, bias_tensor, layers):
     scale = weights.quantization.scale
     found = []
     for layer in layers:
-        kernel = _kernel_of(layer)
+        kernel = kernel_of(layer)
         if kernel.shape == codes.shape and np.all(np.abs(kernel - codes * scale) <= 0.51 * scale):
             found.append(layer)
     if not found:
@@ -272,4 +257,4 @@ def _layer_of(flat, weights, layout, bias_tensor, layers):
         if bias_tensor is None
         else flatbuffer.constant(flat, bias_tensor, np.int32) * bias_tensor.quantization.scale
     )
-    return min(found, key=lambda layer: np.max(np.abs(_bias_of(layer) - bias)))
+    return min(found, key=lambda layer: np.max(np.abs(bias_of(layer) - bias)))

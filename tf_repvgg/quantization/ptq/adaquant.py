@@ -6,7 +6,7 @@ import tf_keras as keras
 
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.reconstruction import Rounding, reconstruct
-from tf_repvgg.quantization.uniform import QuantizedKernel
+from tf_repvgg.quantization.uniform import QuantizedKernel, at_least
 
 # Of weights in steps of the grid, and of biases; scales move at a tenth of it, as shares of themselves.
 _LEARNING_RATE = 1e-2
@@ -35,7 +35,7 @@ def _rounding(network, name, bias):
         return exact + tf.stop_gradient(tf.round(exact) - exact)
 
     def scale():
-        return np.maximum(start * growth().numpy(), network.min_scale(name).max()).astype(np.float32)
+        return at_least(start * growth().numpy(), network.min_scale(name))
 
     def result():
         return QuantizedKernel(codes().numpy().astype(np.int8), scale()), bias.numpy()

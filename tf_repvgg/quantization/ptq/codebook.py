@@ -4,7 +4,7 @@ import numpy as np
 
 from tf_repvgg.quantization.ptq.min_max import ranges_min_max
 from tf_repvgg.quantization.ptq.network import Network
-from tf_repvgg.quantization.uniform import QuantizedKernel
+from tf_repvgg.quantization.uniform import QuantizedKernel, at_least
 
 _SWEEPS = 100
 
@@ -79,7 +79,7 @@ def _on_grid(kernel, books, min_scale):
     """Codes of the nearest centroid, centroids rounded to int8 codes of a scale that spends all 127 on the largest."""
     largest = np.array([np.max(np.abs(book)) for book in books])
     scale = np.where(largest > 0, largest, 1.0) / 127
-    scale = np.maximum(scale, np.max(min_scale) if len(scale) == 1 else min_scale).astype(np.float32)
+    scale = at_least(scale, min_scale)
     flat = kernel.reshape(-1, len(books))
     codes = np.empty(flat.shape, np.int8)
     for column, book in enumerate(books):

@@ -10,11 +10,9 @@ import tf_keras as keras
 from tqdm import tqdm
 
 from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations
-from tf_repvgg.quantization.layers import quantized_form
-from tf_repvgg.quantization.uniform import QuantizedKernel
+from tf_repvgg.quantization.layers import bias_of, kernel_of, quantized_form
+from tf_repvgg.quantization.uniform import QuantizedKernel, min_scale_of_bias
 
-# As in tflite.with_weights: biases are int32 codes and need room for the products.
-_MAX_BIAS_CODE = 2**30
 _BATCH = 64
 
 
@@ -100,17 +98,16 @@ class Network:
 
     def kernel(self, name) -> np.ndarray:
         """The float kernel in the layout of `QuantizedKernel`."""
-        return as_grouped(self.layers[name], self.layers[name].get_weights()[0])
+        return kernel_of(self.layers[name])
 
     def bias(self, name) -> np.ndarray:
-        layer = self.layers[name]
-        return layer.bias.numpy() if layer.use_bias else np.zeros(self.kernel(name).shape[-1], np.float32)
+        return bias_of(self.layers[name])
 
     def min_scale(self, name) -> np.ndarray:
         """The smallest weight scale of each output channel at which the bias still fits into 32 bits."""
         nodes = self.quantized.get_layer(name).inbound_nodes
         smallest = min(_quantizer_before(node.keras_inputs[0]).scale() for node in nodes)
-        return 1.001 * np.abs(self.bias(name)) / (smallest * _MAX_BIAS_CODE)
+        return min_scale_of_bias(self.bias(name), smallest)
 
     def set_kernel(self, name, quantized: QuantizedKernel, bias=None):
         """Gives a layer of the quantized network its codes, and the float layer's bias or another one."""
@@ -179,13 +176,6 @@ class Network:
         for start in range(0, len(self.images), _BATCH):
             found = run(tf.constant(self.images[start : start + _BATCH]))
             yield [values.numpy() for values in tf.nest.flatten(found)]
-
-
-def as_grouped(layer, kernel) -> np.ndarray:
-    """A kernel with output channels last; a depthwise one as that of the grouped convolution it is."""
-    if isinstance(layer, keras.layers.DepthwiseConv2D):
-        return kernel.reshape(*kernel.shape[:2], 1, -1)
-    return kernel
 
 
 def linear(layer, inputs, kernel):
