@@ -68,6 +68,9 @@ flags.DEFINE_enum("oabn_branches", "identity", layers.OABN_BRANCHES, "Branches t
 flags.DEFINE_enum("oabn_clip_mode", "project", layers.CLIP_MODES, "How clipped gammas are trained.")
 flags.DEFINE_enum("identity", "norm", layers.IDENTITIES, "Identity branch: as published, or one of the controls.")
 flags.DEFINE_float("identity_gain", 0.1, "Gain of --identity=constant.")
+flags.DEFINE_float(
+    "bn_epsilon", 1e-5, "Added to the variance in every batch normalization.", lower_bound=1e-12
+)
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is what PyTorch does.")
 flags.DEFINE_integer("epochs", 10, "Passes over the training data.", lower_bound=1)
 flags.DEFINE_integer("steps_per_epoch", None, "By default those of one pass over the training data.", lower_bound=1)
@@ -83,6 +86,12 @@ flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bou
 flags.DEFINE_boolean("nesterov", True, "Nesterov's momentum, or the plain one.")
 flags.DEFINE_float(
     "weight_decay", 5e-3, "Decoupled: kernels shrink by this times the learning rate per step.", lower_bound=0
+)
+flags.DEFINE_float(
+    "merged_weight_decay",
+    0.0,
+    "Weight of an L2 penalty on the blocks' merged kernels, in the loss; goes with --bn_epsilon=1e-3.",
+    lower_bound=0,
 )
 flags.DEFINE_float(
     "ema",
@@ -159,6 +168,7 @@ def make_model(data, image_shape, precision="float32"):
         clip_mode=FLAGS.oabn_clip_mode,
         identity_gain=FLAGS.identity_gain,
         padding=FLAGS.padding,
+        epsilon=FLAGS.bn_epsilon,
     )
 
 
@@ -174,6 +184,8 @@ def make_trainer(data):
     if FLAGS.distill_from:
         teacher = distillation.load_teacher(FLAGS.distill_from, data)
         trainer = distillation.Distilled(trainer, teacher, FLAGS.distill_weight, FLAGS.distill_temperature)
+    if FLAGS.merged_weight_decay:
+        optimization.penalize_merged_kernels(trainer, FLAGS.merged_weight_decay)
     steps = steps_per_epoch(data)
     trainer.compile(
         optimization.make_optimizer(

@@ -1,7 +1,11 @@
 """Optimizers with the schedule and the weight decay that RepVGG is trained with; losses and their metric."""
 
+import functools
+
 import tensorflow as tf
 import tf_keras as keras
+
+from tf_repvgg.layers import ReparameterizedBlock
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -40,6 +44,26 @@ def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_deca
         raise ValueError(f"optimizer is {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
     made.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return made
+
+
+def penalize_merged_kernels(model, weight):
+    """Adds weight / 2 * sum(K^2) over the merged kernels K of all blocks to the model's loss.
+
+    Decay of the branches' own kernels leaves K alone, since normalization undoes it: a channel whose input varies
+    little gets a large gamma / sigma, and its K spans the grid that all channels share. This penalty moves scale from
+    such channels to the next layer's kernel, which costs nothing, before a range has to be chosen.
+
+    The running variances count as constants in its gradient, so that it pulls on a channel that has died with up to
+    weight * gamma^2 / epsilon: with the usual epsilon of 1e-5, SGD can diverge there, and 1e-3 keeps it stable.
+    """
+    for block in model.layers:
+        if isinstance(block, ReparameterizedBlock):
+            model.add_loss(functools.partial(_half_squares, block, weight))
+
+
+def _half_squares(block, weight):
+    kernel, _ = block.equivalent_kernel_and_bias()
+    return weight * tf.nn.l2_loss(kernel)
 
 
 class CrossEntropy(keras.losses.Loss):
