@@ -20,6 +20,8 @@ MODELS = {
     "QARepVGG": "cifar10_qarepvgg",
     "no identity branch": "cifar10_no_identity",
     "constant identity gain": "cifar10_constant",
+    "BN, no penalty": "cifar10_bn_no_penalty",
+    "OABN, no penalty": "cifar10_oabn_no_penalty",
 }
 
 

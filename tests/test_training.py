@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.models import build_repvgg
+from tf_repvgg.layers import ReparameterizedBlock
+from tf_repvgg.models import BLOCKS, Variant, build_repvgg
 from tf_repvgg.training import callbacks, optimization
 
 
@@ -169,3 +171,22 @@ def test_weights_spoilt_by_the_last_step_stop_training_too():
     spoil = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: model.layers[-1].bias.assign([np.inf, 0, 0]))
     with pytest.raises(FloatingPointError, match=r"bias:0 holds infinities or NaN at step 1"):
         model.fit(np.zeros((4, 4)), np.zeros(4), 4, verbose=0, callbacks=[spoil, callbacks.StopOnNaN()])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_penalty_on_merged_kernels(block):
+    """It is in the loss with its weight, and shrinks the channel with the largest kernel most."""
+    variant = Variant(4, (4,), (2,), stem_stride=1, strides=(1,))
+    model = build_repvgg(variant, (8, 8, 3), 10, block=block)
+    stem, *others = blocks = [layer for layer in model.layers if isinstance(layer, ReparameterizedBlock)]
+    optimization.penalize_merged_kernels(model, 0.5)
+    assert len(others) == 2 and len(model.losses) == 3
+    expected = sum(np.sum(np.square(block.equivalent_kernel_and_bias()[0])) for block in blocks)
+    np.testing.assert_allclose(sum(model.losses), 0.25 * expected, rtol=1e-5)
+
+    gamma = (stem.norm_sum if block == "qarepvgg" else stem.norm3x3).gamma
+    gamma.assign([1.0, 1.0, -10.0, 1.0])
+    with tf.GradientTape() as tape:
+        penalty = tf.add_n(model.losses)
+    shrinkage = tape.gradient(penalty, gamma).numpy() * np.sign(gamma.numpy())
+    assert np.argmax(shrinkage) == 2 and shrinkage[2] > 0

@@ -68,9 +68,7 @@ flags.DEFINE_enum("oabn_branches", "identity", layers.OABN_BRANCHES, "Branches t
 flags.DEFINE_enum("oabn_clip_mode", "project", layers.CLIP_MODES, "How clipped gammas are trained.")
 flags.DEFINE_enum("identity", "norm", layers.IDENTITIES, "Identity branch: as published, or one of the controls.")
 flags.DEFINE_float("identity_gain", 0.1, "Gain of --identity=constant.")
-flags.DEFINE_float(
-    "bn_epsilon", 1e-5, "Added to the variance in every batch normalization.", lower_bound=1e-12
-)
+flags.DEFINE_float("bn_epsilon", 1e-5, "Added to the variance in every batch normalization.", lower_bound=1e-12)
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is what PyTorch does.")
 flags.DEFINE_integer("epochs", 10, "Passes over the training data.", lower_bound=1)
 flags.DEFINE_integer("steps_per_epoch", None, "By default those of one pass over the training data.", lower_bound=1)
