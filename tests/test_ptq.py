@@ -12,8 +12,8 @@ from test_quantized_models import SIZE, images, small_repvgg
 from tf_repvgg import tflite
 from tf_repvgg.layers import RepVGGBlock
 from tf_repvgg.quantization import ptq, quantize_min_max, quantizers
-from tf_repvgg.quantization.ptq import METHODS, Network, Options, parse_bits
-from tf_repvgg.quantization.ptq.codebook import k_means
+from tf_repvgg.quantization.k_means import k_means
+from tf_repvgg.quantization.ptq import METHODS, Network, Options
 from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
 from tf_repvgg.quantization.ptq.histograms import Histogram
 from tf_repvgg.quantization.ptq.mse import best_grid, best_range
@@ -235,14 +235,14 @@ def test_codebook_states(model, states, per_channel):
             assert states == 256 or len(np.unique(column)) == states or not np.any(column)  # a dead channel
 
 
-def test_bits_by_pattern():
-    assert parse_bits(4) == parse_bits("4") == {".*": 4}
-    assert parse_bits("stem=8,.*=3") == {"stem": 8, ".*": 3}
+def test_bits_by_pattern(model):
+    assert ptq.bits_by_layer(model, 4) == ptq.bits_by_layer(model, "4") == {"first": 4, "second": 4, "logits": 4}
+    assert ptq.bits_by_layer(model, "fi.*=8,.*=3") == {"first": 8, "second": 3, "logits": 3}
     for bad in (1, 9, "x", "a=1", 4.5, True, {"a": None}):
         with pytest.raises(ValueError, match="must be a whole number from 2 to 8"):
-            parse_bits(bad)
+            ptq.bits_by_layer(model, bad)
     with pytest.raises(ValueError, match="not a regular expression"):
-        parse_bits("(=4")
+        ptq.bits_by_layer(model, "(=4")
 
 
 def test_bad_input(model):

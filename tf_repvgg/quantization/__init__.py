@@ -5,6 +5,7 @@ A quantized model, whatever made it, is a Keras model of `QuantizedLayer`s and `
 """
 
 from tf_repvgg.quantization.activations import ActivationQuantizer, quantize_activations, quantizers
+from tf_repvgg.quantization.clustering import cluster_quantize, strip_cluster_quantize
 from tf_repvgg.quantization.layers import (
     QuantizedConv2D,
     QuantizedDense,
@@ -21,8 +22,10 @@ __all__ = [
     "QuantizedDepthwiseConv2D",
     "QuantizedKernel",
     "QuantizedLayer",
+    "cluster_quantize",
     "quantize_activations",
     "quantize_min_max",
     "quantized_form",
     "quantizers",
+    "strip_cluster_quantize",
 ]

@@ -139,6 +139,7 @@ def quantize_activations(
     model: keras.Model,
     replace_weighted: Callable | None = None,
     make_quantizer: Callable = ActivationQuantizer,
+    weighted: tuple = WEIGHTED,
 ) -> keras.Model:
     """A copy of a fused model with a quantizer wherever an int8 TFLite file of it rounds.
 
@@ -152,6 +153,7 @@ def quantize_activations(
       replace_weighted: (Conv2D, DepthwiseConv2D or Dense layer, changes to its configuration: name and activation)
         -> callable on tensors that takes the layer's place; by default a copy.
       make_quantizer: makes each quantizer from the keywords of `ActivationQuantizer`.
+      weighted: classes of the layers that `replace_weighted` is asked for.
 
     Raises:
       ValueError: if the model is not functional.
@@ -183,7 +185,7 @@ def quantize_activations(
             return lambda *arguments, **keywords: quantized(
                 activate(quantized(linear(*arguments, **keywords), name)), f"{name}_activation", **options
             )
-        if isinstance(layer, WEIGHTED):
+        if isinstance(layer, weighted):
             copy = replace_weighted(layer, {"name": name})
         else:
             copy = graph.copied(layer, name=name)
@@ -195,6 +197,19 @@ def quantize_activations(
         return quantized(tensor, tensor.node.layer.name)
 
     return graph.rebuild(model, replace, replace_input, inline_nested=True)
+
+
+def quantizer_before(tensor) -> ActivationQuantizer:
+    """The quantizer whose grid a tensor of a quantized model is on.
+
+    Raises:
+      ValueError: if there is none between the model's input and the tensor.
+    """
+    while not isinstance(layer := tensor.node.layer, ActivationQuantizer):
+        if tensor.node.is_input:
+            raise ValueError(f"nothing after the input {layer.name!r} is quantized")
+        tensor = tf.nest.flatten(tensor.node.keras_inputs)[0]
+    return layer
 
 
 def _activation_name(layer):

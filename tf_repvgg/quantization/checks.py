@@ -1,9 +1,15 @@
-"""What may be quantized, and on which images: checks that every way to an integer file shares."""
+"""What may be quantized, how far, and on which images: checks that every way to an integer file shares."""
+
+import difflib
+import re
+from collections.abc import Mapping
 
 import numpy as np
 import tf_keras as keras
 
+from tf_repvgg import graph
 from tf_repvgg.layers import ReparameterizedBlock
+from tf_repvgg.quantization.activations import WEIGHTED
 
 
 def check_fused(model: keras.Model) -> None:
@@ -35,3 +41,54 @@ def checked_images(calibration, input_shape) -> list[np.ndarray]:
     if not images:
         raise ValueError("there are no calibration images; activation ranges need at least one")
     return images
+
+
+def by_layer(
+    model: keras.Model, value: int | str | Mapping[str, int], what: str, lowest: int, highest: int, classes=WEIGHTED
+) -> dict[str, int]:
+    """{layer name: a number such as its weight bits} of the layers of some classes, by the first pattern that matches.
+
+    Args:
+      model: functional model; names are those of `tf_repvgg.graph.unique_names`.
+      value: 4, "4", {pattern: number} with regular expressions of whole names, or that as text: "stem=8,.*=4".
+      what: what the numbers are, for messages: "weight bits".
+      lowest, highest: numbers allowed.
+      classes: of the layers, by default Conv2D, DepthwiseConv2D and Dense.
+
+    Raises:
+      ValueError: for a number out of range, a pattern that is no regular expression or matches no layer, and a layer
+        that no pattern matches.
+    """
+    patterns = _parse_by_layer(value, what, lowest, highest)
+    unique = graph.unique_names(model)
+    names = [unique[id(layer)] for layer in model._flatten_layers() if isinstance(layer, classes)]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names) or names
+            raise ValueError(f"pattern {pattern!r} of {what} matches no layer; there are: {', '.join(near)}")
+    found = {}
+    for name in names:
+        matches = [number for pattern, number in patterns.items() if re.fullmatch(pattern, name)]
+        if not matches:
+            raise ValueError(f"no pattern of {what} matches layer {name!r}; add '.*' as the last one")
+        found[name] = matches[0]
+    return found
+
+
+def _parse_by_layer(value, what, lowest, highest):
+    if isinstance(value, str):
+        value = dict(part.rpartition("=")[::2] if "=" in part else (".*", part) for part in value.split(","))
+    elif not isinstance(value, Mapping):
+        value = {".*": value}
+    found = {}
+    for pattern, number in value.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{what} for pattern {pattern!r}: not a regular expression ({error})") from None
+        if isinstance(number, str) and number.isdigit():
+            number = int(number)
+        if isinstance(number, bool) or not isinstance(number, int) or not lowest <= number <= highest:
+            raise ValueError(f"{what} are {number!r}; they must be a whole number from {lowest} to {highest}")
+        found[pattern] = number
+    return found

@@ -24,7 +24,7 @@ class QuantizedLayer:
 
     def build(self, input_shape):
         super().build(input_shape)
-        count = self._codes_shape[-1] if self.per_channel else 1
+        count = self.codes_shape[-1] if self.per_channel else 1
         self.scale = self.add_weight("scale", [count], tf.float32, keras.initializers.Ones(), trainable=False)
 
     def set_quantized_kernel(self, quantized: QuantizedKernel):
@@ -33,7 +33,7 @@ class QuantizedLayer:
         Raises:
           ValueError: if their shapes are not the layer's.
         """
-        expected, found = ((self._codes_shape, tuple(self.scale.shape)), (quantized.codes.shape, quantized.scale.shape))
+        expected, found = ((self.codes_shape, tuple(self.scale.shape)), (quantized.codes.shape, quantized.scale.shape))
         if found != expected:
             raise ValueError(
                 f"layer {self.name!r}: codes and scale have shapes {found[0]} and {found[1]}; the layer needs "
@@ -48,7 +48,7 @@ class QuantizedLayer:
         Raises:
           ValueError: if the kernel is not on its grid, as after training it as a plain weight.
         """
-        kernel, scale = self._kernel.numpy().reshape(self._codes_shape), self.scale.numpy()
+        kernel, scale = self._kernel.numpy().reshape(self.codes_shape), self.scale.numpy()
         codes = np.round(kernel / scale)
         if not (np.all(np.abs(codes) <= 127) and np.array_equal(codes.astype(np.float32) * scale, kernel)):
             raise ValueError(
@@ -62,7 +62,8 @@ class QuantizedLayer:
         return self.kernel
 
     @property
-    def _codes_shape(self):
+    def codes_shape(self):
+        """Shape of the codes (see `QuantizedKernel`), once the layer is built."""
         return tuple(self._kernel.shape)
 
     def get_config(self):
@@ -88,7 +89,7 @@ class QuantizedDepthwiseConv2D(QuantizedLayer, keras.layers.DepthwiseConv2D):
         return self.depthwise_kernel
 
     @property
-    def _codes_shape(self):
+    def codes_shape(self):
         height, width, channels, multiplier = self.depthwise_kernel.shape
         return height, width, 1, channels * multiplier
 
@@ -113,13 +114,18 @@ _QUANTIZED_FORMS = {
 }
 
 
+def has_quantized_form(layer) -> bool:
+    """Whether the layer is of a class that `quantized_form` knows; a subclass may do more with its kernel."""
+    return type(layer) in _QUANTIZED_FORMS
+
+
 def quantized_form(layer, per_channel, **changes):
     """A new quantized layer in the configuration of a plain one; it has its weights once it is called.
 
     Raises:
       ValueError: if the layer is of no class that has a quantized form.
     """
-    if type(layer) not in _QUANTIZED_FORMS:
+    if not has_quantized_form(layer):
         raise ValueError(
             f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be quantized; Conv2D, "
             "DepthwiseConv2D and Dense can"

@@ -12,16 +12,12 @@ the same (`equalize`), ranges of activations (`network.quantizers[name].set_rang
 6. add its name to the tests in tests/test_ptq.py that run over `METHODS`.
 """
 
-import difflib
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import tf_keras as keras
 
-from tf_repvgg import graph
-from tf_repvgg.quantization.activations import WEIGHTED
-from tf_repvgg.quantization.checks import check_fused, checked_images
+from tf_repvgg.quantization.checks import by_layer, check_fused, checked_images
 from tf_repvgg.quantization.ptq.adaquant import adaquant
 from tf_repvgg.quantization.ptq.adaround import adaround
 from tf_repvgg.quantization.ptq.bias_correct import bias_correct
@@ -47,7 +43,7 @@ METHODS = {
 # Normalised images are within a few units of zero; pixels of 0 to 255 are not.
 _LARGEST_INPUT = 32.0
 
-__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_bits", "parse_method", "quantize"]
+__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_method", "quantize"]
 
 
 def quantize(
@@ -107,50 +103,13 @@ def parse_method(text: str) -> list:
     return [METHODS[name] for name in text.split("+")]
 
 
-def parse_bits(bits: int | str | Mapping[str, int]) -> dict[str, int]:
-    """Weight bits as {pattern: bits}, from 4, "4", "stem=8,.*=4" or a mapping.
-
-    Raises:
-      ValueError: for bits outside 2..8 and patterns that are no regular expressions.
-    """
-    if isinstance(bits, str):
-        bits = dict(part.rpartition("=")[::2] if "=" in part else (".*", part) for part in bits.split(","))
-    elif not isinstance(bits, Mapping):
-        bits = {".*": bits}
-    found = {}
-    for pattern, width in bits.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"weight bits for pattern {pattern!r}: not a regular expression ({error})") from None
-        if isinstance(width, str) and width.isdigit():
-            width = int(width)
-        if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= 8:
-            raise ValueError(f"weight bits are {width!r}; they must be a whole number from 2 to 8")
-        found[pattern] = width
-    return found
-
-
 def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
-    """{layer name: bits} of a model's Conv2D, DepthwiseConv2D and Dense layers, by the first pattern that matches.
+    """{layer name: bits} of a model's Conv2D, DepthwiseConv2D and Dense layers; see `tf_repvgg.quantization.by_layer`.
 
     Raises:
-      ValueError: as `parse_bits`, for a pattern that matches no layer, and for a layer that none matches.
+      ValueError: as `by_layer`, for bits outside 2..8.
     """
-    patterns = parse_bits(weight_bits)
-    unique = graph.unique_names(model)
-    names = [unique[id(layer)] for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            near = difflib.get_close_matches(pattern, names) or names
-            raise ValueError(f"pattern {pattern!r} of weight bits matches no layer; there are: {', '.join(near)}")
-    found = {}
-    for name in names:
-        matches = [bits for pattern, bits in patterns.items() if re.fullmatch(pattern, name)]
-        if not matches:
-            raise ValueError(f"no pattern of weight bits matches layer {name!r}; add '.*' as the last one")
-        found[name] = matches[0]
-    return found
+    return by_layer(model, weight_bits, "weight bits", 2, 8)
 
 
 def _checked_options(options):

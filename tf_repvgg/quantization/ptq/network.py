@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras as keras
 from tqdm import tqdm
 
-from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations
+from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations, quantizer_before
 from tf_repvgg.quantization.layers import bias_of, kernel_of, quantized_form
 from tf_repvgg.quantization.uniform import QuantizedKernel, min_scale_of_bias
 
@@ -106,7 +106,7 @@ class Network:
     def min_scale(self, name) -> np.ndarray:
         """The smallest weight scale of each output channel at which the bias still fits into 32 bits."""
         nodes = self.quantized.get_layer(name).inbound_nodes
-        smallest = min(_quantizer_before(node.keras_inputs[0]).scale() for node in nodes)
+        smallest = min(quantizer_before(node.keras_inputs[0]).scale() for node in nodes)
         return min_scale_of_bias(self.bias(name), smallest)
 
     def set_kernel(self, name, quantized: QuantizedKernel, bias=None):
@@ -188,11 +188,3 @@ def linear(layer, inputs, kernel):
     if isinstance(layer, keras.layers.Dense):
         return tf.tensordot(inputs, kernel, 1)
     return layer.convolution_op(inputs, kernel=kernel)
-
-
-def _quantizer_before(tensor):
-    while not isinstance(layer := tensor.node.layer, ActivationQuantizer):
-        tensor = tf.nest.flatten(tensor.node.keras_inputs)[0]
-        if tensor.node.is_input:
-            raise ValueError(f"layer {layer.name!r} reads an input that is not quantized")
-    return layer

@@ -1,0 +1,360 @@
+"""ClusterQAT: a codebook that moves, exact codes in the file, tfmot's API, and every stage saved and loaded."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_model_optimization as tfmot
+import tf_keras as keras
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
+from test_quantized_models import SIZE, assert_file_computes_the_model, images, small_repvgg
+
+from tf_repvgg import tflite
+from tf_repvgg.quantization import cluster_quantize, quantizers, strip_cluster_quantize
+from tf_repvgg.quantization.clustering import ClusterLog, ClusterQuantize, FreezeClusters, codebooks
+
+CentroidInitialization = tfmot.clustering.keras.CentroidInitialization
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    return small_repvgg()
+
+
+def labels(count=16):
+    return np.arange(count) % 5
+
+
+def fit(model, epochs=2, learning_rate=0.001, **arguments):
+    model.compile(keras.optimizers.SGD(learning_rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(images(), labels(), batch_size=4, epochs=epochs, verbose=0, **arguments)
+    return model
+
+
+def wrappers(model):
+    return {layer.layer.name: layer for layer in model.layers if isinstance(layer, ClusterQuantize)}
+
+
+def kernels_of(model):
+    model(images())  # after training, the layers hold tensors of its graph
+    return [wrapper.layer.kernel.numpy() for wrapper in wrappers(model).values()]
+
+
+def states_of(codes, per_channel):
+    columns = codes.reshape(-1, codes.shape[-1]).T if per_channel else [codes]
+    return max(len(np.unique(column)) for column in columns)
+
+
+def brute_force(weights, centroids):
+    """Nearest centroids by looking at all of them."""
+    books = np.broadcast_to(centroids, [weights.shape[1], centroids.shape[1]])
+    distance = np.abs(weights[..., np.newaxis].astype(np.float64) - books)
+    return np.min(distance, axis=-1), distance
+
+
+@given(st.integers(2, 256), st.booleans(), st.integers(0, 1000))
+def test_nearest_centroids(states, per_channel, seed):
+    generator = np.random.default_rng(seed)
+    weights = generator.standard_normal([37, 6]).astype("float32")
+    centroids = np.sort(generator.standard_normal([6 if per_channel else 1, states]).astype("float32"))
+    smallest, distance = brute_force(weights, centroids)
+    found = codebooks.assign(weights, tf.constant(centroids)).numpy()
+    np.testing.assert_allclose(np.take_along_axis(distance, found[..., np.newaxis], -1)[..., 0], smallest, atol=1e-6)
+    values = codebooks.nearest(tf.constant(weights), tf.constant(centroids))
+    np.testing.assert_array_equal(values, codebooks.look_up(tf.constant(centroids), found))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_lloyd_step_by_its_definition(per_channel):
+    weights = np.random.default_rng(0).standard_normal([50, 3]).astype("float32")
+    centroids = np.tile(np.float32([[-1, 0, 0.5, 2]]), [3 if per_channel else 1, 1])
+    found = codebooks.lloyd_step(weights, tf.constant(centroids), 0.25).numpy()
+    for row, book in enumerate(centroids):
+        own = weights[:, row] if per_channel else weights.ravel()
+        nearest = np.argmin(np.abs(own[:, np.newaxis] - book), axis=1)
+        means = np.array([own[nearest == state].mean() for state in range(4)])
+        np.testing.assert_allclose(found[row], book + 0.25 * (means - book), rtol=1e-5)
+
+
+def test_empty_clusters_start_anew():
+    weights = np.float32([[-1.0, -1.2, 3.0, 5.0, 7.0, 9.0]]).T
+    centroids = tf.constant([[-1.0, 6.0, 50.0, 60.0]])
+    for _ in range(20):
+        centroids = codebooks.lloyd_step(weights, centroids, 1.0)
+    indices = codebooks.assign(weights, centroids).numpy()
+    assert len(np.unique(indices)) == 4
+    distance, counts = codebooks.inertia_and_counts(weights, centroids)
+    assert distance < 10 and np.all(counts > 0)
+
+
+def test_gradients():
+    weights = tf.constant([[-1.0], [-0.9], [2.0], [5.0]])
+    centroids = tf.constant([[-1.0, 1.0, 4.0]])
+    upstream = tf.constant([[1.0], [3.0], [10.0], [20.0]])
+    assignments = tf.constant([[0], [0], [1], [2]], tf.uint8)
+    quantize = functools.partial(codebooks.quantize, is_frozen=tf.constant(False), assignments=assignments)
+    for aggregation, expected in ((None, None), ("sum", [[4.0, 10.0, 20.0]]), ("mean", [[2.0, 10.0, 20.0]])):
+        with tf.GradientTape() as tape:
+            tape.watch([weights, centroids])
+            values = quantize(weights, codebooks.on_grid(centroids), aggregation=aggregation)
+            total = tf.reduce_sum(values * upstream)
+        to_weights, to_centroids = tape.gradient(total, [weights, centroids])
+        np.testing.assert_array_equal(to_weights, upstream)
+        assert (expected is None and to_centroids is None) or np.array_equal(to_centroids, expected)
+
+
+@pytest.mark.parametrize(
+    "states, per_channel, options",
+    [
+        (2, False, {}),
+        (3, True, {"train_centroids": True}),
+        (8, False, {"cluster_centroids_init": CentroidInitialization.KMEANS_PLUS_PLUS}),
+        (5, True, {"cluster_centroids_init": CentroidInitialization.LINEAR, "centroid_update_steps": 1}),
+        (40, False, {"train_centroids": True, "cluster_gradient_aggregation": GradientAggregation.AVG}),
+        (256, True, {}),
+    ],
+)
+def test_from_training_to_the_file(model, states, per_channel, options):
+    """At most the asked number of codes, those of training, and the same function at every stage."""
+    clustered = fit(cluster_quantize(model, states, cluster_per_channel=per_channel, **options))
+    stripped = strip_cluster_quantize(clustered)
+    np.testing.assert_array_equal(stripped(images()), clustered(images()))
+    file = tflite.convert(stripped)
+    assert [operator.name for operator in tflite.operators(file)] == [
+        "CONV_2D",
+        "CONV_2D",
+        "MEAN",
+        "FULLY_CONNECTED",
+    ]
+    for (name, wrapper), found in zip(wrappers(clustered).items(), tflite.weight_codes(file), strict=True):
+        assert states_of(found.codes, per_channel) <= states
+        (((weights, centroids)),) = wrapper.clusters().values()
+        trained = codebooks.nearest(weights, centroids).numpy()
+        shape = (-1, found.codes.shape[-1])
+        np.testing.assert_array_equal(found.dequantize().reshape(shape), trained, err_msg=name)
+        assert len(found.scale) == (found.codes.shape[-1] if per_channel else 1)
+    assert_file_computes_the_model(stripped, file, images(8, seed=1))
+
+
+def test_centroids_follow_the_weights(model):
+    clustered = cluster_quantize(model, 4, centroid_update_rate=1.0, centroid_update_steps=1)
+    wrapper = wrappers(clustered)["second"]
+    centroids, kernel = wrapper.cluster_centroids["kernel"], wrapper.original_clusterable_weights["kernel"]
+    before = centroids.numpy()
+    kernel.assign(kernel + 1.0)
+    clustered(images(), training=False)
+    np.testing.assert_array_equal(centroids, before)
+    for _ in range(40):
+        clustered(images(), training=True)
+    assert np.all(centroids.numpy() > before)
+    rests = codebooks.lloyd_step(tf.reshape(kernel, [-1, 8]), tf.convert_to_tensor(centroids), 1.0)
+    np.testing.assert_allclose(centroids, rests, rtol=1e-6)
+
+
+def test_still_centroids(model):
+    """Without moves of their own, centroids rest while weights train."""
+    clustered = cluster_quantize(model, 4, centroid_update_rate=0.0)
+    before = {name: wrapper.cluster_centroids["kernel"].numpy() for name, wrapper in wrappers(clustered).items()}
+    latent = wrappers(clustered)["second"].original_clusterable_weights["kernel"].numpy()
+    fit(clustered)
+    for name, wrapper in wrappers(clustered).items():
+        np.testing.assert_array_equal(wrapper.cluster_centroids["kernel"], before[name])
+    assert np.any(wrappers(clustered)["second"].original_clusterable_weights["kernel"].numpy() != latent)
+
+
+def test_freezing(model):
+    clustered = cluster_quantize(model, 4, centroid_update_steps=1)
+    fit(clustered, epochs=2, learning_rate=0.1, callbacks=[FreezeClusters(step=4)])
+    kernels = kernels_of(clustered)
+    ranges = [quantizer.range.numpy() for quantizer in quantizers(clustered)]
+    biases = clustered.get_layer("cluster_second").layer.bias.numpy()
+    fit(clustered, epochs=2, learning_rate=0.1)
+    for kernel, expected in zip(kernels_of(clustered), kernels, strict=True):
+        np.testing.assert_array_equal(kernel, expected)
+    np.testing.assert_array_equal(ranges, [quantizer.range.numpy() for quantizer in quantizers(clustered)])
+    assert np.any(biases != clustered.get_layer("cluster_second").layer.bias.numpy())
+    for wrapper in wrappers(clustered).values():
+        wrapper.freeze(False)
+    fit(clustered, learning_rate=0.1)
+    assert any(np.any(now != before) for now, before in zip(kernels_of(clustered), kernels, strict=True))
+
+
+@pytest.mark.parametrize("train_centroids", [False, True])
+def test_saved_and_loaded_in_the_middle_of_training(model, train_centroids, tmp_path):
+    clustered = fit(cluster_quantize(model, 4, cluster_per_channel=True, train_centroids=train_centroids))
+    clustered.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
+    np.testing.assert_array_equal(loaded(images()), clustered(images()))
+    assert [w.shape for w in loaded.trainable_weights] == [w.shape for w in clustered.trainable_weights]
+    fit(loaded), fit(clustered)
+    np.testing.assert_allclose(loaded(images()), clustered(images()), rtol=1e-5, atol=1e-6)
+    stripped = strip_cluster_quantize(loaded)
+    stripped.save(tmp_path / "s.keras")
+    assert tflite.convert(keras.models.load_model(tmp_path / "s.keras")) == tflite.convert(stripped)
+
+
+def every_layer():
+    inputs = keras.Input((8, 8, 3))
+    features = keras.layers.Conv2D(6, 3, activation="relu", use_bias=False, name="conv")(inputs)
+    features = keras.layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(features)
+    features = keras.layers.Flatten()(features)
+    return keras.Model(inputs, keras.layers.Dense(4, activation="softmax", name="dense")(features))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_any_functional_model(per_channel):
+    model = every_layer()
+    clustered = cluster_quantize(
+        model, "dense=16,.*=3", cluster_per_channel=per_channel, calibration=images(8, (8, 8, 3))
+    )
+    stripped = strip_cluster_quantize(clustered)
+    batch = images(4, (8, 8, 3), seed=1)
+    np.testing.assert_array_equal(stripped(batch), clustered(batch))
+    conv, depthwise, dense = tflite.weight_codes(tflite.convert(stripped))
+    assert states_of(conv.codes, per_channel) == states_of(depthwise.codes, per_channel) == 3
+    assert 3 < states_of(dense.codes, per_channel) <= 16
+
+
+def test_tfmot_strips_it_too(model):
+    clustered = fit(cluster_quantize(model, 4))
+    stripped = tfmot.clustering.keras.strip_clustering(clustered)
+    np.testing.assert_array_equal(stripped(images()), clustered(images()))
+    assert type(stripped.get_layer("second")) is keras.layers.Conv2D
+    assert states_of(stripped.get_layer("second").kernel.numpy(), False) == 4
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Scaled(keras.layers.Layer, tfmot.clustering.keras.ClusterableLayer):
+    """A layer of a user's own."""
+
+    algorithm = None
+
+    def build(self, input_shape):
+        self.offset = self.add_weight("offset", input_shape[-1:])
+        self.factor = self.add_weight("factor", [input_shape[-1]], initializer="random_normal")
+        super().build(input_shape)
+
+    def call(self, inputs):
+        return inputs * self.factor + self.offset
+
+    def get_clusterable_weights(self):
+        return [("factor", self.factor)]
+
+    def get_clusterable_algorithm(self, weight_name):
+        return self.algorithm
+
+
+def test_layers_of_ones_own():
+    inputs = keras.Input((40,))
+    model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(Scaled(name="own")(inputs)))
+    clustered = cluster_quantize(model, "own=2,.*=16")
+    batch = images(16, (40,))
+    clustered.compile("sgd", "mse")
+    clustered.fit(batch, np.ones([16, 5]), verbose=0)
+    for stripped in (strip_cluster_quantize(clustered), tfmot.clustering.keras.strip_clustering(clustered)):
+        np.testing.assert_allclose(stripped(batch), clustered(batch), rtol=1e-6)
+        assert type(stripped.get_layer("own")) is Scaled
+        assert len(np.unique(stripped.get_layer("own").factor)) == 2
+    model.get_layer("own").algorithm = object
+    with pytest.raises(ValueError, match="'own' brings its own clustering algorithm"):
+        cluster_quantize(model, 4)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("initialization", [None, *CentroidInitialization])
+@pytest.mark.parametrize("kernel", ["zero", "constant", "two values", "one dead channel"])
+def test_kernels_with_few_values(kernel, initialization, per_channel):
+    inputs = keras.Input((6, 6, 2))
+    model = keras.Model(inputs, keras.layers.Conv2D(3, 3, name="conv", bias_initializer="ones")(inputs))
+    values = np.zeros([3, 3, 2, 3], "float32")
+    if kernel == "constant":
+        values += 0.3
+    elif kernel == "two values":
+        values[1, 1] = -0.25
+    elif kernel == "one dead channel":
+        values[..., 1:] = np.random.default_rng(0).standard_normal([3, 3, 2, 2])
+    model.get_layer("conv").set_weights([values, np.ones(3)])
+    batch = images(8, (6, 6, 2))
+    clustered = cluster_quantize(model, 8, initialization, per_channel, centroid_update_steps=1, calibration=batch)
+    for _ in range(3):
+        clustered(batch, training=True)
+    stripped = strip_cluster_quantize(clustered)
+    found = stripped.get_layer("conv").quantized_kernel()
+    if kernel != "one dead channel":
+        np.testing.assert_allclose(found.dequantize(), values, atol=0.01 if initialization else 1e-6)
+    assert states_of(found.codes, per_channel) <= 8
+    np.testing.assert_allclose(stripped(batch), clustered(batch), atol=1e-6)
+    tflite.convert(stripped)
+
+
+def test_log(model, tmp_path):
+    fit(cluster_quantize(model, 4), callbacks=[ClusterLog(tmp_path, every=2)])
+    found = {}
+    for path in tmp_path.iterdir():
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, float(tf.make_ndarray(value.tensor))))
+    for what in ("inertia", "empty_clusters", "centroid_0", "centroid_3"):
+        assert [step for step, _ in found[f"clusters/second_kernel/{what}"]] == [2, 4, 6, 8]
+    assert [step for step, _ in found["clusters/second_kernel/moves_per_step"]] == [4, 6, 8]
+    assert all(value > 0 for _, value in found["clusters/second_kernel/inertia"])
+    (_, first), *_ = found["clusters/second_kernel/centroid_0"]
+    assert first < found["clusters/second_kernel/centroid_3"][0][1]
+
+
+def test_without_activations(model):
+    clustered = cluster_quantize(model, 8, activations=False)
+    assert not quantizers(clustered)
+    stripped = strip_cluster_quantize(clustered)
+    file = tflite.convert(stripped, images())
+    for found in tflite.weight_codes(file):
+        assert states_of(found.codes, False) <= 8
+
+
+def test_accuracy_survives_training(fused_digits, digits):
+    """Three bits per weight, untrained and after an epoch."""
+
+    def top1(model):
+        model.compile(metrics=[keras.metrics.SparseCategoricalAccuracy("top1")])
+        return model.evaluate(digits.evaluation("test"), verbose=0, return_dict=True)["top1"]
+
+    clustered = cluster_quantize(
+        fused_digits, 4, calibration=digits.calibration(64).as_numpy_iterator(), centroid_update_steps=5
+    )
+    before = top1(clustered)
+    steps = digits.steps_per_epoch(32)
+    clustered.compile(keras.optimizers.Adam(2e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    clustered.fit(digits.training(32, range(2)), steps_per_epoch=steps, epochs=2, verbose=0)
+    after = top1(clustered)
+    assert after > max(before, top1(fused_digits) - 0.04)
+
+
+def test_bad_input(model):
+    def refuses(match, model=model, clusters=8, **arguments):
+        with pytest.raises(ValueError, match=match):
+            cluster_quantize(model, clusters, **arguments)
+
+    for bad in (1, 257, "x", 4.5):
+        refuses("numbers of clusters are .* must be a whole number from 2 to 256", clusters=bad)
+    refuses("'secnd' of numbers of clusters matches no layer; there are: second", clusters="secnd=4,.*=8")
+    refuses("no pattern of numbers of clusters matches layer 'second'", clusters="first=4")
+    refuses("centroid_update_rate is 1.5; it must be from 0 to 1", centroid_update_rate=1.5)
+    refuses("centroid_update_steps is 0; it must be a whole number above 0", centroid_update_steps=0)
+    refuses("there are no calibration images", calibration=[])
+    refuses("but got Sequential", keras.Sequential([keras.layers.Dense(3)]))
+    from tf_repvgg.models import build_repvgg
+
+    refuses("is still in training form", build_repvgg("digits", (8, 8, 1), 10))
+    transposed = keras.Sequential([keras.Input(SIZE), keras.layers.Conv2DTranspose(2, 3, name="up")])
+    refuses("'up' is a Conv2DTranspose, whose weights cannot be clustered", transposed)
+    broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])
+    broken.get_layer("broken").set_weights([np.full([3, 2], np.nan), np.zeros(2)])
+    refuses("'broken' holds infinities or NaN", broken)
+    with pytest.raises(ValueError, match="holds no clustered layers; it must come from cluster_quantize"):
+        strip_cluster_quantize(model)
+    with pytest.raises(ValueError, match="holds no clustered layers"):
+        fit(keras.models.clone_model(model), callbacks=[ClusterLog("unused")])

@@ -1,0 +1,85 @@
+"""Watching and freezing clusters while a model trains."""
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg.quantization.clustering import codebooks
+from tf_repvgg.quantization.clustering.wrapper import ClusterQuantize
+
+
+def _wrappers(model):
+    found = [layer for layer in model._flatten_layers() if isinstance(layer, ClusterQuantize)]
+    if not found:
+        raise ValueError(f"model {model.name!r} holds no clustered layers; it must come from cluster_quantize")
+    return found
+
+
+class FreezeClusters(keras.callbacks.Callback):
+    """Fixes assignments and centroids from a step of training on; see `ClusterQuantize.freeze`.
+
+    Args:
+      step: number of optimizer steps after which clusters rest.
+      ranges: whether the ranges of activations rest too.
+    """
+
+    def __init__(self, step, ranges=True):
+        super().__init__()
+        self._step = step
+        self._ranges = ranges
+        self._is_done = False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self._is_done and int(self.model.optimizer.iterations.numpy()) >= self._step:
+            for layer in self.model._flatten_layers():
+                if isinstance(layer, ClusterQuantize) or (self._ranges and hasattr(layer, "is_frozen")):
+                    layer.freeze()
+            self._is_done = True
+
+
+class ClusterLog(keras.callbacks.Callback):
+    """Writes to TensorBoard how clusters move, layer by layer.
+
+    `inertia` is the sum of squared distances of latent weights to their centroids, `moves_per_step` how many weights
+    have another centroid than at the last look, over the steps since, `empty_clusters` how many centroids no weight
+    has, and `centroid_<i>` where a centroid is (per channel: their mean over channels).
+
+    Args:
+      log_dir: folder of the event files.
+      every: optimizer steps from one look to the next.
+    """
+
+    def __init__(self, log_dir, every=100):
+        super().__init__()
+        self._writer = tf.summary.create_file_writer(str(log_dir))
+        self._every = every
+        self._before = {}
+
+    def set_model(self, model):
+        super().set_model(model)
+        _wrappers(model)
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = int(self.model.optimizer.iterations.numpy())
+        if step % self._every == 0:
+            with self._writer.as_default(step=step):
+                for wrapper in _wrappers(self.model):
+                    self._look_at(wrapper, step)
+
+    def on_train_end(self, logs=None):
+        self._writer.flush()
+
+    def _look_at(self, wrapper, step):
+        for name, (weights, centroids) in wrapper.clusters().items():
+            place = f"clusters/{wrapper.layer.name}_{name}"
+            inertia, counts = codebooks.inertia_and_counts(weights, centroids)
+            tf.summary.scalar(f"{place}/inertia", inertia)
+            tf.summary.scalar(f"{place}/empty_clusters", np.count_nonzero(counts == 0))
+            for state, centroid in enumerate(np.mean(centroids, axis=0)):
+                tf.summary.scalar(f"{place}/centroid_{state}", centroid)
+            assignments = codebooks.assign(weights, centroids).numpy().astype(np.uint8)
+            if place in self._before:
+                step_before, before = self._before[place]
+                moves = np.count_nonzero(assignments != before) / (step - step_before)
+                tf.summary.scalar(f"{place}/moves_per_step", moves)
+            self._before[place] = step, assignments
