@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tf_repvgg import cli, fusion, outliers, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
-from tf_repvgg.quantization import ptq
+from tf_repvgg.quantization import ptq, quantizers
 
 FLAGS = flags.FLAGS
 
@@ -49,6 +49,16 @@ flags.DEFINE_integer("latency_runs", 100, "Timed inferences.", lower_bound=50)
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
 
 GRANULARITIES = ("per_tensor", "per_channel")
+# The Keras models that files are compared with, the last in order of those that there are: key in export.json, words.
+FORMS = {
+    "float_training_form": "float, training form",
+    "float_fused": "float, fused",
+    "trained_model": "quantized, as trained",
+}
+AGREEMENT = {
+    "float_fused": "agreement_with_float_percent",
+    "trained_model": "agreement_with_trained_model_percent",
+}
 # Why a fully integer RepVGG may hold more than convolutions, a mean and a dense layer.
 EXTRA_OPERATORS = {
     "PAD": "symmetric padding of a strided block",
@@ -69,6 +79,21 @@ def read_flags():
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     ptq.parse_method(FLAGS.ptq)
     return bits, FLAGS.granularity
+
+
+def check_trained_codes():
+    """Refuses flags that would quantize what training has quantized."""
+    for name in ("weight_bits", "granularity", "ptq", "layer_bits", "number_of_clusters"):
+        if FLAGS[name].value != FLAGS[name].default:
+            raise ValueError(
+                f"--{name}={FLAGS[name].value} does not go with a model that was trained quantized; leave it"
+            )
+
+
+def trained_file(model, metadata):
+    """As `make_files`, the one file of a quantized model: its codes and ranges."""
+    file = tflite.convert(model, inference_type=FLAGS.inference_type, metadata=metadata)
+    return f"{FLAGS.inference_type}_trained.tflite", {"weights": "as trained"}, file
 
 
 def widths(bits):
@@ -154,12 +179,23 @@ def percent(matches):
     return round(100 * float(np.mean(matches)), 3)
 
 
-def measure(file, classes, labels, float_classes):
+def forms_of(model):
+    """{key of FORMS: the model in that form}."""
+    if quantizers(model):
+        return {"trained_model": model}
+    if not fusion.needs_fusing(model):
+        return {"float_fused": model}
+    try:
+        return {"float_training_form": model, "float_fused": fusion.fuse(model)}
+    except ArithmeticError as error:  # weights that are not finite, say
+        raise ValueError(error) from None
+
+
+def measure(file, classes, labels):
     """What there is to say about one written file that found these classes."""
     latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
     return {
         "top1_percent": percent(classes == labels),
-        "agreement_with_float_percent": percent(classes == float_classes),
         "file_bytes": len(file),
         "latency_ms_p50": round(latency.p50_ms, 4),
         "latency_ms_p90": round(latency.p90_ms, 4),
@@ -171,12 +207,14 @@ def measure(file, classes, labels, float_classes):
 
 def print_table(report):
     print(f"\n{report['evaluation_split']} split, {report['images']} images")
-    print(f"float, training form   {report['float_training_form_top1_percent']:6.2f} %")
-    print(f"float, fused           {report['float_fused_top1_percent']:6.2f} %\n")
+    for form, words in FORMS.items():
+        if (top1 := report.get(f"{form}_top1_percent")) is not None:
+            print(f"{words:21}  {top1:6.2f} %")
+    print()
     columns = {
         "file": "file",
         "top1_percent": "top-1 %",
-        "agreement_with_float_percent": "agrees %",
+        **{key: "agrees %" for key in AGREEMENT.values() if key in report["files"][0]},
         "file_bytes": "bytes",
         "latency_ms_p50": "p50 ms",
         "latency_ms_p90": "p90 ms",
@@ -202,17 +240,22 @@ def main(_):
         check_fits(model, trained_on, data)
         if FLAGS.evaluation_split == "validation" and not trained_on["validation_held_out"]:
             raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
-        try:
-            fused = fusion.fuse(model)
-        except ArithmeticError as error:  # weights that are not finite, say
-            raise ValueError(error) from None
-        ptq.bits_by_layer(fused, widths(bits[0]))
+        forms = forms_of(model)
+        *_, reference = forms
+        if reference == "trained_model":
+            check_trained_codes()
+        else:
+            ptq.bits_by_layer(forms[reference], widths(bits[0]))
         output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+    if reference == "trained_model":
+        made = [trained_file(model, trained_on)]
+    else:
+        made = make_files(forms[reference], calibration, bits, granularities, trained_on)
     files, grids = {}, {}
-    for name, facts, file in make_files(fused, calibration, bits, granularities, trained_on):
+    for name, facts, file in made:
         files[name], grids[name] = file, facts
         runs.write_bytes(output / name, file)
-    predictors = {"training form": model.predict_on_batch, "fused": fused.predict_on_batch}
+    predictors = {form: its_model.predict_on_batch for form, its_model in forms.items()}
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)
     report = {
@@ -224,15 +267,14 @@ def main(_):
         "images": len(labels),
         "calibration": f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}",
         "inference_type": FLAGS.inference_type,
-        "float_training_form_top1_percent": percent(classes["training form"] == labels),
-        "float_fused_top1_percent": percent(classes["fused"] == labels),
+        **{f"{form}_top1_percent": percent(classes[form] == labels) for form in forms},
         "outliers": outliers.as_records(outliers.report(model)),
         "files": [],
         "machine": runs.machine(),
     }
     for name, file in files.items():
-        measured = measure(file, classes[name], labels, classes["fused"])
-        report["files"].append({"file": name} | grids[name] | measured)
+        agreement = {AGREEMENT[reference]: percent(classes[name] == classes[reference])}
+        report["files"].append({"file": name} | grids[name] | measure(file, classes[name], labels) | agreement)
     runs.write_json(output / "export.json", report)
     print_table(report)
     print(f"written to {output}")

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
@@ -17,6 +18,7 @@ from PIL import Image
 from tf_repvgg import cli, runs
 from tf_repvgg.fusion import fuse
 from tf_repvgg.models import build_repvgg
+from tf_repvgg.quantization import ptq
 
 TRAIN, EXPORT = "train/main.py", "export/main.py"
 
@@ -191,7 +193,37 @@ CASES = {
         "5000 calibration images asked for",
         "train",
     ),
-    "export: already fused": (EXPORT, ["--workdir={here}/fused_run"], "contains no re-parameterized block", ""),
+    "export: bits of what was trained quantized": (
+        EXPORT,
+        ["--workdir={here}/quantized_run", "--weight_bits=4"],
+        "--weight_bits=['4'] does not go with a model that was trained quantized",
+        "",
+    ),
+    "nothing to quantize": (TRAIN, ["--workdir={new}", "--quantize=clusterqat"], "name its workdir by --init_from", ""),
+    "quantized already": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/quantized_run"],
+        "quantized_run is quantized already",
+        "float run",
+    ),
+    "averages of clusters": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--ema=0.9"],
+        "--ema=0.9 does not go with --quantize",
+        "",
+    ),
+    "one cluster": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--number_of_clusters=1"],
+        "numbers of clusters are 1; they must be a whole number from 2 to 256",
+        "",
+    ),
+    "clusters of no layer": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--number_of_clusters=stm=256,.*=8"],
+        "pattern 'stm' of numbers of clusters matches no layer; there are: stem",
+        "",
+    ),
     "export: output is a file": (
         EXPORT,
         ["--workdir={here}/run", "--output={here}/file"],
@@ -225,7 +257,7 @@ def here(tmp_path_factory, digits):
     content = (folder / "model.keras").read_bytes()
     (folder / "truncated.keras").write_bytes(content[: len(content) // 2])
     facts = {"dataset": "digits", "size": [8, 8], "mean": 128.0, "std": 128.0, "validation_held_out": False}
-    for name in ("run", "truncated_run", "fused_run", "other_classes_run", "damaged_run"):
+    for name in ("run", "truncated_run", "fused_run", "quantized_run", "other_classes_run", "damaged_run"):
         (folder / name).mkdir()
         (folder / name / runs.INPUT_NAME).write_text(json.dumps(facts))
     shutil.copy(folder / "model.keras", folder / "run")
@@ -240,7 +272,10 @@ def here(tmp_path_factory, digits):
     (folder / "photos" / "train" / "dog" / "b.png").write_bytes(b"")
     (folder / "run" / runs.CONFIG_NAME).write_text("--epochs=10\n--norm=bn\n")
     shutil.copy(folder / "truncated.keras", folder / "truncated_run" / runs.MODEL_NAME)
-    fuse(model).save(folder / "fused_run" / runs.MODEL_NAME)
+    fused = fuse(model)
+    fused.save(folder / "fused_run" / runs.MODEL_NAME)
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1))
+    ptq.quantize(fused, calibration=images).save(folder / "quantized_run" / runs.MODEL_NAME)
     build_repvgg("digits", (8, 8, 1), 3).save(folder / "other_classes_run" / runs.MODEL_NAME)
     checkpoint = folder / "damaged_run" / "checkpoints" / "ckpt-1"
     checkpoint.mkdir(parents=True)

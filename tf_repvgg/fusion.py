@@ -80,6 +80,11 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> kera
     return fused
 
 
+def needs_fusing(model: keras.Model) -> bool:
+    """Whether the model holds blocks in training form."""
+    return bool(_blocks(model))
+
+
 def _blocks(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, ReparameterizedBlock)]
 

@@ -10,6 +10,7 @@ import itertools
 from tf_repvgg import cli, layers, outliers, runs  # before Keras: it keeps TensorFlow's start quiet
 
 # isort: split
+import quantized
 import tensorflow as tf
 import tf_keras as keras
 from absl import flags
@@ -117,6 +118,7 @@ flags.DEFINE_float(
     "Checkpoint within epochs too, so many minutes after the last; 0 for none but at epochs' ends.",
     lower_bound=0,
 )
+flags.adopt_module_key_flags(quantized)  # they are this program's own too: config.flags holds them
 flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras; train nothing and write nothing.")
 
 
@@ -176,9 +178,12 @@ def make_trainer(data):
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
         )
-    trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
-    if FLAGS.init_from:
-        runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
+    if FLAGS.quantize:
+        trainer = quantized.make_model(data)
+    else:
+        trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
+        if FLAGS.init_from:
+            runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
     if FLAGS.distill_from:
         teacher = distillation.load_teacher(FLAGS.distill_from, data)
         trainer = distillation.Distilled(trainer, teacher, FLAGS.distill_weight, FLAGS.distill_temperature)
@@ -210,6 +215,7 @@ def train(run, data, trainer, resume, average):
         *([average] if average else []),
         callbacks.MetricsLog(run.metrics_path, resume.first_epoch, resume.seconds_before),
         keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
+        *quantized.callbacks(run, steps * FLAGS.epochs, steps),
         resume,
     ]
     first, step = resume.first_epoch, resume.first_step
@@ -249,7 +255,7 @@ def main(_):
         data = make_data()
         trains = not (FLAGS.evaluate_only or run.is_complete)
         if trains:
-            model = make_model(data, data.image_shape)
+            model = None if FLAGS.quantize else make_model(data, data.image_shape)
             trainer = make_trainer(data)
             run.start(FLAGS, data)  # after everything that can refuse
             average = callbacks.AverageWeights(trainer, FLAGS.ema) if FLAGS.ema else None
@@ -258,7 +264,8 @@ def main(_):
         else:
             model = runs.load_model(run.path)
     if trains:
-        summary(model)
+        if model:
+            summary(model)
         try:
             train(run, data, trainer, resume, average)
         except FloatingPointError as error:
@@ -267,7 +274,10 @@ def main(_):
                 f"{error}; {kept}; the same command goes on from there, so rather try a lower --learning_rate in a new "
                 "workdir"
             ) from None
-        model.set_weights([weight.numpy() for weight in (average.averages if average else trainer.weights)])
+        if FLAGS.quantize:
+            model = quantized.finished(trainer)
+        else:
+            model.set_weights([weight.numpy() for weight in (average.averages if average else trainer.weights)])
         run.save_model(model)
     outliers.report(model, print_fn=print)
     split = "validation" if FLAGS.validation else "test"

@@ -3,8 +3,8 @@
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import fusion, runs
-from tf_repvgg.data import Preprocessing
+from tf_repvgg import fusion
+from tf_repvgg.training import finished_runs
 
 
 def load_teacher(path, data) -> keras.Model:
@@ -18,27 +18,10 @@ def load_teacher(path, data) -> keras.Model:
       FileNotFoundError: if there is no finished run.
       ValueError: if the teacher expects other images, knows other classes, or is fused already.
     """
-    facts = runs.read_input(path)
-    teacher = runs.load_model(path)
-    labels = tuple(facts.get("labels", data.labels))
-    if labels != data.labels or teacher.output_shape[-1] != data.num_classes:
-        raise ValueError(
-            f"teacher {str(path)!r} tells {teacher.output_shape[-1]} classes apart ({_few(labels)}), but {data.name!r} "
-            f"has {data.num_classes} ({_few(data.labels)}); use one that was trained on the same classes"
-        )
-    expected = Preprocessing.from_facts(facts)
-    if expected != data.preprocessing or teacher.input_shape[-1] != data.channels:
-        raise ValueError(
-            f"teacher {str(path)!r} expects images of {teacher.input_shape[-1]} channels by {expected}, but this run "
-            f"trains on {data.channels} channels by {data.preprocessing}; use the same input for both"
-        )
+    teacher = finished_runs.load_matching(path, data, "teacher")
     any_size = keras.models.clone_model(teacher, keras.Input((None, None, data.channels)))
     any_size.set_weights(teacher.get_weights())
     return fusion.fuse(any_size)
-
-
-def _few(labels):
-    return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
 
 
 class Distilled(keras.Model):

@@ -29,7 +29,15 @@ from tf_repvgg.quantization.clustering.wrapper import ClusterQuantize
 from tf_repvgg.quantization.layers import QuantizedLayer, bias_of, has_quantized_form
 from tf_repvgg.quantization.uniform import QuantizedKernel, at_least, min_scale_of_bias
 
-__all__ = ["ClusterLog", "ClusterQuantize", "FreezeClusters", "cluster_quantize", "strip_cluster_quantize"]
+__all__ = [
+    "CentroidInitialization",
+    "ClusterLog",
+    "ClusterQuantize",
+    "FreezeClusters",
+    "GradientAggregation",
+    "cluster_quantize",
+    "strip_cluster_quantize",
+]
 
 _CLUSTERABLE = (*WEIGHTED, ClusterableLayer)
 _BATCH = 64

@@ -1,0 +1,105 @@
+"""Fine-tuning with quantization from the command line: what is trained is what the exported file computes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tf_keras as keras
+
+from tf_repvgg import runs, tflite
+from tf_repvgg.quantization import QuantizedLayer, quantizers
+
+FLAGS = ("--novalidation", "--crop_padding=1", "--batch_size=32", "--learning_rate=0.001", "--weight_decay=0")
+
+
+@pytest.fixture(scope="module")
+def float_run(tmp_path_factory, trained_digits, digits):
+    folder = tmp_path_factory.mktemp("runs") / "float"
+    folder.mkdir()
+    trained_digits.save(folder / runs.MODEL_NAME)
+    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.facts()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clustered_run(run_forked, float_run, tmp_path_factory):
+    """Three bits, with a teacher, frozen at the end."""
+    folder = tmp_path_factory.mktemp("runs") / "clustered"
+    result = run_forked(
+        "train/main.py",
+        *FLAGS,
+        f"--workdir={folder}",
+        f"--init_from={float_run}",
+        f"--distill_from={float_run}",
+        "--quantize=clusterqat",
+        "--number_of_clusters=logits=256,.*=8",
+        "--epochs=2",
+        "--freeze_epochs=0.5",
+    )
+    assert result.status == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_what_the_run_leaves(clustered_run):
+    model = keras.models.load_model(clustered_run / runs.MODEL_NAME)
+    layers = [layer for layer in model.layers if isinstance(layer, QuantizedLayer)]
+    counts = [len(np.unique(layer.quantized_kernel().codes)) for layer in layers]
+    assert max(counts[:-1]) <= 8 < counts[-1] <= 255
+    assert quantizers(model)
+    assert "--quantize=clusterqat" in (clustered_run / runs.CONFIG_NAME).read_text().split()
+    assert json.loads((clustered_run / "result.json").read_text())["top1_percent"] > 93
+
+
+def test_its_file_is_the_trained_model(clustered_run, run_forked, digits):
+    result = run_forked("export/main.py", f"--workdir={clustered_run}")
+    assert result.status == 0, result.stderr[-3000:]
+    report = json.loads((clustered_run / "export" / "export.json").read_text())
+    (entry,) = report["files"]
+    assert entry["agreement_with_trained_model_percent"] >= 99
+    assert abs(entry["top1_percent"] - report["trained_model_top1_percent"]) <= 0.6  # two of 360 images
+    assert "quantized, as trained" in result.stdout
+    model = keras.models.load_model(clustered_run / runs.MODEL_NAME)
+    codes = [layer.quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
+    file = (clustered_run / "export" / entry["file"]).read_bytes()
+    for own, found in zip(codes, tflite.weight_codes(file), strict=True):
+        np.testing.assert_array_equal(found.codes.ravel(), own.ravel())
+
+
+def test_the_float_reference(float_run, run_forked, tmp_path):
+    """The same steps without quantization; its run exports like any other, and can be quantized further."""
+    command = ("train/main.py", *FLAGS, f"--workdir={tmp_path}", f"--init_from={float_run}", "--quantize=float")
+    result = run_forked(*command, "--epochs=1")
+    assert result.status == 0, result.stderr[-3000:]
+    result = run_forked("export/main.py", f"--workdir={tmp_path}", "--weight_bits=6")
+    assert result.status == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "export" / "export.json").read_text())
+    assert report["float_fused_top1_percent"] > 93
+    assert "float_training_form_top1_percent" not in report
+    assert report["files"][0]["agreement_with_float_percent"] > 95
+
+
+def test_killed_and_resumed(float_run, run_forked, tmp_path):
+    """The same weights as without interruption: clusters, ranges and counters are in the checkpoint."""
+    command = [
+        "train/main.py",
+        *FLAGS,
+        f"--init_from={float_run}",
+        "--quantize=clusterqat",
+        "--epochs=3",
+        "--steps_per_epoch=8",
+        "--train_centroids",
+        "--centroid_update_steps=3",
+        "--deterministic",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_forked(*command, f"--workdir={whole}").status == 0
+    folder = killed / "checkpoints"
+    kill = {"folder": str(folder), "event": 12, "seconds": 0}
+    assert run_forked(*command, f"--workdir={killed}", kill=kill).status != 0
+    assert list(folder.glob("ckpt-*")) and not (killed / runs.MODEL_NAME).exists()
+    assert run_forked(*command, f"--workdir={killed}").status == 0
+    ours, theirs = (keras.models.load_model(path / runs.MODEL_NAME).get_weights() for path in (whole, killed))
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    shutil.rmtree(whole)

@@ -1,0 +1,95 @@
+"""Fine-tuning with quantization: the flags of it, and the model that they ask train/main.py to train."""
+
+import tf_keras as keras
+from absl import flags
+
+from tf_repvgg import fusion, runs
+from tf_repvgg.quantization import clustering, quantizers
+from tf_repvgg.training import finished_runs
+
+FLAGS = flags.FLAGS
+
+_CENTROIDS_INIT = {"kmeans": None} | {init.name.lower(): init for init in clustering.CentroidInitialization}
+_AGGREGATIONS = {aggregation.name.lower(): aggregation for aggregation in clustering.GradientAggregation}
+
+flags.DEFINE_enum(
+    "quantize",
+    None,
+    ["clusterqat", "float"],
+    "Fine-tune the fused network of the finished run --init_from: with clustered weights and 8-bit activations, or, as "
+    "the reference for that, in float. The flags that describe a network do not matter then.",
+)
+flags.DEFINE_string(
+    "number_of_clusters", "8", "States of each layer's codebook, 2 to 256; by layer name: 'stem=256,logits=256,.*=8'."
+)
+flags.DEFINE_boolean("cluster_per_channel", False, "A codebook for every output channel, or one for each layer.")
+flags.DEFINE_enum("cluster_centroids_init", "kmeans", list(_CENTROIDS_INIT), "Where centroids start.")
+flags.DEFINE_float(
+    "centroid_update_rate",
+    0.1,
+    "Share of the way to the mean of its weights that a centroid moves at a time.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_integer("centroid_update_steps", 10, "Steps from one such move to the next.", lower_bound=1)
+flags.DEFINE_boolean("train_centroids", False, "Let the optimizer move centroids too.")
+flags.DEFINE_enum(
+    "cluster_gradient_aggregation", "sum", list(_AGGREGATIONS), "A centroid's gradient, of those of its weights."
+)
+flags.DEFINE_float(
+    "freeze_epochs", 0.0, "The last so many epochs train with resting clusters and activation ranges.", lower_bound=0
+)
+flags.DEFINE_integer(
+    "calibration_images", 512, "Training images that set the activation ranges to start with.", lower_bound=1
+)
+
+# Flags of train/main.py that mean nothing here, with the value that they must have.
+_WITHOUT = {"ema": 0.0, "early_epochs": 0, "merged_weight_decay": 0.0, "precision": "float32"}
+
+
+def make_model(data) -> keras.Model:
+    """The network of --init_from, fused and prepared for training as --quantize says.
+
+    Raises:
+      ValueError: for flags that do not go together, and a run that is of other data.
+      FileNotFoundError: if --init_from names no finished run.
+    """
+    if not FLAGS.init_from:
+        raise ValueError(f"--quantize={FLAGS.quantize} fine-tunes a trained network; name its workdir by --init_from")
+    for name, value in _WITHOUT.items():
+        if FLAGS[name].value != value:
+            raise ValueError(f"--{name}={FLAGS[name].value} does not go with --quantize; leave it at {value}")
+    model = finished_runs.load_matching(FLAGS.init_from, data, "run")
+    if quantizers(model):
+        raise ValueError(f"--init_from={FLAGS.init_from} is quantized already; name the float run that it came from")
+    fused = fusion.fuse(model) if fusion.needs_fusing(model) else model
+    if FLAGS.quantize == "float":
+        return fused
+    return clustering.cluster_quantize(
+        fused,
+        FLAGS.number_of_clusters,
+        _CENTROIDS_INIT[FLAGS.cluster_centroids_init],
+        FLAGS.cluster_per_channel,
+        _AGGREGATIONS[FLAGS.cluster_gradient_aggregation],
+        centroid_update_rate=FLAGS.centroid_update_rate,
+        centroid_update_steps=FLAGS.centroid_update_steps,
+        train_centroids=FLAGS.train_centroids,
+        calibration=data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator(),
+    )
+
+
+def callbacks(run: runs.Run, steps: int, steps_per_epoch: int) -> list:
+    """Those that --quantize adds to a training of so many steps."""
+    if FLAGS.quantize != "clusterqat":
+        return []
+    found = [clustering.ClusterLog(f"{run.tensorboard_path}/clusters")]
+    if FLAGS.freeze_epochs:
+        found.append(clustering.FreezeClusters(steps - round(FLAGS.freeze_epochs * steps_per_epoch)))
+    return found
+
+
+def finished(trainer: keras.Model) -> keras.Model:
+    """The model that the run leaves."""
+    if FLAGS.quantize == "clusterqat":
+        return clustering.strip_cluster_quantize(trainer)
+    return keras.Model(trainer.inputs, trainer.outputs, name=trainer.name)  # without a teacher
