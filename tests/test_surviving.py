@@ -208,6 +208,7 @@ def test_folders_are_written_whole_too(tmp_path):
 REPORTING = """
 import runpy, sys
 from tensorflow.python.framework import config
+sys.path.insert(0, "train")
 try:
     runpy.run_path("train/main.py", run_name="__main__")
 finally:

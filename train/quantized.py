@@ -4,7 +4,7 @@ import tf_keras as keras
 from absl import flags
 
 from tf_repvgg import fusion, runs
-from tf_repvgg.quantization import clustering, quantizers
+from tf_repvgg.quantization import clustering, learned_step_quantize, quantizers, strip_learned_step
 from tf_repvgg.training import finished_runs
 
 FLAGS = flags.FLAGS
@@ -15,14 +15,18 @@ _AGGREGATIONS = {aggregation.name.lower(): aggregation for aggregation in cluste
 flags.DEFINE_enum(
     "quantize",
     None,
-    ["clusterqat", "float"],
-    "Fine-tune the fused network of the finished run --init_from: with clustered weights and 8-bit activations, or, as "
-    "the reference for that, in float. The flags that describe a network do not matter then.",
+    ["clusterqat", "lsq", "float"],
+    "Fine-tune the fused network of the finished run --init_from: with 8-bit activations and clustered weights, or "
+    "weights on uniform grids whose steps are learned; or, as the reference for both, in float. The flags that "
+    "describe a network do not matter then.",
 )
 flags.DEFINE_string(
     "number_of_clusters", "8", "States of each layer's codebook, 2 to 256; by layer name: 'stem=256,logits=256,.*=8'."
 )
-flags.DEFINE_boolean("cluster_per_channel", False, "A codebook for every output channel, or one for each layer.")
+flags.DEFINE_string("weight_bits", "4", "Of LSQ's grids, 2 to 8; by layer name: 'stem=8,logits=8,.*=4'.")
+flags.DEFINE_enum(
+    "granularity", "per_tensor", ["per_tensor", "per_channel"], "A codebook or grid for each layer, or output channel."
+)
 flags.DEFINE_enum("cluster_centroids_init", "kmeans", list(_CENTROIDS_INIT), "Where centroids start.")
 flags.DEFINE_float(
     "centroid_update_rate",
@@ -65,16 +69,20 @@ def make_model(data) -> keras.Model:
     fused = fusion.fuse(model) if fusion.needs_fusing(model) else model
     if FLAGS.quantize == "float":
         return fused
+    per_channel = FLAGS.granularity == "per_channel"
+    calibration = data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator()
+    if FLAGS.quantize == "lsq":
+        return learned_step_quantize(fused, FLAGS.weight_bits, per_channel, calibration=calibration)
     return clustering.cluster_quantize(
         fused,
         FLAGS.number_of_clusters,
         _CENTROIDS_INIT[FLAGS.cluster_centroids_init],
-        FLAGS.cluster_per_channel,
+        per_channel,
         _AGGREGATIONS[FLAGS.cluster_gradient_aggregation],
         centroid_update_rate=FLAGS.centroid_update_rate,
         centroid_update_steps=FLAGS.centroid_update_steps,
         train_centroids=FLAGS.train_centroids,
-        calibration=data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator(),
+        calibration=calibration,
     )
 
 
@@ -92,4 +100,6 @@ def finished(trainer: keras.Model) -> keras.Model:
     """The model that the run leaves."""
     if FLAGS.quantize == "clusterqat":
         return clustering.strip_cluster_quantize(trainer)
+    if FLAGS.quantize == "lsq":
+        return strip_learned_step(trainer)
     return keras.Model(trainer.inputs, trainer.outputs, name=trainer.name)  # without a teacher

@@ -13,6 +13,7 @@ from tf_repvgg.quantization.layers import (
     QuantizedLayer,
     quantized_form,
 )
+from tf_repvgg.quantization.learned_step import learned_step_quantize, strip_learned_step
 from tf_repvgg.quantization.uniform import QuantizedKernel, quantize_min_max
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "QuantizedKernel",
     "QuantizedLayer",
     "cluster_quantize",
+    "learned_step_quantize",
     "quantize_activations",
     "quantize_min_max",
     "quantized_form",
     "quantizers",
     "strip_cluster_quantize",
+    "strip_learned_step",
 ]

@@ -107,6 +107,18 @@ def bias_of(layer) -> np.ndarray:
     return layer.bias.numpy() if layer.use_bias else np.zeros(kernel_of(layer).shape[-1], np.float32)
 
 
+def linear(layer, inputs, kernel):
+    """What a layer computes with another kernel, in the layout of `QuantizedKernel`, without bias and activation."""
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        kernel = tf.reshape(kernel, layer.depthwise_kernel.shape)
+        return keras.backend.depthwise_conv2d(
+            inputs, kernel, layer.strides, layer.padding, dilation_rate=layer.dilation_rate
+        )
+    if isinstance(layer, keras.layers.Dense):
+        return tf.tensordot(inputs, kernel, 1)
+    return layer.convolution_op(inputs, kernel=kernel)
+
+
 _QUANTIZED_FORMS = {
     keras.layers.Conv2D: QuantizedConv2D,
     keras.layers.Dense: QuantizedDense,

@@ -13,9 +13,9 @@ OPTIMIZERS = ("sgd", "adamw")
 def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_decay=0.0, nesterov=True, optimizer="sgd"):
     """SGD or AdamW (arXiv:1711.05101); linear warm-up to `learning_rate`, then cosine to 0 at `steps`.
 
-    Weight decay is decoupled from the gradient, and leaves normalization parameters, biases and codebooks alone:
-    kernels shrink by `weight_decay` times the learning rate in each step. With SGD and momentum m it acts about like an
-    L2 penalty of (1 - m) * weight_decay in PyTorch's SGD.
+    Weight decay is decoupled from the gradient, and leaves normalization parameters, biases, codebooks and learned
+    steps alone: kernels shrink by `weight_decay` times the learning rate in each step. With SGD and momentum m it acts
+    about like an L2 penalty of (1 - m) * weight_decay in PyTorch's SGD.
 
     Args:
       learning_rate: peak of the schedule; SGD is used to about 0.1, AdamW to about 0.001.
@@ -42,7 +42,7 @@ def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_deca
         made = keras.optimizers.AdamW(schedule, weight_decay=weight_decay)
     else:
         raise ValueError(f"optimizer is {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-    made.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", "cluster_centroids"])
+    made.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", "cluster_centroids", "step"])
     return made
 
 

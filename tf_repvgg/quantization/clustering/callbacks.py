@@ -6,13 +6,7 @@ import tf_keras as keras
 
 from tf_repvgg.quantization.clustering import codebooks
 from tf_repvgg.quantization.clustering.wrapper import ClusterQuantize
-
-
-def _wrappers(model):
-    found = [layer for layer in model._flatten_layers() if isinstance(layer, ClusterQuantize)]
-    if not found:
-        raise ValueError(f"model {model.name!r} holds no clustered layers; it must come from cluster_quantize")
-    return found
+from tf_repvgg.quantization.trainable import check_wrapped
 
 
 class FreezeClusters(keras.callbacks.Callback):
@@ -57,13 +51,13 @@ class ClusterLog(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        _wrappers(model)
+        check_wrapped(model, ClusterQuantize)
 
     def on_train_batch_end(self, batch, logs=None):
         step = int(self.model.optimizer.iterations.numpy())
         if step % self._every == 0:
             with self._writer.as_default(step=step):
-                for wrapper in _wrappers(self.model):
+                for wrapper in check_wrapped(self.model, ClusterQuantize):
                     self._look_at(wrapper, step)
 
     def on_train_end(self, logs=None):

@@ -10,7 +10,7 @@ import tf_keras as keras
 from tqdm import tqdm
 
 from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations, quantizer_before
-from tf_repvgg.quantization.layers import bias_of, kernel_of, quantized_form
+from tf_repvgg.quantization.layers import bias_of, kernel_of, linear, quantized_form
 from tf_repvgg.quantization.uniform import QuantizedKernel, min_scale_of_bias
 
 _BATCH = 64
@@ -176,15 +176,3 @@ class Network:
         for start in range(0, len(self.images), _BATCH):
             found = run(tf.constant(self.images[start : start + _BATCH]))
             yield [values.numpy() for values in tf.nest.flatten(found)]
-
-
-def linear(layer, inputs, kernel):
-    """What a layer computes with another kernel, in the layout of `QuantizedKernel`, without bias and activation."""
-    if isinstance(layer, keras.layers.DepthwiseConv2D):
-        kernel = tf.reshape(kernel, layer.depthwise_kernel.shape)
-        return keras.backend.depthwise_conv2d(
-            inputs, kernel, layer.strides, layer.padding, dilation_rate=layer.dilation_rate
-        )
-    if isinstance(layer, keras.layers.Dense):
-        return tf.tensordot(inputs, kernel, 1)
-    return layer.convolution_op(inputs, kernel=kernel)

@@ -1,0 +1,96 @@
+"""LSQ: its gradients by the paper's equations, exact codes in the file, saved and loaded."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+from test_clustering import every_layer, fit
+from test_quantized_models import assert_file_computes_the_model, images, small_repvgg
+
+from tf_repvgg import tflite
+from tf_repvgg.quantization import learned_step_quantize, strip_learned_step
+from tf_repvgg.quantization.learned_step import LearnedStep, code_range
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    return small_repvgg()
+
+
+def dense(weights, bits):
+    layer = LearnedStep(keras.layers.Dense(1, use_bias=False, name="dense"), bits)
+    layer.build((None, len(weights)))
+    layer.layer.set_weights([np.float32(weights)[:, np.newaxis]])
+    return layer
+
+
+def test_gradients_by_the_paper():
+    """Equation 3: codes of weights beyond the range, and how far rounding moves those within."""
+    layer = dense([-5.0, -0.3, 0.26, 0.6, 9.0], 3)
+    layer.step.assign([0.5])
+    with tf.GradientTape() as tape:
+        weights = layer.quantized_weights()
+        total = tf.reduce_sum(weights * [[1.0], [10.0], [100.0], [1000.0], [10000.0]])
+    np.testing.assert_allclose(weights[:, 0], [-2.0, -0.5, 0.5, 0.5, 1.5])
+    to_kernel, to_step = tape.gradient(total, [layer.layer.kernel, layer.step])
+    np.testing.assert_array_equal(to_kernel[:, 0], [0, 10, 100, 1000, 0])
+    by_hand = -4 + 10 * (-1 + 0.6) + 100 * (1 - 0.52) + 1000 * (1 - 1.2) + 10000 * 3
+    np.testing.assert_allclose(to_step, [by_hand / np.sqrt(5 * 3)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits, expected", [(2, (-2, 1)), (4, (-8, 7)), (8, (-127, 127))])
+def test_code_range(bits, expected):
+    assert code_range(bits) == expected
+
+
+@pytest.mark.parametrize("bits, per_channel", [(2, True), (3, False), (8, False)])
+def test_from_training_to_the_file(model, bits, per_channel, tmp_path):
+    trained = fit(learned_step_quantize(model, bits, per_channel))
+    trained.save(tmp_path / "m.keras")
+    trained = fit(keras.models.load_model(tmp_path / "m.keras", compile=False), epochs=1)
+    stripped = strip_learned_step(trained)
+    np.testing.assert_array_equal(stripped(images()), trained(images()))
+    file = tflite.convert(stripped)
+    lowest, largest = code_range(bits)
+    for name, found in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
+        own = stripped.get_layer(name).quantized_kernel()
+        np.testing.assert_array_equal(found.codes, own.codes)
+        assert lowest <= own.codes.min() and own.codes.max() <= largest
+        assert len(found.scale) == (own.codes.shape[-1] if per_channel else 1)
+    if bits < 8:  # eight bits reach further than these few weights
+        assert np.min([found.codes.min() for found in tflite.weight_codes(file)]) == lowest
+    assert_file_computes_the_model(stripped, file, images(8, seed=1))
+
+
+def test_steps_train(model):
+    trained = learned_step_quantize(model, 3, calibration=images())
+    before = [layer.step.numpy() for layer in trained.layers if isinstance(layer, LearnedStep)]
+    fit(trained, learning_rate=0.05)
+    after = [layer.step.numpy() for layer in trained.layers if isinstance(layer, LearnedStep)]
+    assert all(np.any(one != other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_every_kind_of_layer(per_channel):
+    model = every_layer()
+    batch = images(8, (8, 8, 3))
+    trained = learned_step_quantize(model, "dense=8,.*=6", per_channel, calibration=batch)
+    assert np.max(np.abs(trained(batch) - model(batch))) < 0.1
+    stripped = strip_learned_step(trained)
+    np.testing.assert_allclose(stripped(batch), trained(batch), atol=1e-6)
+    assert len(tflite.weight_codes(tflite.convert(stripped))) == 3
+
+
+def test_bad_input(model):
+    with pytest.raises(ValueError, match="weight bits are 9; they must be a whole number from 2 to 8"):
+        learned_step_quantize(model, 9)
+    transposed = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Conv2DTranspose(2, 3, name="up")])
+    with pytest.raises(ValueError, match="'up' is a Conv2DTranspose, whose weights cannot be trained quantized"):
+        learned_step_quantize(transposed, 4)
+    with pytest.raises(ValueError, match="holds no LearnedStep layers"):
+        strip_learned_step(model)
+    broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])
+    broken.get_layer("broken").set_weights([np.full([3, 2], np.nan), np.zeros(2)])
+    with pytest.raises(ValueError, match="'broken' holds infinities or NaN"):
+        learned_step_quantize(broken, 4)

@@ -1,0 +1,131 @@
+"""What the ways of training quantized weights share: from a fused model to one with wrapped layers, and back."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import tf_keras as keras
+
+from tf_repvgg import graph
+from tf_repvgg.quantization.activations import (
+    WEIGHTED,
+    ActivationQuantizer,
+    quantize_activations,
+    quantizer_before,
+    quantizers,
+)
+from tf_repvgg.quantization.checks import check_fused, checked_images
+from tf_repvgg.quantization.layers import QuantizedLayer, bias_of, has_quantized_form
+from tf_repvgg.quantization.uniform import QuantizedKernel, at_least, min_scale_of_bias
+
+_BATCH = 64
+
+
+def check_model(model: keras.Model, also: tuple = ()) -> None:
+    """Refuses what cannot be trained with quantized weights.
+
+    Args:
+      model: any Keras model.
+      also: classes of layers with weights that are welcome beside Conv2D, DepthwiseConv2D and Dense.
+
+    Raises:
+      ValueError: if the model is not functional or not fused, or holds other layers with weights; names them.
+    """
+    if not graph.is_functional(model):
+        raise ValueError(
+            f"training with quantization needs a functional, or built Sequential, Keras 2 model, but got "
+            f"{type(model).__name__}"
+        )
+    check_fused(model)
+    known = (*also, keras.layers.BatchNormalization)
+    for layer in model._flatten_layers(include_self=False):
+        is_known = graph.is_functional(layer) or has_quantized_form(layer) or isinstance(layer, known)
+        if layer.trainable_weights and not is_known:
+            others = "".join(f", {its_class.__name__}" for its_class in also)
+            raise ValueError(
+                f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be trained quantized; Conv2D, "
+                f"DepthwiseConv2D, Dense{others} can"
+            )
+
+
+def wrapped(
+    model: keras.Model, make_wrapper: Callable, activations=True, range_momentum=0.99, classes=WEIGHTED
+) -> keras.Model:
+    """A copy of a fused model whose weighted layers are in wrappers, with quantizers on the activations if asked for.
+
+    Args:
+      model: functional deploy-form model that `check_model` accepts.
+      make_wrapper: (copy of a layer, the layer's name) -> Keras layer that holds the copy as `layer`. It is called
+        while the copy has its weights already, so that it can start from them.
+      activations: whether activations are quantized to 8 bits.
+      range_momentum: of their running ranges.
+      classes: of the layers to be wrapped.
+    """
+    names = graph.unique_names(model)
+
+    def replace(layer, changes):
+        copy = type(layer).from_config(layer.get_config() | changes)
+        weights = layer.get_weights()
+        wrapper = make_wrapper(copy, names[id(layer)])
+
+        def call(inputs, **keywords):
+            if not copy.built:
+                copy.build(inputs.shape)
+                copy.set_weights(weights)
+            return wrapper(inputs, **keywords)
+
+        return call
+
+    def make_quantizer(**options):
+        return ActivationQuantizer(range_momentum, **options) if activations else lambda tensor: tensor
+
+    return quantize_activations(model, replace, make_quantizer, classes)
+
+
+def set_ranges(model: keras.Model, calibration: Iterable) -> None:
+    """Lets the ranges of activations run over calibration images, as in training.
+
+    Raises:
+      ValueError: if there are none, or one has another shape or is not finite; names it.
+    """
+    images = checked_images(calibration, model.input_shape)
+    for start in range(0, len(images), _BATCH):
+        model(np.concatenate(images[start : start + _BATCH]), training=True)
+
+
+def stripped(model: keras.Model, wrapper_class: type) -> keras.Model:
+    """The model with `wrapper.stripped()` in place of every wrapper: a callable on tensors, of a `QuantizedLayer`.
+
+    Raises:
+      ValueError: if there is no such wrapper.
+    """
+    check_wrapped(model, wrapper_class)
+    found = graph.rebuild(
+        model, lambda layer: layer.stripped() if isinstance(layer, wrapper_class) else graph.copied(layer)
+    )
+    make_room_for_biases(found)
+    return found
+
+
+def check_wrapped(model: keras.Model, wrapper_class: type) -> list:
+    """The wrappers of the model; raises ValueError if there are none."""
+    found = [layer for layer in model._flatten_layers() if isinstance(layer, wrapper_class)]
+    if not found:
+        raise ValueError(f"model {model.name!r} holds no {wrapper_class.__name__} layers; was it made for training?")
+    return found
+
+
+def make_room_for_biases(model: keras.Model) -> None:
+    """Raises scales at which a bias would overflow: those of channels that are zero but for the bias, or nearly."""
+    if quantizers(model):
+        for layer in model._flatten_layers():
+            if isinstance(layer, QuantizedLayer):
+                _make_room_for_bias(layer)
+
+
+def _make_room_for_bias(layer):
+    quantized = layer.quantized_kernel()
+    smallest = min(quantizer_before(node.keras_inputs[0]).scale() for node in layer.inbound_nodes)
+    scale = at_least(quantized.scale, min_scale_of_bias(bias_of(layer), smallest))
+    if np.any(scale != quantized.scale):
+        codes = np.where(scale == quantized.scale, quantized.codes, np.round(quantized.dequantize() / scale))
+        layer.set_quantized_kernel(QuantizedKernel(codes.astype(np.int8), scale))
