@@ -1,16 +1,12 @@
 """Cost of a training step: BN, OABN and QARepVGG side by side: python benchmarks/train_step.py
 
-Times are ratios to plain BN within this run: the models take turns, and the ratio of each round counts, so that a
-busy machine slows all of them alike. Peak memory comes from one process per model.
+Times are ratios to plain BN within this run, round by round. Peak memory comes from one process per model.
 """
 
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import side_by_side
 from absl import app, flags
 from tabulate import tabulate
 from tqdm import tqdm
@@ -29,7 +25,6 @@ CASES = {
     "RepVGG-A0, 224x224, batch 8": ("A0", (224, 224, 3), 1000, 8),
 }
 MODELS = {"BN": {}, "OABN": {"norm": "oabn"}, "QARepVGG": {"block": "qarepvgg"}}
-_MEMORY_STEPS = 5
 
 
 def make_trainer(case, name):
@@ -44,46 +39,21 @@ def make_trainer(case, name):
     return model, lambda: model.train_on_batch(images, labels)
 
 
-def measure_times(case):
-    """{model: seconds of each round}, after a warm-up, the order turning from round to round."""
-    steps = {name: make_trainer(case, name)[1] for name in MODELS}
-    for step in steps.values():
-        step(), step()
-    times = {name: [] for name in MODELS}
-    names = list(MODELS)
-    for turn in tqdm(range(FLAGS.rounds), desc=case, leave=False):
-        for name in np.roll(names, turn):
-            started = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - started)
-    return times
-
-
-def measure_peak_memory(case, name):
-    """Peak resident MiB of a process that trains this model for a few steps."""
-    command = [sys.executable, __file__, f"--memory_of={case}/{name}"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def print_peak_memory(case, name):
-    _, step = make_trainer(case, name)
-    for _ in range(_MEMORY_STEPS):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
 def measure(case):
     variant, shape, classes, _ = CASES[case]
-    times = measure_times(case)
-    memory = {name: measure_peak_memory(case, name) for name in tqdm(MODELS, desc=f"{case}: memory", leave=False)}
+    times = side_by_side.times({name: make_trainer(case, name)[1] for name in MODELS}, FLAGS.rounds, case)
+    ratios = side_by_side.ratios(times, "BN")
+    memory = {
+        name: side_by_side.peak_memory(f"{case}/{name}") for name in tqdm(MODELS, desc=f"{case}: memory", leave=False)
+    }
     rows = {}
     for name, options in MODELS.items():
         counts = complexity(build_repvgg(variant, shape, classes, **options))
-        ratios = np.divide(times[name], times["BN"])
+        ratio, *quartiles = ratios[name]
         rows[name] = {
             "step_ms_p50": round(1000 * float(np.median(times[name])), 2),
-            "step_time_over_bn": round(float(np.median(ratios)), 4),
-            "step_time_over_bn_quartiles": [round(float(value), 4) for value in np.percentile(ratios, [25, 75])],
+            "step_time_over_bn": ratio,
+            "step_time_over_bn_quartiles": quartiles,
             "peak_memory_mib": round(memory[name], 1),
             "peak_memory_over_bn": round(memory[name] / memory["BN"], 4),
             "training_parameters": counts.training_parameters,
@@ -94,7 +64,8 @@ def measure(case):
 
 def main(_):
     if FLAGS.memory_of:
-        print_peak_memory(*FLAGS.memory_of.rsplit("/", 1))
+        _, step = make_trainer(*FLAGS.memory_of.rsplit("/", 1))
+        side_by_side.print_peak_memory(step)
         return
     report = {"machine": runs.machine(), "rounds": FLAGS.rounds, "cases": {}}
     for case in CASES:

@@ -12,6 +12,7 @@ from tables import bits_table, write_results
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
 flags.DEFINE_string("runs", "runs/cifar10", "Folder of the training runs.")
+flags.DEFINE_boolean("without_penalty", False, "Two more rows: BN and OABN without --merged_weight_decay.")
 
 BITS = (8, 6, 5, 4, 3)
 MODELS = {
@@ -20,14 +21,14 @@ MODELS = {
     "QARepVGG": "cifar10_qarepvgg",
     "no identity branch": "cifar10_no_identity",
     "constant identity gain": "cifar10_constant",
-    "BN, no penalty": "cifar10_bn_no_penalty",
-    "OABN, no penalty": "cifar10_oabn_no_penalty",
 }
+WITHOUT_PENALTY = {"BN, no penalty": "cifar10_bn_no_penalty", "OABN, no penalty": "cifar10_oabn_no_penalty"}
 
 
 def main(_):
+    models = MODELS | (WITHOUT_PENALTY if FLAGS.without_penalty else {})
     trained, exported = {}, {}
-    for name, config in MODELS.items():
+    for name, config in models.items():
         workdir = f"{FLAGS.runs}/{config}"
         trained[name] = train(config, workdir, data_dir=FLAGS.data_dir)
         exported[name] = export(
@@ -43,7 +44,7 @@ Top-1 in percent; int8 activations, weights by min-max, per tensor / per channel
 """
     record = {
         name: {"config": f"configs/{config}.flags", "training": trained[name], "export": exported[name]}
-        for name, config in MODELS.items()
+        for name, config in models.items()
     }
     write_results(ROOT / "results", "min_max", record, page)
     print(page)

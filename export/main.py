@@ -1,10 +1,12 @@
 """Fuses a trained RepVGG, writes integer TFLite files and runs them: python export/main.py --workdir=runs/x
 
-Writes one file per weight width and granularity to the output folder, and export.json with everything measured.
+Writes one file per weight width and granularity to the output folder, export.json with everything measured, and
+predictions.npz: for each image the label and the class that every form and file finds.
 """
 
 import collections
 import functools
+import io
 import itertools
 import time
 
@@ -41,7 +43,13 @@ flags.DEFINE_integer(
     "number_of_clusters", None, "States of codebooks, by default 2^bits.", lower_bound=2, upper_bound=256
 )
 flags.DEFINE_integer("ptq_seed", 0, "Seed of AdaRound and AdaQuant.")
-flags.DEFINE_enum("inference_type", "int8", list(tflite.INFERENCE_TYPES), "Type of the file's input and output.")
+flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Of activations, input included.")
+flags.DEFINE_enum(
+    "inference_type",
+    None,
+    list(tflite.INFERENCE_TYPES),
+    "Type of the file's input and output; by default that of its activations, int8 or int16.",
+)
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
 flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
 flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
@@ -64,7 +72,7 @@ EXTRA_OPERATORS = {
     "PAD": "symmetric padding of a strided block",
     "LOGISTIC": "sigmoid of a block's squeeze-and-excite",
     "MUL": "a block's channels scaled by its squeeze-and-excite",
-    "QUANTIZE": "input or output is not int8",
+    "QUANTIZE": "input or output is not of the activations' type",
     "DEQUANTIZE": "output is float",
 }
 
@@ -83,17 +91,17 @@ def read_flags():
 
 def check_trained_codes():
     """Refuses flags that would quantize what training has quantized."""
-    for name in ("weight_bits", "granularity", "ptq", "layer_bits", "number_of_clusters"):
+    for name in ("weight_bits", "granularity", "ptq", "layer_bits", "number_of_clusters", "activation_bits"):
         if FLAGS[name].value != FLAGS[name].default:
             raise ValueError(
                 f"--{name}={FLAGS[name].value} does not go with a model that was trained quantized; leave it"
             )
 
 
-def trained_file(model, metadata):
+def trained_file(model, inference_type, metadata):
     """As `make_files`, the one file of a quantized model: its codes and ranges."""
-    file = tflite.convert(model, inference_type=FLAGS.inference_type, metadata=metadata)
-    return f"{FLAGS.inference_type}_trained.tflite", {"weights": "as trained"}, file
+    file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
+    return f"{inference_type}_trained.tflite", {"weights": "as trained"}, file
 
 
 def widths(bits):
@@ -101,11 +109,11 @@ def widths(bits):
     return ",".join(filter(None, [FLAGS.layer_bits, f".*={bits}"]))
 
 
-def make_files(fused, calibration, bits, granularities, metadata):
+def make_files(fused, calibration, bits, granularities, inference_type, metadata):
     """Yields (file name, what it is, bytes) for every width and granularity."""
     # Without further wishes, TensorFlow's own calibration serves all files.
-    is_plain = FLAGS.ptq == "min_max" and FLAGS.layer_bits is None
-    calibrated = tflite.convert(fused, calibration, inference_type=FLAGS.inference_type) if is_plain else None
+    is_plain = FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8"
+    calibrated = tflite.convert(fused, calibration, inference_type=inference_type) if is_plain else None
     for width, granularity in itertools.product(bits, granularities):
         facts = {"weight_bits": width, "granularity": granularity, "ptq": FLAGS.ptq}
         per_channel = granularity == "per_channel"
@@ -123,13 +131,14 @@ def make_files(fused, calibration, bits, granularities, metadata):
                 calibration.as_numpy_iterator(),
                 iterations=FLAGS.ptq_iterations,
                 number_of_clusters=FLAGS.number_of_clusters,
+                activation_bits=int(FLAGS.activation_bits),
                 seed=FLAGS.ptq_seed,
                 progress=True,
             )
             facts |= {"layer_bits": FLAGS.layer_bits, "notes": list(model.quantization_notes)}
-            file = tflite.convert(model, inference_type=FLAGS.inference_type, metadata=metadata)
+            file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
         facts["quantization_seconds"] = round(time.monotonic() - started, 1)
-        yield f"{FLAGS.inference_type}_w{width}_{granularity}{suffix}.tflite", facts, file
+        yield f"{inference_type}_w{width}_{granularity}{suffix}.tflite", facts, file
 
 
 def make_data(trained_on):
@@ -173,6 +182,13 @@ def classify(data, split, predictors):
                 classes[name].append(np.argmax(predict(images), axis=1))
             bar.update(len(images))
     return np.concatenate(labels), {name: np.concatenate(parts) for name, parts in classes.items()}
+
+
+def write_predictions(path, labels, classes):
+    """{"labels": [images], form or file name: [images]}, as small integers."""
+    content = io.BytesIO()
+    np.savez_compressed(content, labels=labels.astype(np.int32), **{k: v.astype(np.int32) for k, v in classes.items()})
+    runs.write_bytes(path, content.getvalue())
 
 
 def percent(matches):
@@ -244,13 +260,15 @@ def main(_):
         *_, reference = forms
         if reference == "trained_model":
             check_trained_codes()
+            inference_type = tflite.checked_inference_type(FLAGS.inference_type, tflite.activation_bits(model))
         else:
+            inference_type = tflite.checked_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
             ptq.bits_by_layer(forms[reference], widths(bits[0]))
         output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     if reference == "trained_model":
-        made = [trained_file(model, trained_on)]
+        made = [trained_file(model, inference_type, trained_on)]
     else:
-        made = make_files(forms[reference], calibration, bits, granularities, trained_on)
+        made = make_files(forms[reference], calibration, bits, granularities, inference_type, trained_on)
     files, grids = {}, {}
     for name, facts, file in made:
         files[name], grids[name] = file, facts
@@ -258,6 +276,7 @@ def main(_):
     predictors = {form: its_model.predict_on_batch for form, its_model in forms.items()}
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)
+    write_predictions(output / "predictions.npz", labels, classes)
     report = {
         "input": trained_on,
         "evaluation_dataset": data.name,
@@ -266,7 +285,7 @@ def main(_):
         "evaluation_split": FLAGS.evaluation_split,
         "images": len(labels),
         "calibration": f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}",
-        "inference_type": FLAGS.inference_type,
+        "inference_type": inference_type,
         **{f"{form}_top1_percent": percent(classes[form] == labels) for form in forms},
         "outliers": outliers.as_records(outliers.report(model)),
         "files": [],

@@ -13,6 +13,7 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster_config i
 from test_quantized_models import SIZE, assert_file_computes_the_model, images, small_repvgg
 
 from tf_repvgg import tflite
+from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.quantization import cluster_quantize, quantizers, strip_cluster_quantize
 from tf_repvgg.quantization.clustering import ClusterLog, ClusterQuantize, FreezeClusters, codebooks
 
@@ -264,6 +265,57 @@ def test_layers_of_ones_own():
         cluster_quantize(model, 4)
 
 
+def blocks_in_training_form(block, **options):
+    """A strided block, one with all its branches, and a head, with statistics that are not those of the start."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(SIZE)
+    features = block(6, strides=2, name="first", **options)(inputs)
+    features = block(6, name="second", **options)(features)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(keras.layers.GlobalAveragePooling2D()(features)))
+    for _ in range(3):
+        model(images(), training=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "block, options",
+    [(RepVGGBlock, {"norm": "oabn"}), (RepVGGBlock, {"padding": "symmetric"}), (QARepVGGBlock, {})],
+)
+@pytest.mark.parametrize("statistics", ["frozen", "running"])
+def test_in_training_form(block, options, statistics, tmp_path):
+    """The branches train, their merged kernel is quantized, and the stripped model is a plain one."""
+    model = blocks_in_training_form(block, **options)
+    clustered = cluster_quantize(model, 8, batch_norm_statistics=statistics, calibration=images())
+    wrapper = clustered.get_layer("cluster_second")
+    kernel, _ = model.get_layer("second").equivalent_kernel_and_bias()
+    np.testing.assert_array_equal(wrapper.clusters()["kernel"][0], tf.reshape(kernel, [-1, 6]))
+    norm = wrapper.layer.norm3x3
+    before = [norm.moving_mean.numpy(), norm.gamma.numpy(), wrapper.layer.conv1x1.kernel.numpy()]
+    fit(clustered, learning_rate=0.01)
+    after = [norm.moving_mean.numpy(), norm.gamma.numpy(), wrapper.layer.conv1x1.kernel.numpy()]
+    moved = [bool(np.any(one != other)) for one, other in zip(before, after, strict=True)]
+    assert moved == [statistics == "running", True, True]
+
+    clustered.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
+    np.testing.assert_array_equal(loaded(images()), clustered(images()))
+    stripped = strip_cluster_quantize(fit(loaded, epochs=1))
+    np.testing.assert_allclose(stripped(images()), loaded(images()), rtol=1e-5, atol=1e-6)
+    assert not any(hasattr(layer, "equivalent_kernel_and_bias") for layer in stripped._flatten_layers())
+    file = tflite.convert(stripped)
+    for name, found in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
+        assert states_of(found.codes, False) <= 8
+        np.testing.assert_array_equal(found.codes, stripped.get_layer(name).quantized_kernel().codes)
+    assert_file_computes_the_model(stripped, file, images(8, seed=1))
+
+
+def test_training_form_computes_as_the_deploy_form():
+    """With so many clusters that nothing changes but by rounding."""
+    model = blocks_in_training_form(RepVGGBlock)
+    clustered = cluster_quantize(model, 256, batch_norm_statistics="frozen", activation_bits=None)
+    np.testing.assert_allclose(clustered(images()), model(images()), atol=0.02)
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("initialization", [None, *CentroidInitialization])
 @pytest.mark.parametrize("kernel", ["zero", "constant", "two values", "one dead channel"])
@@ -307,7 +359,7 @@ def test_log(model, tmp_path):
 
 
 def test_without_activations(model):
-    clustered = cluster_quantize(model, 8, activations=False)
+    clustered = cluster_quantize(model, 8, activation_bits=None)
     assert not quantizers(clustered)
     stripped = strip_cluster_quantize(clustered)
     file = tflite.convert(stripped, images())
@@ -348,13 +400,20 @@ def test_bad_input(model):
     refuses("but got Sequential", keras.Sequential([keras.layers.Dense(3)]))
     from tf_repvgg.models import build_repvgg
 
-    refuses("is still in training form", build_repvgg("digits", (8, 8, 1), 10))
+    training_form = build_repvgg("digits", (8, 8, 1), 10)
+    refuses("is still in training form", training_form)
+    refuses("batch_norm_statistics is 'x'; known: frozen, running", training_form, batch_norm_statistics="x")
+    with_se = blocks_in_training_form(RepVGGBlock, se_reduction=2)
+    refuses("'first' has a squeeze-and-excite, .*fuse", with_se, batch_norm_statistics="frozen")
+    inputs = keras.Input(SIZE)
+    with_norm = keras.Model(inputs, keras.layers.BatchNormalization(name="norm")(inputs))
+    refuses("'norm' is a BatchNormalization", with_norm, batch_norm_statistics="frozen")
     transposed = keras.Sequential([keras.Input(SIZE), keras.layers.Conv2DTranspose(2, 3, name="up")])
     refuses("'up' is a Conv2DTranspose, whose weights cannot be trained quantized; .* ClusterableLayer can", transposed)
     broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])
     broken.get_layer("broken").set_weights([np.full([3, 2], np.nan), np.zeros(2)])
     refuses("'broken' holds infinities or NaN", broken)
-    with pytest.raises(ValueError, match="holds no ClusterQuantize layers; was it made for training"):
+    with pytest.raises(ValueError, match="holds no Clustered layers; was it made for training"):
         strip_cluster_quantize(model)
-    with pytest.raises(ValueError, match="holds no ClusterQuantize layers"):
+    with pytest.raises(ValueError, match="holds no Clustered layers"):
         fit(keras.models.clone_model(model), callbacks=[ClusterLog("unused")])

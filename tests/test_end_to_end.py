@@ -172,7 +172,12 @@ def test_export_leaves_its_files_and_numbers(exported):
         (4, "per_tensor"),
         (4, "per_channel"),
     ]
-    assert {entry["file"] for entry in report["files"]} | {"export.json", ".lock"} == set(os.listdir(folder))
+    others = {"export.json", "predictions.npz", ".lock"}
+    assert {entry["file"] for entry in report["files"]} | others == set(os.listdir(folder))
+    with np.load(folder / "predictions.npz") as classes:
+        for entry in report["files"]:
+            right = classes[entry["file"]] == classes["labels"]
+            assert len(right) == 360 and round(100 * float(np.mean(right)), 3) == entry["top1_percent"]
     for entry in report["files"]:
         assert entry["file_bytes"] == (folder / entry["file"]).stat().st_size
         assert 0 < entry["latency_ms_p50"] <= entry["latency_ms_p90"]

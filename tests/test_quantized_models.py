@@ -14,10 +14,12 @@ from tf_repvgg.quantization import (
     ActivationQuantizer,
     QuantizedConv2D,
     QuantizedKernel,
+    learned_step_quantize,
     quantize_activations,
     quantize_min_max,
     quantized_form,
     quantizers,
+    strip_learned_step,
 )
 
 SIZE = (12, 11, 3)
@@ -116,6 +118,8 @@ def test_bad_quantizers():
     for momentum in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"momentum is {momentum}; it must be from 0 to 1"):
             ActivationQuantizer(momentum)
+    with pytest.raises(ValueError, match="activation bits are 7; known: 8, 16"):
+        ActivationQuantizer(bits=7)
     with pytest.raises(ValueError, match="must hold zero"):
         ActivationQuantizer(fixed_range=(0.5, 1))
     quantizer = ActivationQuantizer(name="q")
@@ -140,6 +144,40 @@ def test_file_computes_what_the_model_computes(padding, bits, per_channel):
         np.testing.assert_array_equal(found.scale, own.scale)
         assert np.max(np.abs(own.codes.astype(int))) == 2 ** (bits - 1) - 1
     assert_file_computes_the_model(model, file, images(8, seed=1))
+
+
+def test_16_bit_activations(tmp_path):
+    """A symmetric grid, and a file that computes with int16 activations."""
+    quantizer = ActivationQuantizer(bits=16)
+    quantizer.build((None, 4))
+    quantizer.set_range(-1.0, 4.0)
+    np.testing.assert_allclose(quantizer.scale(), 4 / 32767, rtol=1e-6)
+    codes = np.float32([-40000, -32767, -0.7, 0, 1.2, 32766.8, 50000])
+    expected = np.float32([-32767, -32767, -1, 0, 1, 32767, 32767])
+    np.testing.assert_allclose(quantizer(codes * (4 / 32767)), expected * (4 / 32767), rtol=1e-4)
+
+    model = learned_step_quantize(small_repvgg(), 8, activation_bits=16, calibration=images())
+    model.save(tmp_path / "m.keras")
+    stripped = strip_learned_step(keras.models.load_model(tmp_path / "m.keras", compile=False))
+    file = tflite.convert(stripped)
+    (ends,) = Interpreter(model_content=file).get_input_details()
+    assert ends["dtype"] == np.int16
+    np.testing.assert_allclose(tflite.predict(file, images(8, seed=1)), stripped(images(8, seed=1)), atol=2e-3)
+    assert tflite.predict(tflite.convert(stripped, inference_type="float32"), images(2)).shape == (2, 5)
+    with pytest.raises(ValueError, match="inference_type is 'int8'; known for activations of 16 bits: int16, float32"):
+        tflite.convert(stripped, inference_type="int8")
+
+
+def test_16_bit_fixed_ranges():
+    """Sigmoid, softmax and tanh have the scales that integer kernels prescribe."""
+    inputs = keras.Input(SIZE)
+    features = keras.layers.Conv2D(4, 3, activation="sigmoid")(inputs)
+    features = keras.layers.Conv2D(4, 3, activation="tanh")(features)
+    features = keras.layers.GlobalAveragePooling2D()(features)
+    model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(features))
+    trained = learned_step_quantize(model, 8, activation_bits=16, calibration=images())
+    file = tflite.convert(strip_learned_step(trained))
+    np.testing.assert_allclose(tflite.predict(file, images(4)), model(images(4)), atol=0.02)
 
 
 @pytest.mark.parametrize("inference_type", ["uint8", "float32"])

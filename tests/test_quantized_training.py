@@ -8,6 +8,7 @@ import pytest
 import tf_keras as keras
 
 from tf_repvgg import runs, tflite
+from tf_repvgg.models import build_repvgg
 from tf_repvgg.quantization import QuantizedLayer, quantizers
 
 FLAGS = ("--novalidation", "--crop_padding=1", "--batch_size=32", "--learning_rate=0.001", "--weight_decay=0")
@@ -77,6 +78,50 @@ def test_the_float_reference(float_run, run_forked, tmp_path):
     assert report["float_fused_top1_percent"] > 93
     assert "float_training_form_top1_percent" not in report
     assert report["files"][0]["agreement_with_float_percent"] > 95
+
+
+def test_tfmot_in_two_runs(float_run, run_forked, tmp_path):
+    """Clustering, then quantization that keeps the clusters; the file is exported as any other."""
+    for name, init_from, *words in (
+        ("clustering", float_run, "--quantize=tfmot_clustering", "--number_of_clusters=8"),
+        ("quantization", tmp_path / "clustering", "--quantize=tfmot_quantization", f"--distill_from={float_run}"),
+    ):
+        command = ("train/main.py", *FLAGS, f"--workdir={tmp_path / name}", f"--init_from={init_from}", *words)
+        result = run_forked(*command, "--epochs=1")
+        assert result.status == 0, result.stderr[-3000:]
+    clustered = keras.models.load_model(tmp_path / "clustering" / runs.MODEL_NAME)
+    assert max(len(np.unique(layer.kernel)) for layer in clustered.layers if hasattr(layer, "kernel")) == 8
+    result = run_forked("export/main.py", f"--workdir={tmp_path / 'quantization'}")
+    assert result.status == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "quantization" / "export" / "export.json").read_text())
+    assert report["files"][0]["agreement_with_trained_model_percent"] >= 99
+    assert report["files"][0]["weights"] == "as trained"
+
+
+def test_in_training_form(tmp_path, run_forked, digits):
+    """The branches of a run train on; with 16-bit activations the file has int16 ends."""
+    folder = tmp_path / "branches"
+    folder.mkdir()
+    keras.utils.set_random_seed(0)
+    build_repvgg("digits", (8, 8, 1), 10, norm="oabn").save(folder / runs.MODEL_NAME)
+    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.facts()))
+    result = run_forked(
+        "train/main.py",
+        *FLAGS,
+        f"--workdir={tmp_path / 'run'}",
+        f"--init_from={folder}",
+        "--quantize=clusterqat",
+        "--batch_norm_statistics=running",
+        "--activation_bits=16",
+        "--epochs=1",
+        "--steps_per_epoch=5",
+    )
+    assert result.status == 0, result.stderr[-3000:]
+    result = run_forked("export/main.py", f"--workdir={tmp_path / 'run'}")
+    assert result.status == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "run" / "export" / "export.json").read_text())
+    assert report["inference_type"] == "int16"
+    assert report["files"][0]["agreement_with_trained_model_percent"] >= 99
 
 
 def test_killed_and_resumed(float_run, run_forked, tmp_path):

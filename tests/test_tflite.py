@@ -434,7 +434,7 @@ def test_constants_are_aligned(fused, file):
 
 
 def test_bad_arguments(fused, file):
-    with pytest.raises(ValueError, match="inference_type is 'int4'; known: int8, uint8, float32"):
+    with pytest.raises(ValueError, match="inference_type is 'int4'; known for activations of 8 bits: int8, uint8"):
         tflite.convert(fused, calibration(), inference_type="int4")
     with pytest.raises(ValueError, match="no calibration images; activation ranges need at least one"):
         tflite.convert(fused, [])

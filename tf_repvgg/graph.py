@@ -12,6 +12,15 @@ def is_functional(layer) -> bool:
     return isinstance(layer, keras.Model) and getattr(layer, "_is_graph_network", False)
 
 
+def leaves(model: keras.Model) -> list:
+    """The layers of a functional model, those of nested models in their place; not what layers are made of inside."""
+    found = {}
+    for layer in model.layers:
+        for leaf in leaves(layer) if is_functional(layer) else [layer]:
+            found[id(leaf)] = leaf
+    return list(found.values())
+
+
 def unique_names(model: keras.Model, of=keras.layers.Layer) -> dict[int, str]:
     """A name for each layer of class `of`, by id of the layer, nested models included.
 

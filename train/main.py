@@ -172,14 +172,14 @@ def make_model(data, image_shape, precision="float32"):
     )
 
 
-def make_trainer(data):
-    """The compiled model at its start."""
+def make_trainer(data, tuning=None):
+    """The compiled model at its start: that of the flags, or of `quantized.FineTuning`."""
     if FLAGS.early_epochs and FLAGS.early_crop > min(data.preprocessing.size):
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
         )
-    if FLAGS.quantize:
-        trainer = quantized.make_model(data)
+    if tuning:
+        trainer = tuning.model
     else:
         trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
         if FLAGS.init_from:
@@ -207,15 +207,18 @@ def make_trainer(data):
     return trainer
 
 
-def train(run, data, trainer, resume, average):
-    """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images."""
+def train(run, data, trainer, resume, average, also):
+    """Trains from the last checkpoint to the end: on small crops first if asked for, then on whole images.
+
+    `average` is None or the callback of --ema; `also` are more callbacks.
+    """
     steps = steps_per_epoch(data)
     every_phase = [
         callbacks.StopOnNaN(),
         *([average] if average else []),
         callbacks.MetricsLog(run.metrics_path, resume.first_epoch, resume.seconds_before),
         keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False),
-        *quantized.callbacks(run, steps * FLAGS.epochs, steps),
+        *also,
         resume,
     ]
     first, step = resume.first_epoch, resume.first_step
@@ -255,27 +258,30 @@ def main(_):
         data = make_data()
         trains = not (FLAGS.evaluate_only or run.is_complete)
         if trains:
-            model = None if FLAGS.quantize else make_model(data, data.image_shape)
-            trainer = make_trainer(data)
+            tuning = quantized.FineTuning(data) if FLAGS.quantize else None
+            model = None if tuning else make_model(data, data.image_shape)
+            trainer = make_trainer(data, tuning)
             run.start(FLAGS, data)  # after everything that can refuse
             average = callbacks.AverageWeights(trainer, FLAGS.ema) if FLAGS.ema else None
-            also = {"averages": average.averages} if average else {}
-            resume = callbacks.Resume(run.checkpoints_path, trainer, FLAGS.checkpoint_minutes, **also)
+            averages = {"averages": average.averages} if average else {}
+            resume = callbacks.Resume(run.checkpoints_path, trainer, FLAGS.checkpoint_minutes, **averages)
+            steps = steps_per_epoch(data)
+            also = tuning.callbacks(run, steps * FLAGS.epochs, steps) if tuning else []
         else:
             model = runs.load_model(run.path)
     if trains:
         if model:
             summary(model)
         try:
-            train(run, data, trainer, resume, average)
+            train(run, data, trainer, resume, average, also)
         except FloatingPointError as error:
             kept = f"{resume.latest} is kept" if resume.latest else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"{error}; {kept}; the same command goes on from there, so rather try a lower --learning_rate in a new "
                 "workdir"
             ) from None
-        if FLAGS.quantize:
-            model = quantized.finished(trainer)
+        if tuning:
+            model = tuning.finished(trainer)
         else:
             model.set_weights([weight.numpy() for weight in (average.averages if average else trainer.weights)])
         run.save_model(model)

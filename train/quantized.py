@@ -2,9 +2,10 @@
 
 import tf_keras as keras
 from absl import flags
+from tensorflow_model_optimization.python.core.clustering.keras.cluster import strip_clustering
 
 from tf_repvgg import fusion, runs
-from tf_repvgg.quantization import clustering, learned_step_quantize, quantizers, strip_learned_step
+from tf_repvgg.quantization import clustering, learned_step_quantize, quantizers, strip_learned_step, tfmot_baseline
 from tf_repvgg.training import finished_runs
 
 FLAGS = flags.FLAGS
@@ -15,10 +16,11 @@ _AGGREGATIONS = {aggregation.name.lower(): aggregation for aggregation in cluste
 flags.DEFINE_enum(
     "quantize",
     None,
-    ["clusterqat", "lsq", "float"],
-    "Fine-tune the fused network of the finished run --init_from: with 8-bit activations and clustered weights, or "
-    "weights on uniform grids whose steps are learned; or, as the reference for both, in float. The flags that "
-    "describe a network do not matter then.",
+    ["clusterqat", "lsq", "tfmot_clustering", "tfmot_quantization", "float"],
+    "Fine-tune the network of the finished run --init_from, fused: with 8-bit activations and clustered weights, or "
+    "weights on uniform grids whose steps are learned; by plain tfmot, first clustering, then in a second run "
+    "cluster-preserving quantization; or, as the reference for all, in float. The flags that describe a network do not "
+    "matter then.",
 )
 flags.DEFINE_string(
     "number_of_clusters", "8", "States of each layer's codebook, 2 to 256; by layer name: 'stem=256,logits=256,.*=8'."
@@ -27,7 +29,9 @@ flags.DEFINE_string("weight_bits", "4", "Of LSQ's grids, 2 to 8; by layer name: 
 flags.DEFINE_enum(
     "granularity", "per_tensor", ["per_tensor", "per_channel"], "A codebook or grid for each layer, or output channel."
 )
-flags.DEFINE_enum("cluster_centroids_init", "kmeans", list(_CENTROIDS_INIT), "Where centroids start.")
+flags.DEFINE_enum(
+    "cluster_centroids_init", "kmeans", list(_CENTROIDS_INIT), "Where centroids start; tfmot's own k-means is its ++."
+)
 flags.DEFINE_float(
     "centroid_update_rate",
     0.1,
@@ -40,6 +44,14 @@ flags.DEFINE_boolean("train_centroids", False, "Let the optimizer move centroids
 flags.DEFINE_enum(
     "cluster_gradient_aggregation", "sum", list(_AGGREGATIONS), "A centroid's gradient, of those of its weights."
 )
+flags.DEFINE_enum(
+    "batch_norm_statistics",
+    None,
+    clustering.BATCH_NORM_STATISTICS,
+    "ClusterQAT in training form: the branches train and their merged kernel is quantized in every step, with running "
+    "means and variances that rest or follow; by default it is the fused network that trains.",
+)
+flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Of activations, input included.")
 flags.DEFINE_float(
     "freeze_epochs", 0.0, "The last so many epochs train with resting clusters and activation ranges.", lower_bound=0
 )
@@ -51,55 +63,93 @@ flags.DEFINE_integer(
 _WITHOUT = {"ema": 0.0, "early_epochs": 0, "merged_weight_decay": 0.0, "precision": "float32"}
 
 
-def make_model(data) -> keras.Model:
-    """The network of --init_from, fused and prepared for training as --quantize says.
+class FineTuning:
+    """What --quantize asks for.
+
+    Attributes:
+      model: what is to be trained.
 
     Raises:
       ValueError: for flags that do not go together, and a run that is of other data.
       FileNotFoundError: if --init_from names no finished run.
     """
+
+    def __init__(self, data):
+        _check_flags()
+        model = finished_runs.load_matching(FLAGS.init_from, data, "run")
+        if quantizers(model):
+            raise ValueError(
+                f"--init_from={FLAGS.init_from} is quantized already; name the float run that it came from"
+            )
+        has_blocks = fusion.needs_fusing(model)
+        if FLAGS.batch_norm_statistics and not has_blocks:
+            raise ValueError(
+                f"--batch_norm_statistics={FLAGS.batch_norm_statistics} is for networks in training form, but that of "
+                f"--init_from={FLAGS.init_from} is fused; leave it"
+            )
+        self._base = fusion.fuse(model) if has_blocks and not FLAGS.batch_norm_statistics else model
+        self._data = data
+        self.model = self._prepared()
+
+    def _prepared(self):
+        per_channel = FLAGS.granularity == "per_channel"
+        initialization = _CENTROIDS_INIT[FLAGS.cluster_centroids_init]
+        activations = {
+            "activation_bits": int(FLAGS.activation_bits),
+            "calibration": self._data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator(),
+        }
+        match FLAGS.quantize:
+            case "lsq":
+                return learned_step_quantize(self._base, FLAGS.weight_bits, per_channel, **activations)
+            case "tfmot_clustering":
+                initialization = initialization or clustering.CentroidInitialization.KMEANS_PLUS_PLUS
+                return tfmot_baseline.tfmot_cluster(self._base, FLAGS.number_of_clusters, initialization, per_channel)
+            case "tfmot_quantization":
+                return tfmot_baseline.tfmot_quantize(self._base)
+            case "clusterqat":
+                return clustering.cluster_quantize(
+                    self._base,
+                    FLAGS.number_of_clusters,
+                    initialization,
+                    per_channel,
+                    _AGGREGATIONS[FLAGS.cluster_gradient_aggregation],
+                    centroid_update_rate=FLAGS.centroid_update_rate,
+                    centroid_update_steps=FLAGS.centroid_update_steps,
+                    train_centroids=FLAGS.train_centroids,
+                    batch_norm_statistics=FLAGS.batch_norm_statistics,
+                    **activations,
+                )
+        return self._base
+
+    def callbacks(self, run: runs.Run, steps: int, steps_per_epoch: int) -> list:
+        """Those that belong to a training of so many steps."""
+        if FLAGS.quantize != "clusterqat":
+            return []
+        found = [clustering.ClusterLog(f"{run.tensorboard_path}/clusters")]
+        if FLAGS.freeze_epochs:
+            found.append(clustering.FreezeClusters(steps - round(FLAGS.freeze_epochs * steps_per_epoch)))
+        return found
+
+    def finished(self, trainer: keras.Model) -> keras.Model:
+        """What the run leaves of the trained model, which may have a teacher around it."""
+        match FLAGS.quantize:
+            case "clusterqat":
+                return clustering.strip_cluster_quantize(trainer)
+            case "lsq":
+                return strip_learned_step(trainer)
+            case "tfmot_quantization":
+                return tfmot_baseline.strip_tfmot_quantize(trainer, self._base)
+        plain = keras.Model(trainer.inputs, trainer.outputs, name=trainer.name)
+        return strip_clustering(plain) if FLAGS.quantize == "tfmot_clustering" else plain
+
+
+def _check_flags():
     if not FLAGS.init_from:
         raise ValueError(f"--quantize={FLAGS.quantize} fine-tunes a trained network; name its workdir by --init_from")
     for name, value in _WITHOUT.items():
         if FLAGS[name].value != value:
             raise ValueError(f"--{name}={FLAGS[name].value} does not go with --quantize; leave it at {value}")
-    model = finished_runs.load_matching(FLAGS.init_from, data, "run")
-    if quantizers(model):
-        raise ValueError(f"--init_from={FLAGS.init_from} is quantized already; name the float run that it came from")
-    fused = fusion.fuse(model) if fusion.needs_fusing(model) else model
-    if FLAGS.quantize == "float":
-        return fused
-    per_channel = FLAGS.granularity == "per_channel"
-    calibration = data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator()
-    if FLAGS.quantize == "lsq":
-        return learned_step_quantize(fused, FLAGS.weight_bits, per_channel, calibration=calibration)
-    return clustering.cluster_quantize(
-        fused,
-        FLAGS.number_of_clusters,
-        _CENTROIDS_INIT[FLAGS.cluster_centroids_init],
-        per_channel,
-        _AGGREGATIONS[FLAGS.cluster_gradient_aggregation],
-        centroid_update_rate=FLAGS.centroid_update_rate,
-        centroid_update_steps=FLAGS.centroid_update_steps,
-        train_centroids=FLAGS.train_centroids,
-        calibration=calibration,
-    )
-
-
-def callbacks(run: runs.Run, steps: int, steps_per_epoch: int) -> list:
-    """Those that --quantize adds to a training of so many steps."""
-    if FLAGS.quantize != "clusterqat":
-        return []
-    found = [clustering.ClusterLog(f"{run.tensorboard_path}/clusters")]
-    if FLAGS.freeze_epochs:
-        found.append(clustering.FreezeClusters(steps - round(FLAGS.freeze_epochs * steps_per_epoch)))
-    return found
-
-
-def finished(trainer: keras.Model) -> keras.Model:
-    """The model that the run leaves."""
-    if FLAGS.quantize == "clusterqat":
-        return clustering.strip_cluster_quantize(trainer)
-    if FLAGS.quantize == "lsq":
-        return strip_learned_step(trainer)
-    return keras.Model(trainer.inputs, trainer.outputs, name=trainer.name)  # without a teacher
+    if FLAGS.batch_norm_statistics and FLAGS.quantize != "clusterqat":
+        raise ValueError(
+            f"--batch_norm_statistics={FLAGS.batch_norm_statistics} goes with --quantize=clusterqat only; leave it"
+        )

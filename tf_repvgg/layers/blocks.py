@@ -154,10 +154,11 @@ class ReparameterizedBlock(keras.layers.Layer):
     def _keeps_shape(self, input_shape):
         return self.strides == 1 and input_shape[-1] == self.filters
 
+    def _padded(self, inputs):
+        return tf.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]]) if self.needs_explicit_padding else inputs
+
     def _conv3x3(self, inputs):
-        if self.needs_explicit_padding:
-            inputs = tf.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]])
-        return self.conv3x3(inputs)
+        return self.conv3x3(self._padded(inputs))
 
     def _conv1x1(self, inputs):
         """The 1x1 convolution on the pixels under the 3x3 convolution's centre tap.
@@ -206,6 +207,32 @@ class ReparameterizedBlock(keras.layers.Layer):
         """(mean, variance) of the merged convolution's output as the normalizations imply, each [out] or None."""
         raise NotImplementedError
 
+    def merged_call(self, inputs, kernel, bias):
+        """The block on a merged kernel and bias of any origin, such as a quantized one; differentiable in all."""
+        outputs = self.conv3x3.convolution_op(self._padded(inputs), kernel=kernel)
+        return self._activated(tf.nn.bias_add(outputs, bias))
+
+    def merged_convolution(self, name=None):
+        """The convolution of the deploy form: a new layer without weights, by default named as the block.
+
+        It ends in the block's activation, unless a squeeze-and-excite comes first.
+        """
+        return keras.layers.Conv2D(
+            self.filters,
+            _KERNEL_SIZE,
+            groups=self.groups,
+            activation=self.activation if self.squeeze_excite is None else None,
+            name=name or self.name,
+            dtype=self.variable_dtype,
+            **self._spatial_arguments(),
+        )
+
+    def deploy_padding(self, name=None):
+        """The layer before that convolution, or None where the block needs none."""
+        if not self.needs_explicit_padding:
+            return None
+        return keras.layers.ZeroPadding2D(1, name=f"{name or self.name}_padding", dtype=self.variable_dtype)
+
     def deploy_form(self, name=None):
         """The same function of plain layers that are new and hold the merged weights, as a callable on tensors.
 
@@ -214,28 +241,19 @@ class ReparameterizedBlock(keras.layers.Layer):
         them or is set now.
         """
         name = name or self.name
-        common = {"dtype": self.variable_dtype}
-        has_tail = self.squeeze_excite is not None
-        conv = keras.layers.Conv2D(
-            self.filters,
-            _KERNEL_SIZE,
-            groups=self.groups,
-            activation=None if has_tail else self.activation,
-            name=name,
-            **common,
-            **self._spatial_arguments(),
-        )
+        conv = self.merged_convolution(name)
         kernel, bias = self.equivalent_kernel_and_bias()
         conv.build((None, None, None, kernel.shape[2] * self.groups))
         conv.set_weights([kernel.numpy(), bias.numpy()])
         layers = [conv]
-        if self.needs_explicit_padding:
-            layers.insert(0, keras.layers.ZeroPadding2D(1, name=f"{name}_padding", **common))
-        if has_tail:
+        if (padding := self.deploy_padding(name)) is not None:
+            layers.insert(0, padding)
+        if self.squeeze_excite is not None:
             tail = self._squeeze_excite(self.variable_dtype, name)
             tail.copy_weights(self.squeeze_excite)
+            activation = keras.layers.Activation(self.activation, name=f"{name}_activation", dtype=self.variable_dtype)
             # Past its __call__, so that a functional model holds its layers and not the custom layer.
-            layers += [tail.call, keras.layers.Activation(self.activation, name=f"{name}_activation", **common)]
+            layers += [tail.call, activation]
 
         def call(inputs):
             for layer in layers:

@@ -1,4 +1,4 @@
-"""Activations on 8-bit grids in a Keras model, where and as an integer TFLite file has them."""
+"""Activations on integer grids in a Keras model, where and as an integer TFLite file has them."""
 
 import collections
 from collections.abc import Callable
@@ -10,12 +10,15 @@ import tf_keras as keras
 from tf_repvgg import graph
 
 WEIGHTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
-# Ranges that TFLite prescribes for the outputs of these activations.
+ACTIVATION_BITS = (8, 16)
+# Ranges that TFLite prescribes for the outputs of these activations in 8 bits; in 16, one for all.
 FIXED_RANGES = {"sigmoid": (0.0, 255 / 256), "softmax": (0.0, 255 / 256), "tanh": (-1.0, 127 / 128)}
+_FIXED_RANGE_16 = (-32767 / 32768, 32767 / 32768)
 
 _FUSED_ACTIVATIONS = ("linear", "relu", "relu6")
 # A range narrower than the first is that of an activation that is always zero; runtimes refuse scales that small.
 _DEAD_WIDTH, _NOMINAL_WIDTH = 1e-5, 255 / 128
+_LARGEST_16_BIT_CODE = 32767
 # TFLite gives the outputs of these the scale of their input; a grid of their own would not convert.
 _RANGE_PRESERVING = (
     keras.layers.AveragePooling2D,
@@ -35,10 +38,11 @@ _RANGE_PRESERVING = (
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
 class ActivationQuantizer(keras.layers.Layer):
-    """Fake quantization of activations to 8 bits, affine, one range per tensor, as TFLite computes it.
+    """Fake quantization of activations to 8 or 16 bits, one range per tensor, as TFLite computes it.
 
     Forward: with [minimum, maximum] moved by less than half a step so that zero is a code,
-    `scale * round(clip(x) / scale)`, rounding ties up. Pseudo-gradient: 1 inside the range, 0 outside.
+    `scale * round(clip(x) / scale)`, rounding ties up. Of 16 bits the range is symmetric around zero. Pseudo-gradient:
+    1 inside the range, 0 outside.
     In training the range follows that of the batches, which the same step already uses:
     `range = momentum * range + (1 - momentum) * range of the batch`; the first batch sets it.
 
@@ -48,15 +52,18 @@ class ActivationQuantizer(keras.layers.Layer):
       momentum: of the running range, 0 to 1.
       fixed_range: (minimum, maximum) that never changes, for activations whose range TFLite prescribes.
       nonnegative: that inputs are known to be zero or above, as after ReLU; saves a pass over them.
+      bits: 8 or 16.
 
     Raises:
-      ValueError: for a momentum outside 0..1, or a fixed range that does not hold zero.
+      ValueError: for a momentum outside 0..1, other bits, or a fixed range that does not hold zero.
 
     References: arXiv:1712.05877 (section 3 and 3.1).
     """
 
-    def __init__(self, momentum=0.99, fixed_range=None, nonnegative=False, **kwargs):
+    def __init__(self, momentum=0.99, fixed_range=None, nonnegative=False, bits=8, **kwargs):
         super().__init__(**kwargs)
+        if bits not in ACTIVATION_BITS:
+            raise ValueError(f"activation bits are {bits!r}; known: {', '.join(map(str, ACTIVATION_BITS))}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum is {momentum!r}; it must be from 0 to 1")
         if fixed_range is not None and not fixed_range[0] <= 0 <= fixed_range[1]:
@@ -64,6 +71,7 @@ class ActivationQuantizer(keras.layers.Layer):
         self.momentum = momentum
         self.fixed_range = None if fixed_range is None else tuple(map(float, fixed_range))
         self.nonnegative = nonnegative
+        self.bits = bits
 
     def build(self, input_shape):
         start = (np.nan, np.nan) if self.fixed_range is None else self.fixed_range
@@ -91,7 +99,7 @@ class ActivationQuantizer(keras.layers.Layer):
     def scale(self) -> float:
         """The step of the grid; NaN while there is no range."""
         minimum, maximum = self.bounds()
-        return float((maximum - minimum) / 255)
+        return float((maximum - minimum) / (2 * _LARGEST_16_BIT_CODE if self.bits == 16 else 255))
 
     def bounds(self):
         """(minimum, maximum) of the grid, both codes of it as zero is.
@@ -100,6 +108,10 @@ class ActivationQuantizer(keras.layers.Layer):
         different ones.
         """
         minimum, maximum = tf.unstack(self.range)
+        if self.bits == 16:
+            largest = tf.maximum(-minimum, maximum)
+            largest = tf.where(largest < _DEAD_WIDTH, _NOMINAL_WIDTH, largest)
+            return -largest, largest
         width = tf.where(maximum - minimum < _DEAD_WIDTH, _NOMINAL_WIDTH, maximum - minimum)
         scale = width / 255
         zero_code = tf.round(-minimum / scale)
@@ -111,7 +123,11 @@ class ActivationQuantizer(keras.layers.Layer):
             tf.cond(self.is_frozen, lambda: None, lambda: self._follow(tf.stop_gradient(values)))
         minimum, maximum = self.bounds()
         outputs = tf.quantization.fake_quant_with_min_max_vars(
-            values, tf.stop_gradient(minimum), tf.stop_gradient(maximum)
+            values,
+            tf.stop_gradient(minimum),
+            tf.stop_gradient(maximum),
+            num_bits=self.bits,
+            narrow_range=self.bits == 16,
         )
         return tf.cast(outputs, inputs.dtype)
 
@@ -127,6 +143,7 @@ class ActivationQuantizer(keras.layers.Layer):
             "momentum": self.momentum,
             "fixed_range": self.fixed_range,
             "nonnegative": self.nonnegative,
+            "bits": self.bits,
         }
 
 
@@ -140,8 +157,9 @@ def quantize_activations(
     replace_weighted: Callable | None = None,
     make_quantizer: Callable = ActivationQuantizer,
     weighted: tuple = WEIGHTED,
+    bits: int = 8,
 ) -> keras.Model:
-    """A copy of a fused model with a quantizer wherever an int8 TFLite file of it rounds.
+    """A copy of a fused model with a quantizer wherever an integer TFLite file of it rounds.
 
     That is after inputs and after every operation that computes, but not after those whose output has its input's grid
     (reshaping, padding, pooling but for the global mean, upsampling), nor between an operation and the ReLU that is
@@ -154,9 +172,10 @@ def quantize_activations(
         -> callable on tensors that takes the layer's place; by default a copy.
       make_quantizer: makes each quantizer from the keywords of `ActivationQuantizer`.
       weighted: classes of the layers that `replace_weighted` is asked for.
+      bits: of activations, 8 or 16.
 
     Raises:
-      ValueError: if the model is not functional.
+      ValueError: if the model is not functional, or for other bits.
     """
     if not graph.is_functional(model):
         raise ValueError(f"quantization needs a functional Keras 2 model, but got {type(model).__name__}")
@@ -171,14 +190,14 @@ def quantize_activations(
                 return tensor
             calls[name] += 1
             suffix = f"_{calls[name]}" if calls[name] > 1 else ""
-            return make_quantizer(name=f"{name}_quantizer{suffix}", **options)(tensor)
+            return make_quantizer(name=f"{name}_quantizer{suffix}", bits=bits, **options)(tensor)
 
         return tf.nest.map_structure(one, tensors)
 
     def replace(layer):
         name = names[id(layer)]
         activation = _activation_name(layer)
-        options = _quantizer_options(activation)
+        options = _quantizer_options(activation, bits)
         if isinstance(layer, WEIGHTED) and activation not in _FUSED_ACTIVATIONS:
             linear = replace_weighted(layer, {"name": name, "activation": "linear"})
             activate = keras.layers.Activation(layer.activation, name=f"{name}_activation")
@@ -224,9 +243,9 @@ def _activation_name(layer):
     return "linear_only" if name == "linear" and isinstance(layer, keras.layers.Activation) else name
 
 
-def _quantizer_options(activation):
+def _quantizer_options(activation, bits):
     if activation in FIXED_RANGES:
-        return {"fixed_range": FIXED_RANGES[activation]}
+        return {"fixed_range": FIXED_RANGES[activation] if bits == 8 else _FIXED_RANGE_16}
     return {"nonnegative": True} if activation in ("relu", "relu6") else {}
 
 

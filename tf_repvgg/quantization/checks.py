@@ -61,7 +61,7 @@ def by_layer(
     """
     patterns = _parse_by_layer(value, what, lowest, highest)
     unique = graph.unique_names(model)
-    names = [unique[id(layer)] for layer in model._flatten_layers() if isinstance(layer, classes)]
+    names = [unique[id(layer)] for layer in graph.leaves(model) if isinstance(layer, classes)]
     for pattern in patterns:
         if not any(re.fullmatch(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names) or names

@@ -144,3 +144,25 @@ def quantized_form(layer, per_channel, **changes):
         )
     config = layer.get_config() | {"dtype": layer.variable_dtype, "per_channel": per_channel} | changes
     return _QUANTIZED_FORMS[type(layer)].from_config(config)
+
+
+def filled(form: QuantizedLayer, kernel, scale, bias):
+    """A new quantized layer as a callable on tensors, which puts weights into it once it is built.
+
+    Args:
+      form: see `quantized_form`.
+      kernel: tensor or array that lies on the grid; any shape with the codes in order.
+      scale: float32 [1 or output channels].
+      bias: [output channels]; left out where the layer has none.
+    """
+
+    def call(*arguments, **keywords):
+        outputs = form(*arguments, **keywords)
+        steps = np.asarray(scale, np.float32)
+        codes = np.round(np.reshape(kernel, form.codes_shape) / steps).astype(np.int8)
+        form.set_quantized_kernel(QuantizedKernel(codes, steps))
+        if form.use_bias:
+            form.bias.assign(bias)
+        return outputs
+
+    return call

@@ -8,8 +8,7 @@ import tf_keras as keras
 
 from tf_repvgg.quantization import trainable
 from tf_repvgg.quantization.checks import by_layer
-from tf_repvgg.quantization.layers import bias_of, kernel_of, linear, quantized_form
-from tf_repvgg.quantization.uniform import QuantizedKernel
+from tf_repvgg.quantization.layers import bias_of, filled, kernel_of, linear, quantized_form
 
 _SMALLEST_STEP = 1e-8
 
@@ -19,7 +18,7 @@ def learned_step_quantize(
     weight_bits: int | str | Mapping[str, int] = 8,
     per_channel: bool = False,
     *,
-    activations: bool = True,
+    activation_bits: int | None = 8,
     range_momentum: float = 0.99,
     calibration: Iterable | None = None,
 ) -> keras.Model:
@@ -29,7 +28,7 @@ def learned_step_quantize(
       model: functional deploy-form model of Conv2D, DepthwiseConv2D and Dense layers.
       weight_bits: 2 to 8, or {pattern of layer names: bits}, also as text: "stem=8,.*=4".
       per_channel: a step for every output channel, or one for the kernel.
-      activations, range_momentum, calibration: as for `tf_repvgg.quantization.cluster_quantize`.
+      activation_bits, range_momentum, calibration: as for `tf_repvgg.quantization.cluster_quantize`.
 
     Returns:
       A model with the inputs and outputs of `model`, not compiled.
@@ -41,7 +40,7 @@ def learned_step_quantize(
     trainable.check_model(model)
     bits = by_layer(model, weight_bits, "weight bits", 2, 8)
     found = trainable.wrapped(
-        model, lambda layer, name: LearnedStep(layer, bits[name], per_channel), activations, range_momentum
+        model, lambda layer, name: LearnedStep(layer, bits[name], per_channel), activation_bits, range_momentum
     )
     if calibration is not None:
         trainable.set_ranges(found, calibration)
@@ -109,19 +108,9 @@ class LearnedStep(keras.layers.Wrapper):
 
     def stripped(self):
         """The layer with its kernel on the grid, as a callable on tensors."""
-        weights, step = self.quantized_weights().numpy(), np.maximum(self.step.numpy(), np.float32(_SMALLEST_STEP))
-        quantized = QuantizedKernel(np.round(weights / step).astype(np.int8), step)
+        step = tf.maximum(self.step, _SMALLEST_STEP)
         form = quantized_form(self.layer, self.per_channel)
-        bias = bias_of(self.layer)
-
-        def call(*arguments, **keywords):
-            outputs = form(*arguments, **keywords)
-            form.set_quantized_kernel(quantized)
-            if form.use_bias:
-                form.bias.assign(bias)
-            return outputs
-
-        return call
+        return filled(form, self.quantized_weights(), step, bias_of(self.layer))
 
     def get_config(self):
         return {**super().get_config(), "weight_bits": self.weight_bits, "per_channel": self.per_channel}

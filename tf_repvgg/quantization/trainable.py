@@ -6,6 +6,7 @@ import numpy as np
 import tf_keras as keras
 
 from tf_repvgg import graph
+from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.activations import (
     WEIGHTED,
     ActivationQuantizer,
@@ -20,12 +21,14 @@ from tf_repvgg.quantization.uniform import QuantizedKernel, at_least, min_scale_
 _BATCH = 64
 
 
-def check_model(model: keras.Model, also: tuple = ()) -> None:
+def check_model(model: keras.Model, also: tuple = (), in_training_form: bool = False) -> None:
     """Refuses what cannot be trained with quantized weights.
 
     Args:
       model: any Keras model.
       also: classes of layers with weights that are welcome beside Conv2D, DepthwiseConv2D and Dense.
+      in_training_form: whether multi-branch blocks are welcome too; batch normalizations outside of them are not then,
+        since integer files have them merged.
 
     Raises:
       ValueError: if the model is not functional or not fused, or holds other layers with weights; names them.
@@ -35,11 +38,11 @@ def check_model(model: keras.Model, also: tuple = ()) -> None:
             f"training with quantization needs a functional, or built Sequential, Keras 2 model, but got "
             f"{type(model).__name__}"
         )
-    check_fused(model)
-    known = (*also, keras.layers.BatchNormalization)
-    for layer in model._flatten_layers(include_self=False):
-        is_known = graph.is_functional(layer) or has_quantized_form(layer) or isinstance(layer, known)
-        if layer.trainable_weights and not is_known:
+    if not in_training_form:
+        check_fused(model)
+    known = (*also, ReparameterizedBlock if in_training_form else keras.layers.BatchNormalization)
+    for layer in graph.leaves(model):
+        if layer.trainable_weights and not (has_quantized_form(layer) or isinstance(layer, known)):
             others = "".join(f", {its_class.__name__}" for its_class in also)
             raise ValueError(
                 f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be trained quantized; Conv2D, "
@@ -48,7 +51,7 @@ def check_model(model: keras.Model, also: tuple = ()) -> None:
 
 
 def wrapped(
-    model: keras.Model, make_wrapper: Callable, activations=True, range_momentum=0.99, classes=WEIGHTED
+    model: keras.Model, make_wrapper: Callable, activation_bits=8, range_momentum=0.99, classes=WEIGHTED
 ) -> keras.Model:
     """A copy of a fused model whose weighted layers are in wrappers, with quantizers on the activations if asked for.
 
@@ -56,7 +59,7 @@ def wrapped(
       model: functional deploy-form model that `check_model` accepts.
       make_wrapper: (copy of a layer, the layer's name) -> Keras layer that holds the copy as `layer`. It is called
         while the copy has its weights already, so that it can start from them.
-      activations: whether activations are quantized to 8 bits.
+      activation_bits: 8 or 16, or None for float activations.
       range_momentum: of their running ranges.
       classes: of the layers to be wrapped.
     """
@@ -69,16 +72,17 @@ def wrapped(
 
         def call(inputs, **keywords):
             if not copy.built:
-                copy.build(inputs.shape)
+                # Called, not built: a block's own layers have their weights only then.
+                copy(keras.Input(inputs.shape[1:]))
                 copy.set_weights(weights)
             return wrapper(inputs, **keywords)
 
         return call
 
     def make_quantizer(**options):
-        return ActivationQuantizer(range_momentum, **options) if activations else lambda tensor: tensor
+        return ActivationQuantizer(range_momentum, **options) if activation_bits else lambda tensor: tensor
 
-    return quantize_activations(model, replace, make_quantizer, classes)
+    return quantize_activations(model, replace, make_quantizer, classes, activation_bits)
 
 
 def set_ranges(model: keras.Model, calibration: Iterable) -> None:

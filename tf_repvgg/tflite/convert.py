@@ -16,26 +16,29 @@ from tf_repvgg.quantization.layers import QuantizedLayer, bias_of, kernel_of
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias, quantize_min_max
 from tf_repvgg.tflite import flatbuffer
 
-INFERENCE_TYPES = {"int8": tf.int8, "uint8": tf.uint8, "float32": tf.float32}
+INFERENCE_TYPES = {"int8": tf.int8, "uint8": tf.uint8, "int16": tf.int16, "float32": tf.float32}
+_INFERENCE_TYPES_OF = {8: ("int8", "uint8", "float32"), 16: ("int16", "float32")}  # by activation bits
 METADATA_NAME = "TF_REPVGG_INPUT"
 # The converter gives an activation that is zero on every calibration image a range of +-1e-6. With scales that far from
 # their neighbours' XNNPACK refuses to load the file.
 _DEAD_SCALE = 1e-8
 _NOMINAL_SCALE = 2.0**-7
+_FIXED_SCALE_16 = 2.0**-15
 
 
 def convert(
     model: keras.Model,
     calibration=None,
     per_channel: bool = True,
-    inference_type: str = "int8",
+    inference_type: str | None = None,
     weight_bits: int = 8,
     kernels: Mapping[str, QuantizedKernel] | None = None,
     metadata: Mapping | None = None,
 ) -> bytes:
-    """Writes a fused model as a fully integer file: int8 activations and weights, int32 biases, batch 1.
+    """Writes a fused model as a fully integer file: int8 activations and weights, integer biases, batch 1.
 
-    A quantized model, one that holds `ActivationQuantizer`s, needs no calibration: the file has its ranges. Of any
+    A quantized model, one that holds `ActivationQuantizer`s, needs no calibration: the file has its ranges, and int16
+    activations where they have 16 bits. Of any
     other, activation ranges are the smallest and largest values seen on the calibration images. Weights are those of
     `with_weights`.
 
@@ -44,7 +47,8 @@ def convert(
       calibration: iterable of normalised float images [height, width, channels], without a batch dimension; None for
         a quantized model, whose input must then have a known size.
       per_channel: one weight scale per output channel, or one per tensor.
-      inference_type: type of input and output: "int8", "uint8" or "float32".
+      inference_type: type of input and output: that of the activations by default; "int8", "uint8" or "float32", or of
+        int16 activations "int16" or "float32".
       weight_bits: 2 to 8: of the uniform weight grid, stored in int8.
       kernels: codes and scales by layer name, for layers that are already quantized. A DepthwiseConv2D's codes
         have shape [height, width, 1, channels * depth multiplier].
@@ -59,8 +63,7 @@ def convert(
         that are none, of another shape, or not finite, or given for a quantized model; and for a quantized model with
         an activation that has no range.
     """
-    if inference_type not in INFERENCE_TYPES:
-        raise ValueError(f"inference_type is {inference_type!r}; known: {', '.join(INFERENCE_TYPES)}")
+    inference_type = checked_inference_type(inference_type, activation_bits(model))
     check_fused(model)
     if quantizers(model):
         _check_quantized(model, calibration)
@@ -70,6 +73,23 @@ def convert(
         images = checked_images(() if calibration is None else calibration, model.input_shape)
         file = _converted(model, images[0].shape[1:], inference_type, images)
     return with_weights(file, model, weight_bits, per_channel, kernels, metadata)
+
+
+def activation_bits(model: keras.Model) -> int:
+    """The bits of activations in a model's file: those of its quantizers; 8 where it has none."""
+    return next((quantizer.bits for quantizer in quantizers(model)), 8)
+
+
+def checked_inference_type(asked: str | None, bits: int) -> str:
+    """The type of input and output that a file with activations of so many bits has: that asked for, or its default.
+
+    Raises:
+      ValueError: if there is no such file.
+    """
+    known = _INFERENCE_TYPES_OF[bits]
+    if asked not in (None, *known):
+        raise ValueError(f"inference_type is {asked!r}; known for activations of {bits} bits: {', '.join(known)}")
+    return asked or known[0]
 
 
 def _check_quantized(model, calibration):
@@ -106,6 +126,9 @@ def _converted(model, image_shape, inference_type, images=None):
     if images is not None:
         converter.representative_dataset = lambda: ([image] for image in images)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    if activation_bits(model) == 16:
+        int16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+        converter.target_spec.supported_ops = [int16]
     converter.inference_input_type = converter.inference_output_type = INFERENCE_TYPES[inference_type]
     with warnings.catch_warnings(), native_output.hidden():
         warnings.simplefilter("ignore")
@@ -124,7 +147,8 @@ def with_weights(
 
     Layers named in `kernels` get exactly those codes and scales, quantized layers their own; all others are rounded by
     `quantize_min_max`.
-    Biases are int32 with scale (input scale * weight scale). Arguments as for `convert`.
+    Biases are int32, or int64 where activations are int16, with scale (input scale * weight scale). Arguments as for
+    `convert`.
 
     Raises:
       ValueError: if an operator of the file has no counterpart in the model, a layer's weights cannot be put on the
@@ -138,6 +162,7 @@ def with_weights(
     _check_given(kernels, layers)
     for graph in flat.subgraphs:
         _widen_dead_activations(flat, graph)
+        _mend_16_bit_activations(flat, graph)
         for layer, layout, operators in _shared_weights(flat, graph, layers):
             input_scales = [graph.tensors[operator.inputs[0]].quantization.scale[0] for operator in operators]
             bias = bias_of(layer)
@@ -151,8 +176,7 @@ def with_weights(
             for operator, input_scale in zip(operators, input_scales, strict=True):
                 bias_scale = input_scale * quantized.scale
                 codes = _bias_codes(layer, bias, bias_scale)
-                if (bias_tensor := flatbuffer.bias_tensor(graph, operator)) is not None:
-                    flatbuffer.set_constant(flat, bias_tensor, codes, bias_scale)
+                flatbuffer.set_bias(flat, graph, operator, codes, bias_scale)
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
@@ -171,6 +195,16 @@ def _widen_dead_activations(flat, graph):
         is_constant = flat.buffers[tensor.buffer].data is not None
         if not is_constant and scale is not None and len(scale) and scale[0] < _DEAD_SCALE:
             tensor.quantization.scale = np.float32([_NOMINAL_SCALE])
+
+
+def _mend_16_bit_activations(flat, graph):
+    """Gives int16 sigmoids and tanhs the grid that their kernels insist on; the converter writes an unsigned one."""
+    for operator in graph.operators:
+        output = graph.tensors[operator.outputs[0]]
+        code = flatbuffer.operator_code(flat, operator)
+        has_fixed_scale = code in (schema.BuiltinOperator.LOGISTIC, schema.BuiltinOperator.TANH)
+        if has_fixed_scale and output.type == schema.TensorType.INT16:
+            output.quantization.scale, output.quantization.zeroPoint = np.float32([_FIXED_SCALE_16]), np.int64([0])
 
 
 def _shared_weights(flat, graph, layers):
@@ -195,7 +229,7 @@ def _shared_weights(flat, graph, layers):
 
 
 def _bias_codes(layer, bias, scale):
-    """int32 codes of a bias at a scale of shape [1] or [channels]."""
+    """Codes of a bias at a scale of shape [1] or [channels], which fit into 32 bits."""
     codes = np.round(bias / scale.astype(np.float64))
     if np.max(np.abs(codes)) > MAX_BIAS_CODE:
         channel = int(np.argmax(np.abs(codes)))
@@ -203,7 +237,7 @@ def _bias_codes(layer, bias, scale):
             f"layer {layer.name!r}: the bias {bias[channel]:g} of channel {channel} overflows int32 at scale "
             f"{np.broadcast_to(scale, codes.shape)[channel]:g}; use a larger weight scale"
         )
-    return codes.astype(np.int32)
+    return codes
 
 
 def _check_supported(model, weight_bits):
@@ -252,9 +286,5 @@ def _layer_of(flat, weights, layout, bias_tensor, layers):
             "was it changed after the conversion?"
         )
     # The converter leaves out biases of zero.
-    bias = (
-        0.0
-        if bias_tensor is None
-        else flatbuffer.constant(flat, bias_tensor, np.int32) * bias_tensor.quantization.scale
-    )
+    bias = 0.0 if bias_tensor is None else flatbuffer.bias_codes(flat, bias_tensor) * bias_tensor.quantization.scale
     return min(found, key=lambda layer: np.max(np.abs(bias_of(layer) - bias)))

@@ -10,6 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 FILE_IDENTIFIER = b"TFL3"
 DATA_ALIGNMENT = 16
 _BIAS_INPUT = 2
+_BIAS_TYPES = {schema.TensorType.INT32: np.int32, schema.TensorType.INT64: np.int64}
 
 
 class WeightsLayout(NamedTuple):
@@ -111,6 +112,23 @@ def bias_tensor(graph, operator):
     """The bias among the inputs of an operator that holds weights; None where it is left out."""
     has_bias = len(operator.inputs) > _BIAS_INPUT and operator.inputs[_BIAS_INPUT] >= 0
     return graph.tensors[operator.inputs[_BIAS_INPUT]] if has_bias else None
+
+
+def bias_codes(model, tensor) -> np.ndarray:
+    """The codes of a bias."""
+    return constant(model, tensor, _BIAS_TYPES[tensor.type])
+
+
+def set_bias(model, graph, operator, codes, scale):
+    """Gives an operator's bias, if it has one, new codes and scales.
+
+    With int16 activations it becomes int64, whatever the converter chose: kernels sum up in the type of the bias, and
+    32 bits overflow.
+    """
+    if (tensor := bias_tensor(graph, operator)) is not None:
+        if graph.tensors[operator.inputs[0]].type == schema.TensorType.INT16:
+            tensor.type = schema.TensorType.INT64
+        set_constant(model, tensor, codes.astype(_BIAS_TYPES[tensor.type]), scale)
 
 
 def constant(model, tensor, dtype) -> np.ndarray:

@@ -30,7 +30,7 @@ def _interpreter(file, threads):
     return interpreter
 
 
-def _quantized(images, details):
+def quantized(images, details):
     """Float images in the type and scale of an input tensor."""
     dtype = details["dtype"]
     if dtype == np.float32:
@@ -40,7 +40,7 @@ def _quantized(images, details):
     return np.clip(np.round(images / scale) + zero_point, limits.min, limits.max).astype(dtype)
 
 
-def _dequantized(outputs, details):
+def dequantized(outputs, details):
     if details["dtype"] == np.float32:
         return outputs
     scale, zero_point = details["quantization"]
@@ -76,12 +76,12 @@ def predict(file: bytes, images, description: str | None = None) -> np.ndarray |
             details = _outputs(interpreter)
             outputs = {name: np.empty([len(indices), *its["shape"][1:]], its["dtype"]) for name, its in details.items()}
             for row, index in enumerate(indices):
-                interpreter.set_tensor(input_details["index"], _quantized(images[index : index + 1], input_details))
+                interpreter.set_tensor(input_details["index"], quantized(images[index : index + 1], input_details))
                 interpreter.invoke()
                 for name, its in details.items():
                     outputs[name][row] = interpreter.get_tensor(its["index"])[0]
                 bar.update()
-            return {name: _dequantized(outputs[name], its) for name, its in details.items()}
+            return {name: dequantized(outputs[name], its) for name, its in details.items()}
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             parts = list(pool.map(run, interpreters, chunks))
@@ -94,7 +94,7 @@ def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
     interpreter = _interpreter(file, threads)
     (details,) = interpreter.get_input_details()
     noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
-    interpreter.set_tensor(details["index"], _quantized(noise, details))
+    interpreter.set_tensor(details["index"], quantized(noise, details))
     times = []
     for _ in range(_WARMUP_RUNS + runs):
         started = time.perf_counter()

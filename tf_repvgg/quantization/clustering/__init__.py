@@ -14,23 +14,26 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster_config i
 )
 from tensorflow_model_optimization.python.core.clustering.keras.clusterable_layer import ClusterableLayer
 
+from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization import trainable
 from tf_repvgg.quantization.activations import WEIGHTED
 from tf_repvgg.quantization.checks import by_layer
+from tf_repvgg.quantization.clustering.block import BATCH_NORM_STATISTICS, ClusterQuantizeBlock
 from tf_repvgg.quantization.clustering.callbacks import ClusterLog, FreezeClusters
-from tf_repvgg.quantization.clustering.wrapper import ClusterQuantize
+from tf_repvgg.quantization.clustering.moving_codebook import CodebookTraining
+from tf_repvgg.quantization.clustering.wrapper import Clustered, ClusterQuantize
 
 __all__ = [
+    "BATCH_NORM_STATISTICS",
     "CentroidInitialization",
     "ClusterLog",
     "ClusterQuantize",
+    "ClusterQuantizeBlock",
     "FreezeClusters",
     "GradientAggregation",
     "cluster_quantize",
     "strip_cluster_quantize",
 ]
-
-_CLUSTERABLE = (*WEIGHTED, ClusterableLayer)
 
 
 def cluster_quantize(
@@ -43,14 +46,16 @@ def cluster_quantize(
     centroid_update_rate: float = 0.1,
     centroid_update_steps: int = 10,
     train_centroids: bool = False,
-    activations: bool = True,
+    batch_norm_statistics: str | None = None,
+    activation_bits: int | None = 8,
     range_momentum: float = 0.99,
     calibration: Iterable | None = None,
 ) -> keras.Model:
-    """A copy of a fused model to be trained with clustered weights and 8-bit activations.
+    """A copy of a model to be trained with clustered weights and 8-bit activations.
 
     Args:
-      model: functional deploy-form model (see `tf_repvgg.fusion.fuse`). Conv2D, DepthwiseConv2D, Dense and tfmot's
+      model: functional deploy-form model (see `tf_repvgg.fusion.fuse`), or one whose blocks are in training form, with
+        batch_norm_statistics. Conv2D, DepthwiseConv2D, Dense and tfmot's
         `ClusterableLayer`s are clustered, biases stay as they are.
       number_of_clusters: states of each codebook, 2 to 256; or {pattern of layer names: states}, the first match
         wins; also as text, "stem=256,logits=256,.*=8".
@@ -58,7 +63,9 @@ def cluster_quantize(
       cluster_per_channel: a codebook for every output channel, or one for the kernel.
       cluster_gradient_aggregation: of tfmot's gradient, which moves centroids with `train_centroids`.
       centroid_update_rate, centroid_update_steps, train_centroids: see `ClusterQuantize`.
-      activations: whether activations are quantized to 8 bits, from running ranges, input included.
+      batch_norm_statistics: None for deploy form. "frozen" or "running": the branches of every block train, and it is
+        their merged kernel that is quantized, in every step; see `ClusterQuantizeBlock`.
+      activation_bits: 8 or 16, of activations quantized from running ranges, input included; None leaves them float.
       range_momentum: of those ranges.
       calibration: normalised float images [height, width, channels] that set the ranges to start with; without them
         the model's output is NaN until its first training step.
@@ -68,16 +75,18 @@ def cluster_quantize(
       `ClusterQuantize` layers named "cluster_<layer>".
 
     Raises:
-      ValueError: for a model that is not functional or not fused, numbers out of range, patterns that match no layer, a
+      ValueError: for a model that is not functional, or not fused and without batch_norm_statistics, numbers out of
+        range, patterns that match no layer, a
         layer whose weights cannot be clustered or are not finite, and bad calibration images.
     """
-    trainable.check_model(model, also=(ClusterableLayer,))
+    in_training_form = batch_norm_statistics is not None
+    trainable.check_model(model, (ClusterableLayer,), in_training_form)
     _check_algorithms(model)
-    states = by_layer(model, number_of_clusters, "numbers of clusters", 2, 256, _CLUSTERABLE)
+    classes = (*WEIGHTED, ClusterableLayer, *([ReparameterizedBlock] if in_training_form else []))
+    states = by_layer(model, number_of_clusters, "numbers of clusters", 2, 256, classes)
 
     def make_wrapper(layer, name):
-        return ClusterQuantize(
-            layer,
+        training = CodebookTraining(
             states[name],
             cluster_centroids_init,
             cluster_per_channel,
@@ -86,10 +95,13 @@ def cluster_quantize(
             centroid_update_steps,
             train_centroids,
         )
+        if isinstance(layer, ReparameterizedBlock):
+            return ClusterQuantizeBlock(layer, batch_norm_statistics, **training.as_arguments())
+        return ClusterQuantize(layer, **training.as_arguments())
 
-    found = trainable.wrapped(model, make_wrapper, activations, range_momentum, _CLUSTERABLE)
+    found = trainable.wrapped(model, make_wrapper, activation_bits, range_momentum, classes)
     if calibration is not None:
-        wrappers = trainable.check_wrapped(found, ClusterQuantize)
+        wrappers = trainable.check_wrapped(found, Clustered)
         for wrapper in wrappers:
             wrapper.freeze()
         trainable.set_ranges(found, calibration)
@@ -108,7 +120,7 @@ def strip_cluster_quantize(clustered: keras.Model) -> keras.Model:
     Raises:
       ValueError: if nothing in the model is clustered.
     """
-    return trainable.stripped(clustered, ClusterQuantize)
+    return trainable.stripped(clustered, Clustered)
 
 
 def _check_algorithms(model):

@@ -5,7 +5,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg.quantization.clustering import codebooks
-from tf_repvgg.quantization.clustering.wrapper import ClusterQuantize
+from tf_repvgg.quantization.clustering.wrapper import Clustered
 from tf_repvgg.quantization.trainable import check_wrapped
 
 
@@ -26,7 +26,7 @@ class FreezeClusters(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if not self._is_done and int(self.model.optimizer.iterations.numpy()) >= self._step:
             for layer in self.model._flatten_layers():
-                if isinstance(layer, ClusterQuantize) or (self._ranges and hasattr(layer, "is_frozen")):
+                if isinstance(layer, Clustered) or (self._ranges and hasattr(layer, "is_frozen")):
                     layer.freeze()
             self._is_done = True
 
@@ -45,19 +45,20 @@ class ClusterLog(keras.callbacks.Callback):
 
     def __init__(self, log_dir, every=100):
         super().__init__()
-        self._writer = tf.summary.create_file_writer(str(log_dir))
+        self._log_dir = str(log_dir)
         self._every = every
         self._before = {}
 
     def set_model(self, model):
         super().set_model(model)
-        check_wrapped(model, ClusterQuantize)
+        check_wrapped(model, Clustered)
+        self._writer = tf.summary.create_file_writer(self._log_dir)
 
     def on_train_batch_end(self, batch, logs=None):
         step = int(self.model.optimizer.iterations.numpy())
         if step % self._every == 0:
             with self._writer.as_default(step=step):
-                for wrapper in check_wrapped(self.model, ClusterQuantize):
+                for wrapper in check_wrapped(self.model, Clustered):
                     self._look_at(wrapper, step)
 
     def on_train_end(self, logs=None):

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 import tf_keras as keras
 
+from tf_repvgg.quantization.activations import ACTIVATION_BITS
 from tf_repvgg.quantization.checks import by_layer, check_fused, checked_images
 from tf_repvgg.quantization.ptq.adaquant import adaquant
 from tf_repvgg.quantization.ptq.adaround import adaround
@@ -54,7 +55,7 @@ def quantize(
     calibration=None,
     **options,
 ) -> keras.Model:
-    """Quantizes a fused model after training: weights to a few bits, activations to 8.
+    """Quantizes a fused model after training: weights to a few bits, activations to 8 or 16.
 
     Args:
       model: fused functional model with one input (see `tf_repvgg.fusion.fuse`).
@@ -115,6 +116,10 @@ def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
 def _checked_options(options):
     if not 50 < options.percentile <= 100:
         raise ValueError(f"percentile is {options.percentile!r}; it must be above 50, and at most 100")
+    if options.activation_bits not in ACTIVATION_BITS:
+        raise ValueError(
+            f"activation bits are {options.activation_bits!r}; known: {', '.join(map(str, ACTIVATION_BITS))}"
+        )
     if options.iterations < 1:
         raise ValueError(f"iterations are {options.iterations!r}; they must be 1 or more")
     if options.number_of_clusters is not None and not 2 <= options.number_of_clusters <= 256:

@@ -13,7 +13,7 @@ _ACTIVATION_SHARES = np.linspace(1, 0.3, 36)
 def mse(network: Network) -> None:
     """Sets all activation ranges and all kernels."""
     for name, histogram in histograms(network).items():
-        network.quantizers[name].set_range(*best_range(histogram))
+        network.quantizers[name].set_range(*best_range(histogram, network.options.activation_bits))
     kernels_mse(network)
 
 
@@ -42,20 +42,20 @@ def best_grid(kernel, bits, per_channel, min_scale=0.0) -> QuantizedKernel:
     return round_to_grid(kernel, best_share * largest, bits, min_scale)
 
 
-def best_range(histogram: Histogram) -> tuple[float, float]:
-    """The 8-bit range of the smallest error on a histogram; the end farther from zero moves in first."""
+def best_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
+    """The range of the smallest error on a histogram; the end farther from zero moves in first."""
     values = (histogram.edges[1:] + histogram.edges[:-1]) / 2
     best = [min(float(histogram.edges[0]), 0.0), max(float(histogram.edges[-1]), 0.0)]
     for end in sorted((0, 1), key=lambda end: -abs(best[end])):
         candidates = [[*best[:end], share * best[end], *best[end + 1 :]] for share in _ACTIVATION_SHARES]
-        best = min(candidates, key=lambda ends: _error(values, histogram.counts, *ends))
+        best = min(candidates, key=lambda ends: _error(values, histogram.counts, 2**bits - 1, *ends))
     return best[0], best[1]
 
 
-def _error(values, counts, minimum, maximum):
-    scale = (maximum - minimum) / 255
+def _error(values, counts, largest_code, minimum, maximum):
+    scale = (maximum - minimum) / largest_code
     if scale <= 0:
         return float(np.sum(counts * np.square(values)))
     zero_code = np.round(-minimum / scale)
-    codes = np.clip(np.round(values / scale) + zero_code, 0, 255)
+    codes = np.clip(np.round(values / scale) + zero_code, 0, largest_code)
     return float(np.sum(counts * np.square((codes - zero_code) * scale - values)))

@@ -24,6 +24,7 @@ class Options:
       percentile: of the percentile method: the share of values inside the range, in percent.
       iterations: optimizer steps for each layer, of AdaRound and AdaQuant.
       number_of_clusters: states of a codebook; None for 2^bits.
+      activation_bits: 8 or 16.
       seed: of everything drawn at random.
       progress: whether long methods show a progress bar.
     """
@@ -31,6 +32,7 @@ class Options:
     percentile: float = 99.99
     iterations: int = 500
     number_of_clusters: int | None = None
+    activation_bits: int = 8
     seed: int = 0
     progress: bool = False
 
@@ -61,7 +63,9 @@ class Network:
             model, make_quantizer=lambda name, **_: keras.layers.Activation("linear", name=name)
         )
         self.quantized = quantize_activations(
-            model, lambda layer, changes: quantized_form(layer, per_channel, **changes)
+            model,
+            lambda layer, changes: quantized_form(layer, per_channel, **changes),
+            bits=options.activation_bits,
         )
         self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED)}
         self.bits = bits

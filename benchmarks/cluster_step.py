@@ -1,0 +1,119 @@
+"""Cost of a training step with clustered weights, ours and tfmot's: python benchmarks/cluster_step.py
+
+Times are ratios to plain fine-tuning of the fused network within this run, round by round. Turns are of ten steps, in
+one of which ours moves its centroids. Peak memory comes from one process per method.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import side_by_side
+import tensorflow_model_optimization as tfmot
+from absl import app, flags
+from tabulate import tabulate
+from tqdm import tqdm
+
+from tf_repvgg import fusion, runs
+from tf_repvgg.models import build_repvgg
+from tf_repvgg.quantization import cluster_quantize
+from tf_repvgg.quantization.tfmot_baseline import tfmot_cluster
+from tf_repvgg.training import optimization
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("rounds", 12, "Rounds in which every method takes its turn.", lower_bound=3)
+flags.DEFINE_list("states", ["4", "8", "16"], "Clusters; those of memory are the first.")
+flags.DEFINE_string("output", None, "JSON file to write, such as results/cluster_step.json.")
+flags.DEFINE_string("memory_of", None, "Internal: CASE/METHOD/STATES whose peak memory this process measures.")
+
+CASES = {
+    "CIFAR model, 32x32, batch 128": ("cifar-s", (32, 32, 3), 10, 128),
+    "RepVGG-A0, 224x224, batch 8": ("A0", (224, 224, 3), 1000, 8),
+}
+REFERENCE = "plain fine-tuning"
+# What a float model becomes: (model, states, per channel) -> what is trained.
+WAYS = {
+    "ours": lambda model, states, per_channel: cluster_quantize(
+        model, states, cluster_per_channel=per_channel, activation_bits=None
+    ),
+    "ours, 8-bit activations": lambda model, states, per_channel: cluster_quantize(
+        model, states, cluster_per_channel=per_channel
+    ),
+    "tfmot's ClusterWeights": lambda model, states, per_channel: tfmot_cluster(
+        model, states, cluster_per_channel=per_channel
+    ),
+}
+GRANULARITIES = {"per tensor": False, "per channel": True}
+METHODS = {
+    REFERENCE: lambda model, states: model,
+    "tfmot's 8-bit QAT": lambda model, states: tfmot.quantization.keras.quantize_model(model),
+    **{
+        f"{name}, {granularity}": (lambda model, states, way=way, per=per: way(model, states, per))
+        for name, way in WAYS.items()
+        for granularity, per in GRANULARITIES.items()
+    },
+}
+_STEPS_PER_TURN = 10
+
+
+def make_step(case, name, states):
+    """A function that runs one training step on random data."""
+    variant, shape, classes, batch_size = CASES[case]
+    model = METHODS[name](fusion.fuse(build_repvgg(variant, shape, classes)), states)
+    model.compile(optimization.make_optimizer(1e-3, steps=10_000, warmup_steps=1), optimization.CrossEntropy(classes))
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal([batch_size, *shape]).astype(np.float32)
+    labels = generator.integers(0, classes, batch_size)
+    return lambda: model.train_on_batch(images, labels)
+
+
+def measure(case, states):
+    """{method: its row}."""
+    steps = {name: make_step(case, name, states) for name in METHODS}
+    found = side_by_side.times(steps, FLAGS.rounds, f"{case}, {states} states", _STEPS_PER_TURN)
+    ratios = side_by_side.ratios(found, REFERENCE)
+    return {
+        name: {
+            "step_ms_p50": round(1000 * float(np.median(found[name])), 2),
+            "step_time": ratios[name][0],
+            "step_time_quartiles": ratios[name][1:],
+        }
+        for name in METHODS
+    }
+
+
+def measure_memory(case, states):
+    """{method: (peak MiB, ratio to the reference)}."""
+    bar = tqdm(METHODS, desc=f"{case}: memory", leave=False)
+    found = {name: side_by_side.peak_memory(f"{case}/{name}/{states}") for name in bar}
+    return {name: (round(mib, 1), round(mib / found[REFERENCE], 4)) for name, mib in found.items()}
+
+
+def main(_):
+    if FLAGS.memory_of:
+        case, name, states = FLAGS.memory_of.rsplit("/", 2)
+        side_by_side.print_peak_memory(make_step(case, name, int(states)))
+        return
+    all_states = [int(word) for word in FLAGS.states]
+    report = {"machine": runs.machine(), "rounds": FLAGS.rounds, "cases": {}}
+    for case in CASES:
+        rows = {states: measure(case, states) for states in all_states}
+        memory = measure_memory(case, all_states[0])
+        report["cases"][case] = {"times": rows, "peak_memory_mib_and_ratio": memory}
+        table = [
+            [name]
+            + [
+                "{:.3f} ({:.3f} .. {:.3f})".format(of[name]["step_time"], *of[name]["step_time_quartiles"])
+                for of in rows.values()
+            ]
+            + [f"{memory[name][1]:.3f}"]
+            for name in METHODS
+        ]
+        headers = ["", *(f"time, {states} states" for states in all_states), f"memory, {all_states[0]} states"]
+        print(f"\n{case}: ratios to {REFERENCE}")
+        print(tabulate(table, headers, tablefmt="github", disable_numparse=True), flush=True)
+        if FLAGS.output:
+            runs.write_json(Path(FLAGS.output), report)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,51 @@
+"""Training steps of several models measured side by side, so that a busy machine slows all of them alike."""
+
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+_MEMORY_STEPS = 5
+
+
+def times(steps, rounds, title, steps_per_turn=1):
+    """{name: seconds per step of each round}, after a warm-up; the models take turns, in an order that turns too.
+
+    Args:
+      steps: {name: function that runs one training step}.
+      rounds: turns of each.
+      title: of the progress bar.
+      steps_per_turn: more than one where not every step is the same.
+    """
+    for step in steps.values():
+        step(), step()
+    found = {name: [] for name in steps}
+    names = list(steps)
+    for turn in tqdm(range(rounds), desc=title, leave=False):
+        for name in np.roll(names, turn):
+            started = time.perf_counter()
+            for _ in range(steps_per_turn):
+                steps[name]()
+            found[name].append((time.perf_counter() - started) / steps_per_turn)
+    return found
+
+
+def ratios(found, reference):
+    """{name: (median, lower and upper quartile)} of the ratios to the reference, round by round."""
+    of_rounds = {name: np.divide(seconds, found[reference]) for name, seconds in found.items()}
+    return {name: tuple(round(float(q), 4) for q in np.percentile(r, [50, 25, 75])) for name, r in of_rounds.items()}
+
+
+def peak_memory(words):
+    """Peak resident MiB of a process that runs this program with --memory_of=words, which calls `print_peak_memory`."""
+    command = [sys.executable, sys.argv[0], f"--memory_of={words}"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak_memory(step):
+    for _ in range(_MEMORY_STEPS):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

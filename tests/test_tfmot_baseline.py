@@ -1,0 +1,48 @@
+"""tfmot as a baseline: its models as they are, and what they found in exact files of ours."""
+
+import numpy as np
+import pytest
+import tf_keras as keras
+from tensorflow_model_optimization.python.core.clustering.keras.cluster import strip_clustering
+from test_clustering import every_layer, fit
+from test_quantized_models import images, small_repvgg, step_of
+
+from tf_repvgg import tflite
+from tf_repvgg.quantization.tfmot_baseline import strip_tfmot_quantize, tfmot_cluster, tfmot_quantize
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    return small_repvgg()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_clustering_then_quantization(model, per_channel):
+    """The stripped model computes what tfmot's does, bit for bit; within a channel its file has the clusters."""
+    before = [weight.numpy() for weight in model.weights]
+    clustered = strip_clustering(fit(tfmot_cluster(model, "logits=16,.*=4", cluster_per_channel=per_channel)))
+    trained = fit(tfmot_quantize(clustered))
+    found = strip_tfmot_quantize(trained, clustered)
+    np.testing.assert_array_equal(found(images()), trained(images()))
+    file = tflite.convert(found)
+    for name, codes in zip(("first", "second"), tflite.weight_codes(file), strict=False):
+        columns = codes.codes.reshape(-1, codes.codes.shape[-1]).T
+        assert max(len(np.unique(column)) for column in columns) <= 4, name
+    batch = images(8, seed=1)
+    # tfmot's ranges start at 6 and follow slowly, so there are few steps in the output's range.
+    assert np.max(np.abs(tflite.predict(file, batch) - found(batch))) <= 2.01 * step_of(found)
+    for weight, values in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, values)
+
+
+def test_bad_input(model):
+    with pytest.raises(ValueError, match="numbers of clusters are 1"):
+        tfmot_cluster(model, 1)
+    with pytest.raises(ValueError, match="holds no layers of tfmot's quantization-aware training"):
+        strip_tfmot_quantize(model, model)
+
+
+def test_depthwise_kernels_are_left_alone():
+    _, *layers = (type(layer).__name__ for layer in tfmot_cluster(every_layer(), 4).layers)
+    assert layers == ["ClusterWeights", "DepthwiseConv2D", "Flatten", "ClusterWeights"]
