@@ -19,6 +19,7 @@ from tf_repvgg import cli, fusion, outliers, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
+from tf_repvgg.tflite import targets
 
 FLAGS = flags.FLAGS
 
@@ -49,6 +50,9 @@ flags.DEFINE_enum(
     None,
     list(tflite.INFERENCE_TYPES),
     "Type of the file's input and output; by default that of its activations, int8 or int16.",
+)
+flags.DEFINE_list(
+    "targets", ["litert_int8"], f"Runtimes that each file is also made ready for: {', '.join(targets.TARGETS)}."
 )
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
 flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
@@ -86,6 +90,7 @@ def read_flags():
     if not bits or not all(2 <= width <= 8 for width in bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     ptq.parse_method(FLAGS.ptq)
+    targets.parse(FLAGS.targets)
     return bits, FLAGS.granularity
 
 
@@ -184,6 +189,40 @@ def classify(data, split, predictors):
     return np.concatenate(labels), {name: np.concatenate(parts) for name, parts in classes.items()}
 
 
+def build_targets(name, file):
+    """{target: `targets.Built`} of one file.
+
+    Raises:
+      ValueError: if a target cannot take it; names both.
+    """
+    found = {}
+    for target in targets.parse(FLAGS.targets):
+        try:
+            found[target] = targets.TARGETS[target](file)
+        except ValueError as error:
+            raise ValueError(f"{name}, target {target}: {error}") from None
+    return found
+
+
+def measure_target(data, split, name, built, classes, labels):
+    """What a target's own interpreter finds on a split, if there is one: accuracy, and equality with the int8 file."""
+    if built.predict is None:
+        return {}
+    found, equal = [], []
+    with tqdm(total=len(labels), desc=name, unit="image", leave=False) as bar:
+        for images, _ in data.evaluation(split).as_numpy_iterator():
+            logits = built.predict(images)
+            equal.append(np.all(logits == built.predict_int8(images), axis=1))
+            found.append(np.argmax(logits, axis=1))
+            bar.update(len(images))
+    found = np.concatenate(found)
+    return {
+        "top1_percent": percent(found == labels),
+        "equal_to_int8_file_on_same_kernels_percent": percent(np.concatenate(equal)),
+        "agreement_with_litert_percent": percent(found == classes),
+    }
+
+
 def write_predictions(path, labels, classes):
     """{"labels": [images], form or file name: [images]}, as small integers."""
     content = io.BytesIO()
@@ -221,6 +260,10 @@ def measure(file, classes, labels):
     }
 
 
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def print_table(report):
     print(f"\n{report['evaluation_split']} split, {report['images']} images")
     for form, words in FORMS.items():
@@ -240,8 +283,12 @@ def print_table(report):
     for note in dict.fromkeys(note for entry in report["files"] for note in entry.get("notes", ())):
         print(f"{report['files'][0]['ptq']}: {note}")
     print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK\n")
+    for entry in report["files"]:
+        for target, facts in entry["targets"].items():
+            words = (f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items() if _is_number(value))
+            print(f"{entry['file']}, {target}: {', '.join(words)}")
     found = report["files"][0]["operators"]
-    print("operators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    print("\noperators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
     for name in sorted(EXTRA_OPERATORS.keys() & found.keys()):
         print(f"  {name}: {EXTRA_OPERATORS[name]}")
 
@@ -269,10 +316,15 @@ def main(_):
         made = [trained_file(model, inference_type, trained_on)]
     else:
         made = make_files(forms[reference], calibration, bits, granularities, inference_type, trained_on)
-    files, grids = {}, {}
+    files, grids, built = {}, {}, {}
     for name, facts, file in made:
         files[name], grids[name] = file, facts
+        with cli.bad_input_exits():
+            built[name] = build_targets(name, file)
+    for name, file in files.items():  # now that no target refuses one
         runs.write_bytes(output / name, file)
+        for suffix, content in itertools.chain.from_iterable(each.files.items() for each in built[name].values()):
+            runs.write_bytes(output / f"{name.removesuffix('.tflite')}{suffix}", content)
     predictors = {form: its_model.predict_on_batch for form, its_model in forms.items()}
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)
@@ -293,7 +345,13 @@ def main(_):
     }
     for name, file in files.items():
         agreement = {AGREEMENT[reference]: percent(classes[name] == classes[reference])}
-        report["files"].append({"file": name} | grids[name] | measure(file, classes[name], labels) | agreement)
+        its_targets = {
+            target: each.facts
+            | measure_target(data, FLAGS.evaluation_split, f"{name}: {target}", each, classes[name], labels)
+            for target, each in built[name].items()
+        }
+        measured = measure(file, classes[name], labels)
+        report["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
     runs.write_json(output / "export.json", report)
     print_table(report)
     print(f"written to {output}")

@@ -90,8 +90,26 @@ def weights_tensor(graph, operator):
 
 
 def weight_codes(model, tensor, layout) -> np.ndarray:
-    """The int8 codes of a weight tensor, output channels last."""
-    return np.moveaxis(constant(model, tensor, np.int8), 0, layout.first_axis)
+    """The int8 codes of a weight tensor, which may be stored as INT4, output channels last."""
+    if tensor.type == schema.TensorType.INT4:
+        packed = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
+        codes = unpack_int4(packed, int(np.prod(tensor.shape))).reshape(tensor.shape)
+    else:
+        codes = constant(model, tensor, np.int8)
+    return np.moveaxis(codes, 0, layout.first_axis)
+
+
+def pack_int4(codes: np.ndarray) -> np.ndarray:
+    """Two codes per byte in their order, the first in the low half; a last one alone leaves the high half zero."""
+    nibbles = codes.reshape(-1).astype(np.uint8) & 0xF
+    nibbles = np.pad(nibbles, [0, len(nibbles) % 2])
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
+def unpack_int4(packed: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` codes, int8."""
+    nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)[:count]
+    return (nibbles.astype(np.int8) ^ 8) - 8
 
 
 def set_weights(model, tensor, layout, codes, scale):

@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tqdm import tqdm
 
 from tf_repvgg import native_output
@@ -23,9 +23,10 @@ class Latency(NamedTuple):
     threads: int
 
 
-def _interpreter(file, threads):
+def _interpreter(file, threads, default_delegate=True):
+    resolver = OpResolverType.AUTO if default_delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     with native_output.hidden():  # it tells of its delegate each time
-        interpreter = Interpreter(model_content=file, num_threads=threads)
+        interpreter = Interpreter(model_content=file, num_threads=threads, experimental_op_resolver_type=resolver)
         interpreter.allocate_tensors()
     return interpreter
 
@@ -54,20 +55,23 @@ def _outputs(interpreter):
     return {"": details[0]} if len(details) == 1 else interpreter.get_signature_runner().get_output_details()
 
 
-def predict(file: bytes, images, description: str | None = None) -> np.ndarray | dict[str, np.ndarray]:
+def predict(
+    file: bytes, images, description: str | None = None, default_delegate: bool = True
+) -> np.ndarray | dict[str, np.ndarray]:
     """Runs a file of batch 1 on every image, one interpreter per core.
 
     Args:
       file: bytes of a TFLite file with one input.
       images: float32 array [count, height, width, channels], normalised; quantized here as the input asks.
       description: label of a progress bar; None for no bar.
+      default_delegate: whether XNNPACK runs what it can, or LiteRT's own kernels all, which round a little differently.
 
     Returns:
       float32 array [count, ...]: the dequantized outputs. Of a file with several outputs, a dictionary of such arrays:
       by the keys of the model's outputs, or "output_0" onwards where they are a list.
     """
     workers = os.cpu_count() or 1
-    interpreters = [_interpreter(file, threads=1) for _ in range(workers)]
+    interpreters = [_interpreter(file, 1, default_delegate) for _ in range(workers)]
     chunks = np.array_split(np.arange(len(images)), workers)
     with tqdm(total=len(images), desc=description, unit="image", disable=description is None, leave=False) as bar:
 
