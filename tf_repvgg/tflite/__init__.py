@@ -1,17 +1,28 @@
 """Fully integer TFLite files: writing them code for code, reading and running them."""
 
-from tf_repvgg.tflite.convert import INFERENCE_TYPES, activation_bits, checked_inference_type, convert, with_weights
+from tf_repvgg.tflite.convert import (
+    INFERENCE_TYPES,
+    METADATA_NAME,
+    activation_bits,
+    checked_inference_type,
+    convert,
+    with_weights,
+)
 from tf_repvgg.tflite.interpreter import Latency, latency, predict
-from tf_repvgg.tflite.reader import Operator, operators, weight_codes
+from tf_repvgg.tflite.reader import Costs, Operator, costs, metadata, operators, weight_codes
 
 __all__ = [
     "INFERENCE_TYPES",
+    "METADATA_NAME",
+    "Costs",
     "Latency",
     "Operator",
     "activation_bits",
     "checked_inference_type",
     "convert",
+    "costs",
     "latency",
+    "metadata",
     "operators",
     "predict",
     "weight_codes",

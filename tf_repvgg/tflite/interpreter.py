@@ -23,7 +23,8 @@ class Latency(NamedTuple):
     threads: int
 
 
-def _interpreter(file, threads, default_delegate=True):
+def loaded(file: bytes, threads: int, default_delegate: bool = True) -> Interpreter:
+    """A file in LiteRT, its tensors allocated; see `predict`."""
     resolver = OpResolverType.AUTO if default_delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     with native_output.hidden():  # it tells of its delegate each time
         interpreter = Interpreter(model_content=file, num_threads=threads, experimental_op_resolver_type=resolver)
@@ -71,7 +72,7 @@ def predict(
       by the keys of the model's outputs, or "output_0" onwards where they are a list.
     """
     workers = os.cpu_count() or 1
-    interpreters = [_interpreter(file, 1, default_delegate) for _ in range(workers)]
+    interpreters = [loaded(file, 1, default_delegate) for _ in range(workers)]
     chunks = np.array_split(np.arange(len(images)), workers)
     with tqdm(total=len(images), desc=description, unit="image", disable=description is None, leave=False) as bar:
 
@@ -95,7 +96,7 @@ def predict(
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
     """Times single inferences on random input, after a warm-up."""
-    interpreter = _interpreter(file, threads)
+    interpreter = loaded(file, threads)
     (details,) = interpreter.get_input_details()
     noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
     interpreter.set_tensor(details["index"], quantized(noise, details))

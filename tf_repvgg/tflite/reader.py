@@ -1,4 +1,4 @@
-"""What is in a TFLite file: operators, and weight codes."""
+"""What is in a TFLite file: operators, weight codes, and what they cost."""
 
 from typing import NamedTuple
 
@@ -44,3 +44,59 @@ def weight_codes(file: bytes) -> list[QuantizedKernel]:
                 codes = flatbuffer.weight_codes(flat, weights, layout)
                 found.append(QuantizedKernel(codes, np.asarray(weights.quantization.scale, np.float32)))
     return found
+
+
+class Costs(NamedTuple):
+    """What a file asks of a machine.
+
+    Attributes:
+      macs: multiply-accumulates of convolutions and dense layers, one inference.
+      weight_bytes: of their weights, as stored.
+      weight_entropy_bits: mean over all integer weights of the entropy of their tensor's codes, in bits per weight;
+        None where weights are float.
+    """
+
+    macs: int
+    weight_bytes: int
+    weight_entropy_bits: float | None
+
+
+def costs(file: bytes) -> Costs:
+    """Counts over the main graph; see `Costs`.
+
+    Raises:
+      ValueError: if it is no TFLite file.
+    """
+    flat = flatbuffer.unpack(file)
+    graph, macs, seen = flat.subgraphs[0], 0, {}
+    for operator in graph.operators:
+        if (layout := flatbuffer.weights_layout(flat, operator)) is None:
+            continue
+        weights = flatbuffer.weights_tensor(graph, operator)
+        output = graph.tensors[operator.outputs[0]]
+        channels = int(weights.shape[layout.channel_axis])
+        macs += int(np.prod(output.shape)) * (int(np.prod(weights.shape)) // channels)
+        seen[id(weights)] = weights, layout
+    stored = sum(len(flat.buffers[weights.buffer].data) for weights, _ in seen.values())
+    integer = (schema.TensorType.INT8, schema.TensorType.INT4)
+    if not seen or any(weights.type not in integer for weights, _ in seen.values()):
+        return Costs(macs, stored, None)
+    codes = [flatbuffer.weight_codes(flat, *its) for its in seen.values()]
+    bits = sum(its.size * entropy_bits(its) for its in codes)
+    return Costs(macs, stored, bits / sum(its.size for its in codes))
+
+
+def entropy_bits(codes: np.ndarray) -> float:
+    """Entropy of the distribution of codes, in bits."""
+    _, counts = np.unique(codes, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-np.sum(shares * np.log2(shares)))
+
+
+def metadata(file: bytes, name: str) -> bytes | None:
+    """A named metadata block of a file; None if it has none of that name."""
+    flat = flatbuffer.unpack(file)
+    for entry in flat.metadata or []:
+        if entry.name in (name, name.encode()):
+            return np.asarray(flat.buffers[entry.buffer].data, np.uint8).tobytes()
+    return None
