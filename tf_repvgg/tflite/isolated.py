@@ -1,6 +1,7 @@
 """Files of unknown origin in LiteRT, each in a process of its own: one that crashes or hangs takes nothing with it."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import resource
 import signal
@@ -136,6 +137,7 @@ class _Server:
 def _serve(connection, file, threads):
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_MEMORY, _BYTES_OF_MEMORY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.disable()  # whoever waits tells of a crash, in one line
     server = None
     with native_output.hidden():
         while (request := connection.recv()) is not None:
