@@ -40,9 +40,16 @@ def _parse_flags(argv):
 
 
 def key_flags() -> dict[str, str]:
-    """The program's own flags and their values, as they would be written on the command line."""
+    """The program's own flags and their values, as they would be written on the command line.
+
+    Without --data_dir: reports are for other machines too.
+    """
     own = flags.FLAGS.get_key_flags_for_module("__main__")
-    return {flag.name: flag.serialize().partition("=")[2] for flag in own if flag.value is not None}
+    return {
+        flag.name: flag.serialize().partition("=")[2]
+        for flag in own
+        if flag.value is not None and flag.name != "data_dir"
+    }
 
 
 @contextlib.contextmanager
