@@ -1,11 +1,13 @@
 """Few weight states on CIFAR-10: ClusterQAT, and beside it LSQ and tfmot, fine-tuned for three epochs each.
 
-python experiments/low_bit.py --data_dir=...  takes about 7 hours; resumable at any point; starts from the checkpoints
-in results/checkpoints where they are. Learning rates, from the same grid for every method, and whether to distill are
-chosen on held-out images with a model that has not seen them; then all is trained on the 50,000 images and tested once.
-Leaves results/low_bit.json and results/low_bit.md, as far as it came.
+python experiments/low_bit.py --data_dir=...  takes about 7 hours; starts from the checkpoints in results/checkpoints
+where they are. Learning rates, from the same grid for every method, and whether to distill are chosen on held-out
+images with a model that has not seen them; then all is trained on the 50,000 images and tested once. Leaves
+results/low_bit.json and results/low_bit.md, as far as it came. Resumable at any point, on another machine too: the JSON
+holds every fine-tuning that has ended, with what it got right, image by image.
 """
 
+import base64
 import functools
 import itertools
 import json
@@ -16,6 +18,8 @@ from absl import app, flags
 from commands import ROOT, export, train
 from tables import write_results
 from tabulate import tabulate
+
+from tf_repvgg import runs
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
@@ -78,17 +82,33 @@ METHODS = {
 FORMS = [name for name in METHODS if name.startswith("ClusterQAT")]
 
 
-class Result(NamedTuple):
-    """What a fine-tuned network gets right, image by image: bool [images]."""
+class Result:
+    """What a fine-tuned network gets right.
 
-    top1: float
-    is_right: np.ndarray
+    Attributes:
+      is_right: bool [images].
+      top1: in percent.
+    """
+
+    def __init__(self, is_right):
+        self.is_right = is_right
+        self.top1 = 100 * float(np.mean(is_right))
+
+    def as_record(self):
+        bits = base64.b64encode(np.packbits(self.is_right)).decode("ascii")
+        return {"top1_percent": round(self.top1, 3), "images": len(self.is_right), "is_right_packed_bits": bits}
+
+    @classmethod
+    def from_record(cls, record):
+        packed = np.frombuffer(base64.b64decode(record["is_right_packed_bits"]), np.uint8)
+        return cls(np.unpackbits(packed, count=record["images"]).astype(bool))
 
 
-def fine_tune(method, base, states, granularity, rate, distill, split="test", edges=None) -> Result:
-    """Trains and exports, or reads what an earlier call has left: a folder that is finished is taken as it is.
+def fine_tune(record, method, base, states, granularity, rate, distill, split="test", edges=None) -> Result:
+    """Trains and exports, unless the record has the result, or the workdir a finished export.
 
     Args:
+      record: whose "fine_tunings" has the results of this base; a new one is added.
       method: of `METHODS`.
       base: workdir of the float run.
       states: of every layer; of `edges`, stem and classifier, if that is given.
@@ -98,15 +118,22 @@ def fine_tune(method, base, states, granularity, rate, distill, split="test", ed
     """
     by_layer = ({"stem": edges, "logits": edges} if edges else {}) | {".*": states}
     words = [base.rpartition("/")[2], method, states or "", granularity, rate, "distilled" if distill else "", edges]
-    workdir = f"{FLAGS.runs}/" + "_".join(str(word) for word in words if word).replace(" ", "_").replace(",", "")
+    name = "_".join(str(word) for word in words if word).replace(" ", "_").replace(",", "")
+    base_sha256 = runs.model_sha256(ROOT / base)
+    found = record["fine_tunings"].get(name)
+    if found and found["base_sha256"] == base_sha256:
+        return Result.from_record(found)
+    workdir = f"{FLAGS.runs}/{name}"
     path = ROOT / workdir / "export" / "export.json"  # written last
     if not path.exists():
         _train_and_export(workdir, METHODS[method], base, by_layer, granularity, rate, distill, split)
     report = json.loads(path.read_text(encoding="utf-8"))
     with np.load(path.with_name("predictions.npz")) as classes:
-        found = classes["float_fused" if method == "float" else report["files"][0]["file"]]
-        is_right = found == classes["labels"]
-    return Result(100 * float(np.mean(is_right)), is_right)
+        predicted = classes["float_fused" if method == "float" else report["files"][0]["file"]]
+        result = Result(predicted == classes["labels"])
+    record["fine_tunings"][name] = {"base_sha256": base_sha256, "machine": report["machine"]} | result.as_record()
+    write(record)
+    return result
 
 
 def _train_and_export(workdir, way, base, by_layer, granularity, rate, distill, split):
@@ -125,6 +152,14 @@ def _train_and_export(workdir, way, base, by_layer, granularity, rate, distill, 
     export(workdir, evaluation_split=split, data_dir=FLAGS.data_dir)
 
 
+def base_run(config):
+    """The workdir of a float run, trained unless it is there or committed."""
+    workdir = f"runs/cifar10/{config}"
+    if not (ROOT / workdir / runs.MODEL_NAME).exists():
+        train(config, workdir, data_dir=FLAGS.data_dir)
+    return workdir
+
+
 def chosen(results):
     """The key of the largest of {key: top-1}."""
     return max(results, key=results.get)
@@ -132,9 +167,8 @@ def chosen(results):
 
 def make_choices(record):
     """Fills record["choices"]: whether to distill, and the learning rate of (method, states), on validation data."""
-    base = f"{FLAGS.runs}/validation_oabn"
-    train("cifar10_oabn", base, validation=True, data_dir=FLAGS.data_dir)
-    tune = functools.partial(fine_tune, base=base, granularity="per_tensor", split="validation")
+    base = base_run("cifar10_oabn_validation")
+    tune = functools.partial(fine_tune, record, base=base, granularity="per_tensor", split="validation")
     choices = record["choices"] = {"learning_rates": {}, "validation_top1_percent": {}}
 
     def rate_of(method, states, distill):
@@ -171,15 +205,12 @@ def measure(record):
     """Fills the record's rows one by one."""
     choices = make_choices(record)
     distill = choices["distill"]
-    bases = {}
-    for name, config in (MODELS | OTHERS).items():
-        bases[name] = f"runs/cifar10/{config}"
-        train(config, bases[name], data_dir=FLAGS.data_dir)
+    bases = {name: base_run(config) for name, config in (MODELS | OTHERS).items()}
 
     @functools.cache
     def tested(model, method, states=0, granularity="per_tensor", edges=None):
         rate = rate_for(choices, method, states)
-        return fine_tune(method, bases[model], states, granularity, rate, distill, edges=edges)
+        return fine_tune(record, method, bases[model], states, granularity, rate, distill, edges=edges)
 
     def add(part, models, method, states, granularity, edges=None, asked=None):
         references = [tested(model, "float") for model in models]
@@ -260,7 +291,9 @@ def _table(rows):
 
 
 def main(_):
-    record = {"choices": {}} | {part: [] for part in PARTS}
+    path = ROOT / "results" / "low_bit.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"fine_tunings": {}}
+    record = {"choices": {}} | {part: [] for part in PARTS} | {"fine_tunings": earlier["fine_tunings"]}
     measure(record)
     print((ROOT / "results" / "low_bit.md").read_text(encoding="utf-8"))
 

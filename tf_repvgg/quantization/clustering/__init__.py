@@ -55,8 +55,8 @@ def cluster_quantize(
 
     Args:
       model: functional deploy-form model (see `tf_repvgg.fusion.fuse`), or one whose blocks are in training form, with
-        batch_norm_statistics. Conv2D, DepthwiseConv2D, Dense and tfmot's
-        `ClusterableLayer`s are clustered, biases stay as they are.
+        batch_norm_statistics. Conv2D, DepthwiseConv2D, Dense and tfmot's `ClusterableLayer`s are clustered, biases stay
+        as they are.
       number_of_clusters: states of each codebook, 2 to 256; or {pattern of layer names: states}, the first match
         wins; also as text, "stem=256,logits=256,.*=8".
       cluster_centroids_init: None for k-means, or one of tfmot's.
@@ -76,8 +76,8 @@ def cluster_quantize(
 
     Raises:
       ValueError: for a model that is not functional, or not fused and without batch_norm_statistics, numbers out of
-        range, patterns that match no layer, a
-        layer whose weights cannot be clustered or are not finite, and bad calibration images.
+        range, patterns that match no layer, a layer whose weights cannot be clustered or are not finite, and bad
+        calibration images.
     """
     in_training_form = batch_norm_statistics is not None
     trainable.check_model(model, (ClusterableLayer,), in_training_form)
