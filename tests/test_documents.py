@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "BUILD.md")
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
-# Of programs that are not ours: absl, pytest, pip, TensorBoard, LiteRT's benchmark_model.
+# Of programs that are not ours: absl, TensorBoard, LiteRT's benchmark_model.
 OTHERS = {"flagfile", "help", "logdir", "graph", "num_threads"}
 
 _PARSING = """
