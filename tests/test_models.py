@@ -228,6 +228,13 @@ def test_squeeze_excite_and_depthwise_count():
     assert counts.training_macs == counts.deploy_macs + 36 * 4 * 8
 
 
+def test_transposed_convolutions_count_the_pixels_of_their_input():
+    inputs = keras.Input((4, 3, 5))
+    model = keras.Model(inputs, keras.layers.Conv2DTranspose(2, 3, strides=2, padding="same")(inputs))
+    assert model.output_shape == (None, 8, 6, 2)
+    assert complexity(model).deploy_macs == 4 * 3 * 9 * 5 * 2
+
+
 def test_macs_need_a_fixed_size():
     with pytest.raises(ValueError, match=r"MACs of 'stem' need a fixed image size"):
         complexity(build_repvgg("digits", (None, None, 1), 10))
