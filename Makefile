@@ -18,7 +18,7 @@ demo: venv  ## train, fuse, quantize and run on the embedded digits; leaves runs
 	$(BIN)/python experiments/demo.py
 
 test: venv  ## run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: venv  ## check style and formatting
 	$(BIN)/ruff check

@@ -24,7 +24,13 @@ CASES = {
     "CIFAR model, 32x32, batch 128": ("cifar-s", (32, 32, 3), 10, 128),
     "RepVGG-A0, 224x224, batch 8": ("A0", (224, 224, 3), 1000, 8),
 }
-MODELS = {"BN": {}, "OABN": {"norm": "oabn"}, "QARepVGG": {"block": "qarepvgg"}}
+MODELS = {
+    "BN": {},
+    "OABN": {"norm": "oabn"},
+    # The limit of configs/cifar10_oabn.flags, for which every step merges the kernels of the other branches.
+    "OABN, k=4std": {"norm": "oabn", "oabn_k": "4std"},
+    "QARepVGG": {"block": "qarepvgg"},
+}
 
 
 def make_trainer(case, name):

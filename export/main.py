@@ -20,6 +20,7 @@ from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
 from tf_repvgg.tflite import targets
+from tf_repvgg.training import finished_runs
 
 FLAGS = flags.FLAGS
 
@@ -84,8 +85,8 @@ EXTRA_OPERATORS = {
 def read_flags():
     """(bits, granularities) as asked for; the flags are lists of words."""
     unknown = [word for word in FLAGS.granularity if word not in GRANULARITIES]
-    if unknown:
-        raise ValueError(f"--granularity is {unknown[0]!r}; known: {', '.join(GRANULARITIES)}")
+    if unknown or not FLAGS.granularity:
+        raise ValueError(f"--granularity is {','.join(FLAGS.granularity)!r}; known: {', '.join(GRANULARITIES)}")
     bits = [int(word) if word.isdigit() else 0 for word in FLAGS.weight_bits]
     if not bits or not all(2 <= width <= 8 for width in bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
@@ -163,12 +164,7 @@ def make_data(trained_on):
 
 def check_fits(model, trained_on, data):
     """Refuses a dataset that the model is not for."""
-    expected, found = ((model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes))
-    if expected != found:
-        raise ValueError(
-            "the model takes images {} into {} classes, but ".format(*expected)
-            + "{name} has images {} of {} classes".format(*found, name=repr(data.name))
-        )
+    finished_runs.check_fits(model, data)
     for number, (its, ours) in enumerate(zip(trained_on.get("labels", data.labels), data.labels, strict=True)):
         if its != ours:
             raise ValueError(f"class {number} of the model is {its!r}, but that of {data.name!r} is {ours!r}")

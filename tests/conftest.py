@@ -42,6 +42,13 @@ settings.load_profile("stable")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="How often tests/test_surviving.py kills.")
+    parser.addoption("--full_width", action="store_true", help="tests/test_models.py fuses variants as published.")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that run whole programs come first: they take longest, and what begins last decides when all has ended."""
+    running = {item.path for item in items if {"run_program", "run_forked"} & set(item.fixturenames)}
+    items.sort(key=lambda item: item.path not in running)
 
 
 @pytest.fixture(autouse=True)

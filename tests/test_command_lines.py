@@ -30,6 +30,9 @@ CASES = {
     "unknown flag": (TRAIN, ["--workdir={new}", "--varient=A0"], "varient", "Unknown"),
     "flag of another type": (TRAIN, ["--workdir={new}", "--epochs=many"], "epochs", "many"),
     "flag out of range": (TRAIN, ["--workdir={new}", "--epochs=0"], "epochs", "0"),
+    "seed of more than 32 bits": (TRAIN, ["--workdir={new}", "--seed=4294967296"], "seed", "4294967295"),
+    "images of no size": (TRAIN, ["--workdir={new}", "--image_size=0"], "image_size", "0"),
+    "empty workdir": (TRAIN, ["--workdir="], "name of the workdir is empty", "folder"),
     "no workdir": (TRAIN, [], "workdir", "required|None"),
     "no such flagfile": (TRAIN, ["--flagfile={new}/x.flags"], "x.flags", ""),
     "unknown dataset": (TRAIN, ["--workdir={new}", "--dataset=digitz"], "'digitz' is not in TFDS", "digits, cifar10"),
@@ -153,6 +156,12 @@ CASES = {
     ),
     "no checkpoint": (TRAIN, ["--workdir={new}", "--init_from={here}/nothing.keras"], "no model at", "nothing.keras"),
     "nothing to evaluate": (TRAIN, ["--workdir={new}", "--evaluate_only"], "no model at", "train/main.py"),
+    "evaluated on other classes": (
+        TRAIN,
+        ["--workdir={here}/other_classes_run", "--evaluate_only", "--novalidation"],
+        "into 3 classes",
+        "of 10 classes",
+    ),
     "workdir is a file": (TRAIN, ["--workdir={here}/file"], "file' is a file; give a folder", ""),
     "workdir below a file": (TRAIN, ["--workdir={here}/file/run"], "cannot be written to", "file/run"),
     # Nobody can make a folder there, root included.
@@ -161,7 +170,7 @@ CASES = {
         TRAIN,
         ["--workdir={here}/run", "--norm=oabn", "--epochs=3"],
         " epochs, norm",
-        "use another workdir",
+        "run/config.flags to go on with that one",
     ),
     "finished run, truncated model": (TRAIN, ["--workdir={here}/truncated_run"], "not a whole Keras model", ""),
     "damaged training checkpoint": (TRAIN, ["--workdir={here}/damaged_run"], "checkpoint", "damaged"),
@@ -173,6 +182,12 @@ CASES = {
         EXPORT,
         ["--workdir={here}/run", "--granularity=per_layer"],
         "--granularity is 'per_layer'",
+        "per_tensor, per_channel",
+    ),
+    "export: no granularity": (
+        EXPORT,
+        ["--workdir={here}/run", "--granularity="],
+        "--granularity is ''",
         "per_tensor, per_channel",
     ),
     "export: PTQ method": (
@@ -361,6 +376,16 @@ def test_failed_work_gives_one_line_and_another_status(error, capfd):
     assert re.fullmatch(r"\S+: error: [^\n{}]* left on device\n", capfd.readouterr().err)
 
 
+def test_interrupted_by_the_user(capfd):
+    def main(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        cli._run(main, [])
+    assert exit_.value.code == 130
+    assert capfd.readouterr().err.endswith("error: interrupted; what was written before is whole\n")
+
+
 def test_faults_of_the_program_are_not_bad_input():
     with pytest.raises(KeyError), cli.bad_input_exits():
         raise KeyError
@@ -422,3 +447,9 @@ def test_a_run_knows_its_flags_again(tmp_path, digits):
         changed = words[-1].lstrip("-").removeprefix("no").partition("=")[0]
         with pytest.raises(ValueError, match=f"other values of {changed};"):
             check(*words, younger=True)
+    _, values = check("--epochs=3")
+    values.validation = False
+    run.check_config(values, but=["validation"])
+    values.epochs = 4
+    with pytest.raises(ValueError, match="other values of epochs;"):
+        run.check_config(values, but=["validation"])

@@ -276,6 +276,38 @@ def test_sets_that_cannot_be_used(tmp_path):
         ClassificationData("tiny", folder)
 
 
+@pytest.mark.parametrize(
+    "feature, error, message",
+    [
+        ("text", ValueError, "dataset 'far_away' has no image and label, but text"),
+        ("image", FileNotFoundError, "TFDS cannot download and prepare the dataset 'far_away' by itself: checksum"),
+    ],
+)
+def test_sets_that_are_not_on_this_machine(tmp_path, monkeypatch, feature, error, message):
+    """Refused by its features before it is downloaded, or with whatever ends the download."""
+    features = {
+        "text": {"text": tfds.features.Text()},
+        "image": {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)},
+    }[feature]
+
+    class FarAway(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "far_away"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            raise RuntimeError("checksum")
+
+        def _generate_examples(self):
+            yield from ()
+
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: FarAway(data_dir=str(tmp_path)))
+    with pytest.raises(error, match=message):
+        ClassificationData("far_away")
+
+
 @pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason=f"CIFAR-10 in TFDS form is not at {SHARED}")
 def test_cifar10():
     data = ClassificationData("cifar10", data_dir=str(SHARED))

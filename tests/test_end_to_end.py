@@ -115,13 +115,13 @@ def test_what_a_run_leaves(trained):
             assert np.max(ratio) <= 0.1 * (1 + 1e-6)
 
 
-def test_config_reruns_the_same_run(trained, run_program, tmp_path):
+def test_config_reruns_the_same_run(trained, run_forked, tmp_path):
     """config.flags alone gives the same run; with mixed precision and a start from the first run, another one."""
     workdir, _, _ = trained
     again = tmp_path / "again"
     overrides = ["--epochs=1", f"--init_from={workdir}", "--precision=mixed_bfloat16", "--label_smoothing=0.1"]
-    result = run_program("train/main.py", f"--flagfile={workdir}/config.flags", *overrides, f"--workdir={again}")
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_forked("train/main.py", f"--flagfile={workdir}/config.flags", *overrides, f"--workdir={again}")
+    assert result.status == 0, result.stderr[-3000:]
     before = set((workdir / "config.flags").read_text().splitlines())
     after = set((again / "config.flags").read_text().splitlines())
     assert after - before == {*overrides}
@@ -136,11 +136,11 @@ def test_config_reruns_the_same_run(trained, run_program, tmp_path):
     fuse(model)
 
 
-def test_evaluation_only_needs_no_more_than_a_model(trained, run_program, tmp_path):
+def test_evaluation_only_needs_no_more_than_a_model(trained, run_forked, tmp_path):
     workdir, _, _ = trained
     (tmp_path / "model.keras").write_bytes((workdir / "model.keras").read_bytes())
-    result = run_program("train/main.py", "--evaluate_only", "--novalidation", f"--workdir={tmp_path}")
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_forked("train/main.py", "--evaluate_only", "--novalidation", f"--workdir={tmp_path}")
+    assert result.status == 0, result.stderr[-3000:]
     found = re.search(r"top-1 on the test split \(360 images\): ([\d.]+) %", result.stdout)
     assert float(found[1]) > 80
     assert os.listdir(tmp_path) == ["model.keras"]
@@ -200,9 +200,9 @@ def test_integer_files_keep_the_accuracy(exported):
         assert entry["agreement_with_float_percent"] > 95
 
 
-def test_export_with_another_ptq_method(trained, run_program, tmp_path):
+def test_export_with_another_ptq_method(trained, run_forked, tmp_path):
     workdir, _, _ = trained
-    result = run_program(
+    result = run_forked(
         "export/main.py",
         f"--workdir={workdir}",
         f"--output={tmp_path}",
@@ -213,7 +213,7 @@ def test_export_with_another_ptq_method(trained, run_program, tmp_path):
         "--granularity=per_tensor",
         "--latency_runs=50",
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.status == 0, result.stderr[-3000:]
     report = json.loads((tmp_path / "export.json").read_text())
     (entry,) = report["files"]
     assert entry["file"] == "int8_w4_per_tensor_equalize_adaquant.tflite"

@@ -67,11 +67,12 @@ def imagenet(tmp_path_factory):
     return str(folder)
 
 
-def test_the_recipe_trains(imagenet, run_program, tmp_path):
-    """A0 for 20 steps; only batch and images are smaller than published."""
-    result = run_program(
+@pytest.mark.parametrize("config", ["imagenet_a0_bn", "imagenet_b0_oabn"])
+def test_the_recipe_trains(imagenet, run_forked, tmp_path, config):
+    """Both networks, and both normalizations, for 20 steps; only batch and images are smaller than published."""
+    result = run_forked(
         "train/main.py",
-        "--flagfile=configs/imagenet_a0_bn.flags",
+        f"--flagfile=configs/{config}.flags",
         f"--data_dir={imagenet}",
         f"--workdir={tmp_path}",
         "--epochs=1",
@@ -80,7 +81,7 @@ def test_the_recipe_trains(imagenet, run_program, tmp_path):
         "--image_size=40",
         "--evaluation_resize=46",
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.status == 0, result.stderr[-3000:]
     assert "20/20" in result.stderr
     assert "validation" not in result.stdout and "test split (6 images)" in result.stdout
     (epoch,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +101,9 @@ def test_splits_are_those_with_labels(imagenet):
 def test_a_set_that_has_to_be_fetched_by_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"TFDS cannot download the dataset 'imagenet2012' by itself: .*manual"):
+    with pytest.raises(
+        FileNotFoundError, match=r"TFDS cannot download and prepare the dataset 'imagenet2012' by itself: .*manual"
+    ):
         sources.TfdsSource("imagenet2012")
 
 

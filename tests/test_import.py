@@ -1,10 +1,14 @@
 """tf_repvgg beside TensorFlow, in either order, and where Keras 3 is already active."""
 
+import ast
 import concurrent.futures
 import os
-import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM_FOLDERS = {"train", "export", "experiments", "benchmarks"}
 
 CHECK = "import tf_keras; assert tf.keras.layers.Layer is tf_keras.layers.Layer; print('Keras 2')"
 PROGRAMS = {
@@ -44,4 +48,10 @@ def test_import_is_quiet(results):
 
 
 def test_library_does_not_import_the_command_lines():
-    assert not {"train.main", "export.main", "main"} & set(sys.modules)
+    programs = {path.stem for folder in PROGRAM_FOLDERS for path in (ROOT / folder).glob("*.py")} | PROGRAM_FOLDERS
+    assert {"main", "quantized", "commands", "train"} <= programs
+    for path in (ROOT / "tf_repvgg").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & programs, path

@@ -83,11 +83,15 @@ FUSED = [(name, "same") for name in VARIANTS] + [(name, "symmetric") for name in
 
 
 @pytest.mark.parametrize("name, padding", FUSED)
-def test_every_variant_fuses_exactly(name, padding):
-    """Random statistics, an input small and uneven enough to meet odd and even sizes on the way down."""
+def test_every_variant_fuses_exactly(name, padding, pytestconfig):
+    """Random statistics, an input small and uneven enough to meet odd and even sizes on the way down.
+
+    Published variants but A0 at an eighth of their width, unless --full_width is given: that takes minutes.
+    """
     published = name in PUBLISHED
     size = (40, 44, 3) if published else (12, 11, 3)
-    variant = VARIANTS[name] if name == "A0" or not published else small(VARIANTS[name])
+    is_whole = name == "A0" or not published or pytestconfig.getoption("full_width")
+    variant = VARIANTS[name] if is_whole else small(VARIANTS[name])
     model = build_repvgg(variant, size, 10, norm="oabn", oabn_k=0.5, padding=padding)
     randomize(model, gain=0.5)
     x = np.random.default_rng(0).standard_normal((1, *size)).astype("float32")
@@ -222,6 +226,13 @@ def test_squeeze_excite_and_depthwise_count():
     assert counts.training_parameters == model.count_params()
     assert counts.deploy_macs == 36 * (merged + 9 * 8) + squeeze_excite
     assert counts.training_macs == counts.deploy_macs + 36 * 4 * 8
+
+
+def test_transposed_convolutions_count_the_pixels_of_their_input():
+    inputs = keras.Input((4, 3, 5))
+    model = keras.Model(inputs, keras.layers.Conv2DTranspose(2, 3, strides=2, padding="same")(inputs))
+    assert model.output_shape == (None, 8, 6, 2)
+    assert complexity(model).deploy_macs == 4 * 3 * 9 * 5 * 2
 
 
 def test_macs_need_a_fixed_size():

@@ -3,18 +3,21 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
 
 import tensorflow as tf
 from absl import app, flags, logging
 
 FAILED, BAD_INPUT = 1, 2
+INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
 
 def run(main):
     """Runs an absl program whose malformed flags end it with one line and exit status 2.
 
-    So does what may fail on the way, such as a full disk or weights that are no longer finite, with exit status 1.
+    So does what may fail on the way, such as a full disk or weights that are no longer finite, with exit status 1, and
+    Control-C with 130.
     """
     logging.set_verbosity(logging.ERROR)  # TFDS tells of every file it opens, and warns of those it does not find.
     app.run(functools.partial(_run, main), flags_parser=_parse_flags)
@@ -23,6 +26,8 @@ def run(main):
 def _run(main, argv):
     try:
         main(argv)
+    except KeyboardInterrupt:
+        _exit("interrupted; what was written before is whole", INTERRUPTED)
     except (OSError, FloatingPointError) as error:
         _exit(error, FAILED)
     except tf.errors.ResourceExhaustedError as error:  # memory, or the disk that TensorBoard's events go to

@@ -171,6 +171,8 @@ class Run:
     """The workdir of a training run. Nothing is written there, and no folder made, before `claim` or `start`."""
 
     def __init__(self, workdir):
+        if not workdir:  # a shell variable that is not set, say; it would mean the current folder
+            raise ValueError("the name of the workdir is empty; give a folder")
         self.path = Path(workdir)
         self.checkpoints_path = str(self.path / "checkpoints")
         self.tensorboard_path = str(self.path / "tensorboard")
@@ -187,8 +189,8 @@ class Run:
         if self.path.exists():
             claimed_folder(self.path)
 
-    def check_config(self, flag_values):
-        """Refuses flags other than those of the run that the workdir holds already.
+    def check_config(self, flag_values, but=()):
+        """Refuses flags other than those of the run that the workdir holds already; those named in `but` may differ.
 
         Raises:
           ValueError: names the flags that differ.
@@ -200,10 +202,10 @@ class Run:
         ours = {_flag_name(line): line for line in _flags_of_main(flag_values).splitlines()}
         # By its default, a flag that is younger than the run does what the run did.
         ours = {name: line for name, line in ours.items() if name in theirs or not _is_default(flag_values[name])}
-        if changed := sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name)):
+        if changed := sorted(name for name in (theirs | ours).keys() - set(but) if theirs.get(name) != ours.get(name)):
             raise ValueError(
                 f"workdir {str(self.path)!r} holds a run with other values of {', '.join(changed)}; "
-                "use another workdir, or the same flags to continue"
+                f"use another workdir, or --flagfile={path} to go on with that one"
             )
 
     def start(self, flag_values, data):
@@ -222,6 +224,7 @@ class Run:
         write_json(self.path / INPUT_NAME, data.facts())
 
     def save_model(self, model):
+        """Leaves model.keras; from here on the run is complete."""
         with written_whole(self.model_path) as temporary:
             model.save(temporary)
 

@@ -20,7 +20,7 @@ from tf_repvgg.data.augmentation import CROPS
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.layers.clip_limit import parse_by_name
 from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
-from tf_repvgg.training import callbacks, distillation, optimization
+from tf_repvgg.training import callbacks, distillation, finished_runs, optimization
 
 FLAGS = flags.FLAGS
 
@@ -37,7 +37,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of a folder that cannot be used.")
 flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Images of a folder that are larger are bad.", lower_bound=0)
-flags.DEFINE_integer("image_size", None, "Height and width to resize to; needed where a set's images differ in size.")
+flags.DEFINE_integer(
+    "image_size", None, "Height and width to resize to; needed where a set's images differ in size.", lower_bound=1
+)
 flags.DEFINE_integer(
     "evaluation_resize",
     None,
@@ -106,7 +108,7 @@ flags.DEFINE_enum(
     ["float32", "mixed_bfloat16"],
     "Keras dtype policy of training; the model is saved in float32.",
 )
-flags.DEFINE_integer("seed", 0, "Of initial weights, shuffling and augmentation.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Of initial weights, shuffling and augmentation.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("init_from", None, "model.keras, or a workdir with one, whose weights training starts from.")
 flags.DEFINE_string("distill_from", None, "Workdir of a finished run, or its model.keras, whose model is the teacher.")
 flags.DEFINE_float("distill_weight", 0.5, "Weight of the teacher's part of the loss.", lower_bound=0, upper_bound=1)
@@ -252,7 +254,8 @@ def main(_):
     keras.utils.set_random_seed(FLAGS.seed)
     with cli.bad_input_exits():
         run = runs.Run(FLAGS.workdir)
-        run.check_config(FLAGS)
+        # The test split may be looked at whatever a run has held out.
+        run.check_config(FLAGS, but=["validation"] if FLAGS.evaluate_only and not FLAGS.validation else [])
         if not FLAGS.evaluate_only:
             run.claim()
         data = make_data()
@@ -269,17 +272,19 @@ def main(_):
             also = tuning.callbacks(run, steps * FLAGS.epochs, steps) if tuning else []
         else:
             model = runs.load_model(run.path)
+            finished_runs.check_fits(model, data)
     if trains:
         if model:
             summary(model)
         try:
             train(run, data, trainer, resume, average, also)
         except FloatingPointError as error:
-            kept = f"{resume.latest} is kept" if resume.latest else "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"{error}; {kept}; the same command goes on from there, so rather try a lower --learning_rate in a new "
-                "workdir"
-            ) from None
+            kept = (
+                f"{resume.latest} is kept; the same command goes on from there, so rather"
+                if resume.latest
+                else "there is no checkpoint yet;"
+            )
+            raise FloatingPointError(f"{error}; {kept} try a lower --learning_rate in a new workdir") from None
         if tuning:
             model = tuning.finished(trainer)
         else:

@@ -107,6 +107,7 @@ class ClassificationData:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, the length of `labels`."""
         return len(self.labels)
 
     @property
@@ -139,6 +140,7 @@ class ClassificationData:
 
     @property
     def evaluation_batch_size(self) -> int:
+        """Images in a batch of `evaluation`: 500, or as many as take 64 MiB."""
         height, width, channels = self.image_shape
         return max(1, min(_EVALUATION_IMAGES, _EVALUATION_BYTES // (4 * height * width * channels)))
 

@@ -31,11 +31,9 @@ class TfdsSource:
     def __init__(self, name, data_dir=None):
         self.name = name
         self._builder = _builder(name, data_dir)
+        _check_features(self._builder.info.features, name)  # before what may be a download of hours
+        _prepare(self._builder, name, data_dir)
         info = self._builder.info
-        if not {"image", "label"} <= set(info.features or {}):
-            raise ValueError(f"dataset {name!r} has no image and label, but {', '.join(info.features)}")
-        if not isinstance(info.features["label"], tfds.features.ClassLabel):
-            raise ValueError(f"the label of dataset {name!r} is no class, but {info.features['label']}")
         self.labels = tuple(info.features["label"].names)
         self.image_shape = info.features["image"].shape
         self.flips = self._builder.name not in _NO_FLIP
@@ -74,23 +72,32 @@ class TfdsSource:
 
 def _builder(name, data_dir):
     if name == Digits.name:
-        builder = Digits(data_dir=data_dir)
-        builder.download_and_prepare()
-        return builder
+        return Digits(data_dir=data_dir)
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        return tfds.builder(name, data_dir=data_dir)
     except (tfds.core.registered.DatasetNotFoundError, AssertionError):  # the latter for versions it does not have
         raise ValueError(
             f"dataset {name!r} is not in TFDS; known here: digits, cifar10, folder:PATH, or any TFDS name"
         ) from None
-    if not builder.is_prepared():
-        if data_dir is not None:
-            raise FileNotFoundError(
-                f"data_dir {data_dir!r} does not hold the dataset {name!r} (looked for {builder.data_path}); "
-                "point it at a TFDS directory that does, or leave it out to download the set"
-            )
-        try:
-            builder.download_and_prepare()
-        except AssertionError as error:  # sets that one has to fetch by hand, ImageNet for one
-            raise FileNotFoundError(f"TFDS cannot download the dataset {name!r} by itself: {error}") from None
-    return builder
+
+
+def _check_features(features, name):
+    if not {"image", "label"} <= set(features or {}):
+        raise ValueError(f"dataset {name!r} has no image and label, but {', '.join(features or ['nothing'])}")
+    if not isinstance(features["label"], tfds.features.ClassLabel):
+        raise ValueError(f"the label of dataset {name!r} is no class, but {features['label']}")
+
+
+def _prepare(builder, name, data_dir):
+    """Downloads the set, unless it is there or the user has said where it should be; digits are made in any case."""
+    if builder.is_prepared():
+        return
+    if data_dir is not None and name != Digits.name:
+        raise FileNotFoundError(
+            f"data_dir {data_dir!r} does not hold the dataset {name!r} (looked for {builder.data_path}); "
+            "point it at a TFDS directory that does, or leave it out to download the set"
+        )
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # of many kinds: a set that one has to fetch by hand, ImageNet for one; no network
+        raise FileNotFoundError(f"TFDS cannot download and prepare the dataset {name!r} by itself: {error}") from None

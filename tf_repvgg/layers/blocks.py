@@ -59,6 +59,7 @@ class ReparameterizedBlock(keras.layers.Layer):
       activation: anything `keras.activations.get` accepts.
       se_reduction: None, or the reduction of a `SqueezeExcite` between the sum and the activation.
       momentum, epsilon: of every batch normalization in the block.
+      kernel_initializer: of both convolutions, anything `keras.initializers.get` accepts.
 
     Raises:
       ValueError: where the branches could not be merged exactly.

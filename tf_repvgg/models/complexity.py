@@ -23,8 +23,9 @@ class Complexity:
         )
 
 
-def _pixels(layer):
-    _, height, width, _ = layer.output_shape
+def _pixels(layer, shape=None):
+    """Of its output, or of images of another shape [batch, height, width, channels]."""
+    _, height, width, _ = shape or layer.output_shape
     if height is None or width is None:
         raise ValueError(f"MACs of {layer.name!r} need a fixed image size; build the model with input_shape=(H, W, C)")
     return height * width
@@ -46,7 +47,9 @@ def _layer_complexity(layer) -> Complexity:
         merged = Complexity(parameters, conv3x3 + layer.filters, pixels * (conv3x3 + conv1x1), pixels * conv3x3)
         return merged if layer.squeeze_excite is None else merged + _squeeze_excite_complexity(layer.squeeze_excite)
     macs = 0
-    if isinstance(layer, keras.layers.Conv2D):
+    if isinstance(layer, keras.layers.Conv2DTranspose):  # a Conv2D to Keras, but it is the input that is walked over
+        macs = _pixels(layer, layer.input_shape) * int(layer.kernel.shape.num_elements())
+    elif isinstance(layer, keras.layers.Conv2D):
         macs = _pixels(layer) * int(layer.kernel.shape.num_elements())
     elif isinstance(layer, keras.layers.DepthwiseConv2D):
         macs = _pixels(layer) * int(layer.depthwise_kernel.shape.num_elements())

@@ -1,4 +1,4 @@
-"""Models of finished runs that another run builds on."""
+"""Models of finished runs, and the data that they are for."""
 
 import tf_keras as keras
 
@@ -33,6 +33,19 @@ def load_matching(path, data, role: str) -> keras.Model:
             f"trains on {data.channels} channels by {data.preprocessing}; use the same input for both"
         )
     return model
+
+
+def check_fits(model: keras.Model, data) -> None:
+    """
+    Raises:
+      ValueError: if the model is for images of another shape, or another number of classes, than `data` has.
+    """
+    expected, found = (model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes)
+    if expected != found:
+        raise ValueError(
+            "the model takes images {} into {} classes, but ".format(*expected)
+            + "{name} has images {} of {} classes".format(*found, name=repr(data.name))
+        )
 
 
 def _few(labels):
