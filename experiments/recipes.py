@@ -16,8 +16,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
 flags.DEFINE_string("runs", "runs/recipes", "Folder of the training runs.")
 flags.DEFINE_string("results", "results", "Folder of the results.")
-flags.DEFINE_integer("epochs", 6, "Epochs of every run; the final models train longer.", lower_bound=1)
-flags.DEFINE_integer("early_epochs", 4, "How many of them train on small crops.", lower_bound=0)
+flags.DEFINE_integer("epochs", 4, "Epochs of every run; the final models train longer.", lower_bound=1)
+flags.DEFINE_integer("early_epochs", 3, "How many of them train on small crops.", lower_bound=0)
 flags.DEFINE_integer("steps_per_epoch", None, "By default those of one pass; fewer to try this out.", lower_bound=1)
 
 CONFIG = "cifar10_oabn"

@@ -61,7 +61,7 @@ VARIANTS = {
     "D2se": _published((8, 14, 24, 1), 2.5, 5.0, se_reduction=16),
     "digits": Variant(16, (16, 32, 64), (2, 2, 2), stem_stride=1, strides=(1, 2, 2)),
     "cifar-s": Variant(32, (64, 128, 256), (2, 3, 2), stem_stride=1, strides=(2, 2, 2)),
-    "cifar-m": Variant(32, (64, 128, 256), (3, 6, 3), stem_stride=1, strides=(1, 2, 2)),
+    "cifar-m": Variant(32, (64, 128, 256), (3, 6, 3), stem_stride=1, strides=(2, 2, 2)),
     # A0 for images of 32x32: the published widths, depths and strides, but for the stem's.
     "cifar-a0": _published(_DEPTHS_A, 0.75, 2.5, stem_stride=1),
     "cifar-l": Variant(32, (64, 128, 256, 512), (2, 4, 6, 1), stem_stride=1, strides=(1, 2, 2, 2)),
