@@ -13,14 +13,13 @@ def bias_correct(network: Network) -> None:
         min_max(network)
     error, before = network.error(), network.biases()
     for name in network.progress(network.layers, "bias correction"):
-        layer = network.quantized.get_layer(name)
-        if network.is_shared(name) or not layer.use_bias:
+        if network.is_shared(name) or not network.layers[name].use_bias:
             continue
         expected = network.linear_outputs_of(name)
         found = network.linear_outputs_of_quantized(name)
         axes = tuple(range(expected.ndim - 1))
-        layer.bias.assign(expected.mean(axes) - found.mean(axes))
+        network.set_bias(name, expected.mean(axes) - found.mean(axes))
     if not network.error() < error:
         network.notes.append("bias correction undone: the outputs' error was no smaller for it")
         for name, bias in before.items():
-            network.quantized.get_layer(name).bias.assign(bias)
+            network.set_bias(name, bias)

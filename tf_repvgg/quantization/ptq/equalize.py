@@ -30,7 +30,12 @@ def equalize(network: Network) -> None:
     """
     pairs = chain_pairs(network)
     for _ in range(_SWEEPS):
-        if max([_equalize_pair(*pair) for pair in pairs], default=0.0) < _CONVERGED:
+        largest = 0.0
+        for first, second in pairs:
+            factor = _equalize_pair(first, second)
+            network.divisors[first.name] *= factor
+            largest = max(largest, float(np.max(np.abs(np.log(factor)))))
+        if largest < _CONVERGED:
             break
     firsts = {first.name for first, _ in pairs}
     if left := [name for name in list(network.layers)[:-1] if name not in firsts]:
@@ -72,7 +77,7 @@ def _takes_factors(layer):
 
 
 def _equalize_pair(first, second):
-    """Equalizes one pair; returns the largest change of a factor, as |log s|."""
+    """Equalizes one pair; returns the factor of each channel."""
     before, *bias = first.get_weights()
     after, *rest = second.get_weights()
     r1 = np.max(np.abs(before), axis=tuple(range(before.ndim - 1)))
@@ -81,4 +86,4 @@ def _equalize_pair(first, second):
     factor = np.sqrt(np.where(is_alive, r1, 1) / np.where(is_alive, r2, 1)).astype(np.float32)
     first.set_weights([before / factor, *(values / factor for values in bias)])
     second.set_weights([after * factor[:, np.newaxis], *rest])
-    return float(np.max(np.abs(np.log(factor))))
+    return factor
