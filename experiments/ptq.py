@@ -40,6 +40,7 @@ flags.DEFINE_list(
 RANGE_METHODS = ("min_max", "percentile", "mse", "equalize", "dfq", "dfq_data_free")
 SLOW_METHODS = ("codebook", "adaround", "adaquant", "equalize+adaquant")
 flags.DEFINE_list("methods", [*RANGE_METHODS, *SLOW_METHODS], "Methods, as of export/main.py --ptq.")
+flags.DEFINE_list("bits", ["8", "6", "5", "4", "3"], "Of weights, as far as the table has them.")
 flags.DEFINE_boolean("ai_edge", True, "Google's toolkit beside ours.")
 flags.DEFINE_integer("calibration_images", 1024, "Training images that methods see.", lower_bound=1)
 flags.DEFINE_integer("test_images", None, "How many test images; by default all.", lower_bound=1)
@@ -79,6 +80,7 @@ def cells_of(workdirs):
         for model, workdir in workdirs.items()
         for method in methods
         for bits in bits_for(model, method)
+        if str(bits) in FLAGS.bits
         for granularity in GRANULARITIES
     ]
 
