@@ -363,6 +363,7 @@ def main(_):
         else:
             inference_type = tflite.checked_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
             ptq.bits_by_layer(forms[reference], widths(bits[0]))
+            ptq.check_data_free(forms[reference], FLAGS.ptq)
         output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     unfinished = None
     if reference == "trained_model":

@@ -25,7 +25,7 @@ from tf_repvgg.quantization.ptq.bias_correct import bias_correct
 from tf_repvgg.quantization.ptq.bias_tune import bias_tune
 from tf_repvgg.quantization.ptq.codebook import codebook
 from tf_repvgg.quantization.ptq.dfq import dfq
-from tf_repvgg.quantization.ptq.dfq_data_free import dfq_data_free
+from tf_repvgg.quantization.ptq.dfq_data_free import check_statistics, dfq_data_free
 from tf_repvgg.quantization.ptq.equalize import equalize
 from tf_repvgg.quantization.ptq.min_max import min_max
 from tf_repvgg.quantization.ptq.mse import mse
@@ -50,7 +50,16 @@ _DATA_FREE, _NEEDS_NONE = dfq_data_free, (dfq_data_free, equalize)
 # Normalised images are within a few units of zero; pixels of 0 to 255 are not.
 _LARGEST_INPUT = 32.0
 
-__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "needs_calibration", "parse_method", "quantize"]
+__all__ = [
+    "METHODS",
+    "Network",
+    "Options",
+    "bits_by_layer",
+    "check_data_free",
+    "needs_calibration",
+    "parse_method",
+    "quantize",
+]
 
 
 def quantize(
@@ -113,6 +122,12 @@ def needs_calibration(method: str) -> bool:
     """Whether a method, or any of several joined by "+", looks at calibration images."""
     methods = parse_method(method)
     return _DATA_FREE not in methods or any(step not in _NEEDS_NONE for step in methods)
+
+
+def check_data_free(model: keras.Model, method: str) -> None:
+    """Raises ValueError if a method needs no calibration images, but statistics that the model does not hold."""
+    if not needs_calibration(method):
+        check_statistics(getattr(model, "pre_activation_statistics", {}))
 
 
 def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:

@@ -25,11 +25,7 @@ def dfq_data_free(network: Network) -> None:
       ValueError: if the network holds no statistics (see `tf_repvgg.fusion.fuse`), or a layer of a kind that
         `statistics.predict` does not know.
     """
-    if not any(kept is not None for kept in network.statistics.values()):
-        raise ValueError(
-            "dfq_data_free needs the statistics of normalizations, and this model holds none: give it what "
-            "tf_repvgg.fusion.fuse returns, as it is (Keras does not save them), or use dfq with calibration images"
-        )
+    check_statistics(network.statistics)
     equalize(network)
     prediction = predict(network)
     _note_approximation(network, prediction)
@@ -46,6 +42,15 @@ def dfq_data_free(network: Network) -> None:
             expected = by_input_channel(prediction.inputs[name].mean, kernel.shape)
             shift = np.sum((quantized.dequantize() - kernel) * expected, axis=tuple(range(kernel.ndim - 1)))
         network.set_kernel(name, quantized, network.bias(name) - shift)
+
+
+def check_statistics(statistics) -> None:
+    """Raises ValueError if no layer has any; see `Network.statistics`."""
+    if all(kept is None for kept in statistics.values()):
+        raise ValueError(
+            "dfq_data_free needs the statistics of normalizations, and this model holds none: give it what "
+            "tf_repvgg.fusion.fuse returns, as it is (Keras does not save them), or use dfq with calibration images"
+        )
 
 
 def _note_approximation(network, prediction):
