@@ -181,6 +181,13 @@ CASES = {
         "PTQ method is 'adaqaunt'; known: min_max",
         "adaquant",
     ),
+    "export: no statistics": (
+        EXPORT,
+        ["--workdir={here}/fused_run", "--ptq=dfq_data_free"],
+        "needs the statistics of normalizations",
+        "use dfq with calibration images",
+    ),
+    "export: few timed inferences": (EXPORT, ["--workdir={here}/run", "--latency_runs=10"], "latency_runs", "0, or 50"),
     "export: layers of other widths": (
         EXPORT,
         ["--workdir={here}/run", "--layer_bits=stm=8"],

@@ -18,7 +18,7 @@ def dfq_data_free(network: Network) -> None:
 
     Means are exact. Variances are exact after one normalization, as in QARepVGG; where branches add up, they are
     those of uncorrelated branches, which branches that read one input are not; of a layer without normalization,
-    such as the last, they are those of uncorrelated inputs. With calibration images, which change nothing else, the
+    such as the last, they are upper bounds. With calibration images, which change nothing else, the
     notes hold how far that is from what they show.
 
     Raises:
@@ -56,7 +56,7 @@ def check_statistics(statistics) -> None:
 def _note_approximation(network, prediction):
     guessed = [name for name in network.layers if network.statistics.get(name) is None]
     if guessed:
-        network.notes.append(f"no statistics, so followed from the inputs as if uncorrelated: {', '.join(guessed)}")
+        network.notes.append(f"no statistics, so followed from the inputs: {', '.join(guessed)}")
     if network.images is None:
         return
     deviations, means = [], []

@@ -9,8 +9,8 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.quantization.ptq.network import Network, by_input_channel
 
-# Of a range, on either side of the mean (arXiv:1906.04721, section 5).
-_DEVIATIONS = 6
+# Of a range, on either side of the mean (arXiv:1906.04721, section 5); fewer where they are an upper bound.
+_DEVIATIONS, _BOUNDS = 6, 2
 _TINY = 1e-12
 _UNCHANGED = (
     keras.layers.Cropping2D,
@@ -53,7 +53,8 @@ def predict(network: Network, absorbed=None) -> Prediction:
 
     A fused block's output has the mean and variance that its normalizations imply, as `tf_repvgg.fusion.fuse` keeps
     them: the mean exactly; the variance, where branches add up, as if they were uncorrelated. A layer without
-    normalization gets both from its inputs, as if those were uncorrelated. ReLU clips the normal distribution (appendix
+    normalization, such as a classifier's last, gets the mean from its inputs, and as standard deviation what it would be
+    if they all varied together, an upper bound: features of one class do. ReLU clips the normal distribution (appendix
     C); a mean over pixels is as wide as a pixel is. The network's input is taken to be uniform.
 
     Args:
@@ -111,8 +112,8 @@ def _uniform(low, high):
     return (low + high) / 2, (high - low) / math.sqrt(12), low, high
 
 
-def _normal(mean, deviation):
-    return Distribution(mean, deviation, mean - _DEVIATIONS * deviation, mean + _DEVIATIONS * deviation)
+def _normal(mean, deviation, count=_DEVIATIONS):
+    return Distribution(mean, deviation, mean - count * deviation, mean + count * deviation)
 
 
 def _linear(network, layer, its, absorbed):
@@ -120,10 +121,10 @@ def _linear(network, layer, its, absorbed):
         divisor = network.divisors[layer.name]
         return _normal(kept.mean / divisor - absorbed, np.sqrt(kept.variance) / divisor)
     kernel = network.kernel(layer.name)
-    mean, variance = (by_input_channel(part, kernel.shape) for part in (its.mean, np.square(its.deviation)))
+    mean, deviation = (by_input_channel(part, kernel.shape) for part in (its.mean, its.deviation))
     axes = tuple(range(kernel.ndim - 1))
-    sums = np.sum(kernel * mean, axes) + network.bias(layer.name), np.sum(np.square(kernel) * variance, axes)
-    return _normal(sums[0], np.sqrt(sums[1]))
+    sums = np.sum(kernel * mean, axes) + network.bias(layer.name), np.sum(np.abs(kernel) * deviation, axes)
+    return _normal(*sums, _BOUNDS)
 
 
 def _activated(its, layer, activation):
