@@ -53,9 +53,9 @@ def predict(network: Network, absorbed=None) -> Prediction:
 
     A fused block's output has the mean and variance that its normalizations imply, as `tf_repvgg.fusion.fuse` keeps
     them: the mean exactly; the variance, where branches add up, as if they were uncorrelated. A layer without
-    normalization, such as a classifier's last, gets the mean from its inputs, and as standard deviation what it would be
-    if they all varied together, an upper bound: features of one class do. ReLU clips the normal distribution (appendix
-    C); a mean over pixels is as wide as a pixel is. The network's input is taken to be uniform.
+    normalization, such as a classifier's last, gets the mean from its inputs, and the standard deviation that it would
+    have if they all varied together, an upper bound: features of one class do. ReLU clips the normal distribution
+    (appendix C); a mean over pixels is as wide as a pixel is. The network's input is taken to be uniform.
 
     Args:
       absorbed: {layer: what absorption has taken from its bias}.
