@@ -238,7 +238,8 @@ def test_clipped_normal():
     for ends in ((0, np.inf), (0, 6), (-np.inf, np.inf), (-1, 1), (20, 30)):
         clipped = np.clip(sample, *ends)
         np.testing.assert_allclose(clipped_normal(0.3, 2.0, *ends), (clipped.mean(), clipped.std()), atol=0.01)
-    assert clipped_normal(np.array([-1.0, 1.0]), np.zeros(2), 0, np.inf)[0].tolist() == [0, 1]  # dead channels
+    mean, deviation = clipped_normal(np.array([-1.0, -7e3, 1.0]), np.array([0, 1e-9, 0]), 0, np.inf)  # dead channels
+    np.testing.assert_allclose([mean, deviation], [[0, 0, 1], [0, 0, 0]], atol=1e-9)
 
 
 @pytest.mark.parametrize("block", [QARepVGGBlock, RepVGGBlock])

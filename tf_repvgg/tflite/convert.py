@@ -134,7 +134,10 @@ def _converter(model, image_shape):
     function = tf.function(lambda image: model(image, training=False)).get_concrete_function(
         tf.TensorSpec((1, *image_shape), tf.float32, name="image")
     )
-    return tf.lite.TFLiteConverter.from_concrete_functions([function], model)
+    # All that the function reads; with the Keras model in its place, every layer would be traced and saved once more.
+    holder = tf.Module()
+    holder.weights = model.weights
+    return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
 
 
 def _converted(model, image_shape, inference_type, images=None):

@@ -14,7 +14,8 @@ def dfq_data_free(network: Network) -> None:
 
     Ranges reach from the lowest mean minus 6 standard deviations to the highest mean plus 6. A kernel's error e moves
     the mean output by e E[x], where E[x] is the mean of a clipped normal distribution; biases take that out (section
-    4.2.1). Zero padding is left out of account.
+    4.2.1). Zero padding is left out of account there, and nothing is absorbed where the next layer pads: without data
+    nobody could tell what that costs.
 
     Means are exact. Variances are exact after one normalization, as in QARepVGG; where branches add up, they are
     those of uncorrelated branches, which branches that read one input are not; of a layer without normalization,
@@ -29,7 +30,7 @@ def dfq_data_free(network: Network) -> None:
     equalize(network)
     prediction = predict(network)
     _note_approximation(network, prediction)
-    absorbed = absorb_high_biases(network, lambda name: prediction.linear[name][:2])
+    absorbed = absorb_high_biases(network, lambda name: prediction.linear[name][:2], into_padding=False)
     prediction = predict(network, absorbed)
     for name in network.free_ranges:
         its = prediction.activations[name]

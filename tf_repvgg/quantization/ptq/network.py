@@ -155,12 +155,11 @@ class Network:
     def linear_outputs_of(self, name) -> np.ndarray:
         """What the float layer computes before its activation."""
         layer = self.layers[name]
-        return self._run(self.float, linear(layer, layer.input, layer.get_weights()[0]) + self.bias(name))
+        return _linear(layer, self._run(self.float, layer.input), self.kernel(name)) + self.bias(name)
 
     def linear_outputs_of_quantized(self, name) -> np.ndarray:
         """What the quantized layer computes on `inputs_of(name)`, without bias and activation."""
-        layer = self.quantized.get_layer(name)
-        return self._run(self.quantized, linear(layer, layer.input, self.kernels[name].dequantize()))
+        return _linear(self.quantized.get_layer(name), self.inputs_of(name), self.kernels[name].dequantize())
 
     def is_shared(self, name) -> bool:
         """Whether the layer is called more than once, so that it has no one input."""
@@ -194,6 +193,11 @@ class Network:
         for start in range(0, len(self.images), _BATCH):
             found = run(tf.constant(self.images[start : start + _BATCH]))
             yield [values.numpy() for values in tf.nest.flatten(found)]
+
+
+def _linear(layer, inputs, kernel):
+    parts = [linear(layer, inputs[start : start + _BATCH], kernel) for start in range(0, len(inputs), _BATCH)]
+    return np.concatenate([part.numpy() for part in parts])
 
 
 def by_input_channel(values, kernel_shape) -> np.ndarray:

@@ -12,6 +12,7 @@ from tf_repvgg.quantization.ptq.network import Network, by_input_channel
 # Of a range, on either side of the mean (arXiv:1906.04721, section 5); fewer where they are an upper bound.
 _DEVIATIONS, _BOUNDS = 6, 2
 _TINY = 1e-12
+_FAR = 20.0  # deviations from the mean, beyond which a normal density is zero
 _UNCHANGED = (
     keras.layers.Cropping2D,
     keras.layers.Dropout,
@@ -85,10 +86,9 @@ def predict(network: Network, absorbed=None) -> Prediction:
 def clipped_normal(mean, deviation, low, high) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of a normal variable clipped to [low, high] (arXiv:1906.04721, appendix C)."""
     deviation = np.maximum(deviation, _TINY)
-    # Ends that are never reached, or infinite, must not meet a density of zero.
-    low, high = np.maximum(low, mean - 20 * deviation), np.minimum(high, mean + 20 * deviation)
-    low, high = np.minimum(low, high), np.maximum(low, high)
-    a, b = (low - mean) / deviation, (high - mean) / deviation
+    a, b = (np.clip((end - mean) / deviation, -_FAR, _FAR) for end in (low, high))
+    # An end that is never reached contributes nothing, were it infinite.
+    low, high = (end if np.isfinite(end) else 0.0 for end in (low, high))
     below, above, between = _cumulative(a), 1 - _cumulative(b), _cumulative(b) - _cumulative(a)
     first = deviation * (_density(a) - _density(b)) + mean * between + low * below + high * above
     second = (
