@@ -12,6 +12,7 @@ from pathlib import Path
 import ai_edge
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_repvgg import fusion, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
@@ -62,7 +63,8 @@ class Cell:
 
 
 def start_worker():
-    """Each worker has one core."""
+    """Each worker has one core, and does not tell of every file that TFDS opens."""
+    logging.set_verbosity(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 

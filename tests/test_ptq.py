@@ -258,7 +258,7 @@ def test_statistics_without_data(block):
         assert name == "first" or np.mean(np.abs(predicted.inputs[name].mean - inputs) / inputs.max()) < 0.1
     for name, activations in next(iter(network.activations())).items():
         its = predicted.activations[name]
-        assert np.all(activations.min() >= its.low.min() - 1e-6) and np.all(activations.max() <= its.high.max())
+        assert activations.min() >= its.low.min() - 1e-6 and activations.max() <= its.high.max() + 0.01
 
 
 def test_dfq_without_data():
