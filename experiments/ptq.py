@@ -20,7 +20,7 @@ from ai_edge import ALGORITHMS, INSTALL
 from ai_edge import BITS as AI_EDGE_BITS
 from commands import ROOT, train
 from ptq_cells import AI_EDGE, Cell, Settings, float_top1_percent, measure, path_of, read, start_worker
-from ptq_tables import page
+from ptq_tables import comparable, page
 from tables import GRANULARITIES, write_results
 from tqdm import tqdm
 
@@ -85,10 +85,6 @@ def cells_of(workdirs):
     ]
 
 
-def write(record):
-    write_results(ROOT / FLAGS.results, "ptq", record, page(record))
-
-
 def main(_):
     for method in FLAGS.methods:
         parse_method(method)
@@ -104,33 +100,37 @@ def main(_):
         record["models"][model] = {"training": trained, "cells": []}
     record["settings"] = dataclasses.asdict(settings)
     del record["settings"]["data_dir"]  # results are for other machines too
-    missing = {}
-    for model, cell in cells_of(workdirs):
-        path = path_of(ROOT / FLAGS.cells, model, cell)
-        if (found := read(path, cell.asked(settings))) is not None:
-            record["models"][model]["cells"].append(found)
-        else:
-            missing[path] = model, cell
+    places = {path_of(ROOT / FLAGS.cells, model, cell): (model, cell) for model, cell in cells_of(workdirs)}
+    found = {path: read(path, cell.asked(settings)) for path, (_, cell) in places.items()}
+
+    def write():
+        for model, its in record["models"].items():
+            its["cells"] = [found[path] for path, (of, _) in places.items() if of == model and found[path]]
+        record["comparable"] = comparable(record["models"])
+        write_results(ROOT / FLAGS.results, "ptq", record, page(record))
+
     context = multiprocessing.get_context("spawn")  # TensorFlow's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(FLAGS.workers, context, start_worker) as pool:
         floats = {model: pool.submit(float_top1_percent, str(path), settings) for model, path in workdirs.items()}
-        measured = {pool.submit(measure, cell, settings): (model, path) for path, (model, cell) in missing.items()}
+        measured = {
+            pool.submit(measure, cell, settings): path for path, (_, cell) in places.items() if found[path] is None
+        }
         for model, future in floats.items():
             record["models"][model]["float_top1_percent"] = future.result()
-        failures = {}
+        failures = []
         for future in tqdm(concurrent.futures.as_completed(measured), "cells", len(measured), unit="cell"):
-            model, path = measured[future]
+            path = measured[future]
             if error := future.exception():
-                failures[path.stem] = f"{model}: {error}"
+                failures.append(f"experiments/ptq.py: error: {path.parent.name}, {path.stem}: {error}")
                 continue
+            found[path] = future.result()
             path.parent.mkdir(parents=True, exist_ok=True)
-            runs.write_json(path, future.result())
-            record["models"][model]["cells"].append(future.result())
-            write(record)
-    write(record)
+            runs.write_json(path, found[path])
+            write()
+    write()
     print(page(record))
     if failures:
-        sys.exit("\n".join(f"experiments/ptq.py: {name} failed, {why}" for name, why in failures.items()))
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ def dfq_data_free(network: Network) -> None:
 
     Means are exact. Variances are exact after one normalization, as in QARepVGG; where branches add up, they are
     those of uncorrelated branches, which branches that read one input are not; of a layer without normalization,
-    such as the last, they are upper bounds. With calibration images, which change nothing else, the
-    notes hold how far that is from what they show.
+    such as the last, they are upper bounds. With calibration images, which change nothing else, the notes hold how far
+    that is from what they show; on the CIFAR-10 model with OABN, standard deviations are off by 10 % in the median
+    channel and by 45 % in the 95th of 100.
 
     Raises:
       ValueError: if the network holds no statistics (see `tf_repvgg.fusion.fuse`), or a layer of a kind that
