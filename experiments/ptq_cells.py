@@ -12,6 +12,7 @@ from pathlib import Path
 import ai_edge
 import numpy as np
 import tensorflow as tf
+import tf_keras as keras
 from absl import logging
 
 from tf_repvgg import fusion, runs, tflite
@@ -91,6 +92,7 @@ def measure(cell: Cell, settings: Settings) -> dict:
         seconds, notes = time.monotonic() - started, list(model.quantization_notes)
         written = file = tflite.convert(model)
     classes = np.argmax(tflite.predict(file, data.images), axis=1)
+    keras.backend.clear_session()  # a worker makes hundreds of models
     return cell.asked(settings) | {
         "top1_percent": _percent(classes == data.labels),
         "agreement_with_float_percent": _percent(classes == _float_classes(cell.workdir, settings)),

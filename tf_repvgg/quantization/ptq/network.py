@@ -161,6 +161,21 @@ class Network:
         """What the quantized layer computes on `inputs_of(name)`, without bias and activation."""
         return _linear(self.quantized.get_layer(name), self.inputs_of(name), self.kernels[name].dequantize())
 
+    def mean_linear_outputs(self, names) -> dict[str, np.ndarray]:
+        """Per channel, means of `linear_outputs_of` over images and pixels: linear, so those of the mean inputs."""
+        layers = [self.layers[name] for name in names]
+        means = self._means(self.float, [layer.input for layer in layers]) if layers else []
+        return {
+            layer.name: _channel_means(_linear(layer, mean, self.kernel(layer.name))) + self.bias(layer.name)
+            for layer, mean in zip(layers, means, strict=True)
+        }
+
+    def mean_linear_output_of_quantized(self, name) -> np.ndarray:
+        """Per channel, the mean of `linear_outputs_of_quantized` over images and pixels."""
+        layer = self.quantized.get_layer(name)
+        (mean,) = self._means(self.quantized, [layer.input])
+        return _channel_means(_linear(layer, mean, self.kernels[name].dequantize()))
+
     def is_shared(self, name) -> bool:
         """Whether the layer is called more than once, so that it has no one input."""
         return len(self.quantized.get_layer(name).inbound_nodes) > 1
@@ -183,6 +198,13 @@ class Network:
         found = [np.concatenate(of_tensor) for of_tensor in zip(*parts, strict=True)]
         return found if isinstance(tensors, list) else found[0]
 
+    def _means(self, model, tensors):
+        """Means of tensors over all calibration images, each with a batch dimension of 1."""
+        sums = [0.0] * len(tensors)
+        for found in self._batches(model, tensors):
+            sums = [total + np.sum(values, axis=0, keepdims=True) for total, values in zip(sums, found, strict=True)]
+        return [total / len(self.images) for total in sums]
+
     def _batches(self, model, tensors):
         # Traced once: weights may have changed since, which the graph reads anew. Tensors stay with their ids.
         key = tuple(id(tensor) for tensor in tensors)
@@ -198,6 +220,10 @@ class Network:
 def _linear(layer, inputs, kernel):
     parts = [linear(layer, inputs[start : start + _BATCH], kernel) for start in range(0, len(inputs), _BATCH)]
     return np.concatenate([part.numpy() for part in parts])
+
+
+def _channel_means(outputs):
+    return outputs.mean(axis=tuple(range(outputs.ndim - 1)))
 
 
 def by_input_channel(values, kernel_shape) -> np.ndarray:
