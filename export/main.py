@@ -285,6 +285,9 @@ def forms_of(model):
     """{key of FORMS: the model in that form}."""
     if quantizers(model):
         return {"trained_model": model}
+    for weight in model.weights:
+        if not np.all(np.isfinite(weight)):
+            raise ValueError(f"weight {weight.name!r} of the model holds infinities or NaN; was training stable?")
     if not fusion.needs_fusing(model):
         return {"float_fused": model}
     try:
