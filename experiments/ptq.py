@@ -24,7 +24,7 @@ from ptq_tables import comparable, page
 from tables import GRANULARITIES, write_results
 from tqdm import tqdm
 
-from tf_repvgg import runs
+from tf_repvgg import cli, runs
 from tf_repvgg.quantization.ptq import Options, parse_method
 
 FLAGS = flags.FLAGS
@@ -86,10 +86,11 @@ def cells_of(workdirs):
 
 
 def main(_):
-    for method in FLAGS.methods:
-        parse_method(method)
-    if FLAGS.ai_edge and importlib.util.find_spec("ai_edge_quantizer") is None:
-        sys.exit(f"experiments/ptq.py: error: ai-edge-quantizer is not installed: {INSTALL}; or use --noai_edge")
+    with cli.bad_input_exits():
+        for method in FLAGS.methods:
+            parse_method(method)
+        if FLAGS.ai_edge and importlib.util.find_spec("ai_edge_quantizer") is None:
+            raise ValueError(f"ai-edge-quantizer is not installed: {INSTALL}; or use --noai_edge")
     if FLAGS.smoke:
         FLAGS.calibration_images, FLAGS.test_images, FLAGS.iterations = 32, 200, 4
         FLAGS.cells, FLAGS.results = "runs/ptq_smoke/cells", "runs/ptq_smoke"
@@ -112,11 +113,12 @@ def main(_):
     context = multiprocessing.get_context("spawn")  # TensorFlow's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(FLAGS.workers, context, start_worker) as pool:
         floats = {model: pool.submit(float_top1_percent, str(path), settings) for model, path in workdirs.items()}
+        with cli.bad_input_exits():  # such as a dataset that is not there
+            for model, future in floats.items():
+                record["models"][model]["float_top1_percent"] = future.result()
         measured = {
             pool.submit(measure, cell, settings): path for path, (_, cell) in places.items() if found[path] is None
         }
-        for model, future in floats.items():
-            record["models"][model]["float_top1_percent"] = future.result()
         failures = []
         for future in tqdm(concurrent.futures.as_completed(measured), "cells", len(measured), unit="cell"):
             path = measured[future]

@@ -32,6 +32,7 @@ both toolkits run on the same kernels.""",
         *(_model(model, its) for model, its in models.items()),
         _comparison(models),
         _targets(models),
+        _states(models),
     ]
     return "\n\n".join(filter(None, sections))
 
@@ -146,6 +147,12 @@ def _targets(models):
         return None
     headers = ["what", "method", "points below FP32", "at most"]
     return "## Targets\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _states(models):
+    """A warning, where the program was changed between cells."""
+    states = {cell.get("sources_sha256") for its in models.values() for cell in its["cells"]}
+    return f"Cells were measured by {len(states)} states of this package." if len(states) > 1 else None
 
 
 def _is_adaquant(cell):

@@ -81,7 +81,7 @@ class Network:
         self.statistics = getattr(model, "pre_activation_statistics", {})
         self.divisors = {name: np.ones_like(self.bias(name)) for name in self.layers}
         self.notes = []
-        self._traced = {}
+        self._runs = {}
         self.expected = None if images is None else self.float_outputs()
         for layer in self.layers.values():
             if not all(np.all(np.isfinite(values)) for values in layer.get_weights()):
@@ -206,12 +206,14 @@ class Network:
         return [total / len(self.images) for total in sums]
 
     def _batches(self, model, tensors):
-        # Traced once: weights may have changed since, which the graph reads anew. Tensors stay with their ids.
+        # Tensors stay with their ids. What is asked for once, such as a layer's inputs, is not worth a trace; a graph,
+        # once traced, reads weights anew.
         key = tuple(id(tensor) for tensor in tensors)
-        if key not in self._traced:
-            run = tf.function(functools.partial(keras.Model(model.inputs, tensors), training=False))
-            self._traced[key] = tensors, run
-        _, run = self._traced[key]
+        if key not in self._runs:
+            run = functools.partial(keras.Model(model.inputs, tensors), training=False)
+            self._runs[key] = tensors, tf.function(run)
+        else:
+            _, run = self._runs[key]
         for start in range(0, len(self.images), _BATCH):
             found = run(tf.constant(self.images[start : start + _BATCH]))
             yield [values.numpy() for values in tf.nest.flatten(found)]

@@ -16,7 +16,7 @@ from tf_repvgg.quantization.uniform import QuantizedKernel
 _BATCH, _SMALLEST_BATCH, _PIXELS = 32, 8, 1024
 _EVALUATED = 64
 # How often a layer's rounding so far is looked at, for the best of them to be taken.
-_LOOKS = 8
+_LOOKS = 4
 
 
 class Rounding(NamedTuple):
