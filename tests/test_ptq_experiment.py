@@ -1,7 +1,6 @@
 """The table of PTQ methods: cells as they are measured, both toolkits on one footing, and going on where it ended."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -81,8 +80,16 @@ def test_a_cell(experiments, workdir, digits_test_split):
     assert read(path, Cell(str(workdir), "adaround", 3, "per_channel").asked(settings)) is None
 
 
-def test_the_command_goes_on_and_writes_what_there_is(workdir, run_program, tmp_path):
-    command = [
+def test_the_command_goes_on_and_writes_what_there_is(experiments, workdir, run_program, tmp_path):
+    """One cell of two is there already, as if from an interrupted run, and is not measured again."""
+    from ptq_cells import Cell, Settings, path_of
+
+    cell = Cell(str(workdir), "min_max", 4, "per_channel")
+    kept = {"top1_percent": 12.25, "quantization_seconds": 1.0, "notes": ["kept"]}
+    path = path_of(tmp_path / "cells", "digits_oabn", cell)
+    path.parent.mkdir(parents=True)
+    runs.write_json(path, cell.asked(Settings(None, 32, 100, 500)) | kept)
+    result = run_program(
         "experiments/ptq.py",
         f"--runs={workdir.parent}",
         f"--cells={tmp_path / 'cells'}",
@@ -94,23 +101,13 @@ def test_the_command_goes_on_and_writes_what_there_is(workdir, run_program, tmp_
         "--calibration_images=32",
         "--test_images=100",
         "--workers=1",
-    ]
-    result = run_program(*command)
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads((tmp_path / "ptq.json").read_text())
-    assert len(record["models"]["digits_oabn"]["cells"]) == 2
-    assert (tmp_path / "ptq.md").read_text().rstrip() in result.stdout
-    (lost, kept) = sorted((tmp_path / "cells" / "digits_oabn").iterdir())
-    changed = json.loads(kept.read_text()) | {"top1_percent": 12.25}
-    runs.write_json(kept, changed)
-    lost.unlink()
-    result = run_program(*command)
-    assert result.returncode == 0, result.stderr[-3000:]
-    again = json.loads((tmp_path / "ptq.json").read_text())["models"]["digits_oabn"]["cells"]
-    assert changed in again and len(again) == 2
-    shutil.rmtree(tmp_path / "cells")
-    result = run_program(*command, "--methods=nonsense")
-    assert result.returncode != 0 and "PTQ method is 'nonsense'" in result.stderr
+    measured, again = json.loads((tmp_path / "ptq.json").read_text())["models"]["digits_oabn"]["cells"]
+    assert measured["granularity"] == "per_tensor" and measured["top1_percent"] > 50
+    assert again["granularity"] == "per_channel" and kept.items() <= again.items()
+    page = (tmp_path / "ptq.md").read_text()
+    assert f"| min_max  | {measured['top1_percent']:.1f} / 12.2 |" in page and page.rstrip() in result.stdout
 
 
 def test_page(experiments):
