@@ -6,8 +6,10 @@ predictions.npz: for each image the label and the class that every form and file
 
 import collections
 import functools
+import hashlib
 import io
 import itertools
+import sys
 import time
 
 import numpy as np
@@ -40,11 +42,11 @@ flags.DEFINE_string(
     f"How weights and ranges are found: {', '.join(ptq.METHODS)}, or several in a row as in equalize+adaquant.",
 )
 flags.DEFINE_string("layer_bits", None, "Layers of other widths, by patterns of names: stem=8,logits=8.")
-flags.DEFINE_integer("ptq_iterations", ptq.Options.iterations, "Steps per layer of AdaRound, AdaQuant.", lower_bound=1)
+flags.DEFINE_integer("ptq_iterations", ptq.Options.iterations, "Steps per layer of methods that learn.", lower_bound=1)
 flags.DEFINE_integer(
     "number_of_clusters", None, "States of codebooks, by default 2^bits.", lower_bound=2, upper_bound=256
 )
-flags.DEFINE_integer("ptq_seed", 0, "Seed of AdaRound and AdaQuant.")
+flags.DEFINE_integer("ptq_seed", 0, "Seed of methods that learn.")
 flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Of activations, input included.")
 flags.DEFINE_enum(
     "inference_type",
@@ -58,10 +60,12 @@ flags.DEFINE_list(
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
 flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
 flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
-flags.DEFINE_integer("latency_runs", 100, "Timed inferences.", lower_bound=50)
+flags.DEFINE_integer("latency_runs", 100, "Timed inferences, 50 or more; 0 leaves them out.", lower_bound=0)
+flags.register_validator("latency_runs", lambda runs: runs == 0 or runs >= 50, "must be 0, or 50 or more")
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
 
 GRANULARITIES = ("per_tensor", "per_channel")
+PTQ_FLAGS = ("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits")  # alike for all files
 # The Keras models that files are compared with, the last in order of those that there are: key in export.json, words.
 FORMS = {
     "float_training_form": "float, training form",
@@ -116,35 +120,71 @@ def widths(bits):
 
 
 def make_files(fused, calibration, bits, granularities, inference_type, metadata):
-    """Yields (file name, what it is, bytes) for every width and granularity."""
-    # Without further wishes, TensorFlow's own calibration serves all files.
-    is_plain = FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8"
-    calibrated = tflite.convert(fused, calibration, inference_type=inference_type) if is_plain else None
+    """Yields (file name, what it is, bytes) for every width and granularity, by TensorFlow's own calibration."""
+    calibrated = tflite.convert(fused, calibration, inference_type=inference_type)
     for width, granularity in itertools.product(bits, granularities):
-        facts = {"weight_bits": width, "granularity": granularity, "ptq": FLAGS.ptq}
-        per_channel = granularity == "per_channel"
         started = time.monotonic()
-        if is_plain:
-            suffix = ""
-            file = tflite.with_weights(calibrated, fused, width, per_channel, metadata=metadata)
-        else:
-            suffix = "_" + FLAGS.ptq.replace("+", "_")
+        file = tflite.with_weights(calibrated, fused, width, granularity == "per_channel", metadata=metadata)
+        yield f"{inference_type}_w{width}_{granularity}.tflite", file_facts(width, granularity, started), file
+
+
+def make_ptq_files(fused, images, input_range, bits, granularities, inference_type, metadata, unfinished):
+    """As `make_files`, by --ptq; takes what an interrupted run of the same command has left, and leaves each file."""
+    for width, granularity in itertools.product(bits, granularities):
+        name = f"{inference_type}_w{width}_{granularity}_{FLAGS.ptq.replace('+', '_')}.tflite"
+        step = {"weight_bits": widths(width), "granularity": granularity}
+        if (kept := unfinished.read(**step)) is not None:
+            print(f"{name}: taken from the run that was interrupted", file=sys.stderr)
+            yield name, *kept
+            continue
+        started = time.monotonic()
+        with cli.bad_input_exits():
             model = ptq.quantize(
                 fused,
                 FLAGS.ptq,
                 widths(width),
-                per_channel,
-                calibration.as_numpy_iterator(),
+                granularity == "per_channel",
+                images,
                 iterations=FLAGS.ptq_iterations,
                 number_of_clusters=FLAGS.number_of_clusters,
                 activation_bits=int(FLAGS.activation_bits),
+                input_range=input_range,
                 seed=FLAGS.ptq_seed,
                 progress=True,
             )
-            facts |= {"layer_bits": FLAGS.layer_bits, "notes": list(model.quantization_notes)}
-            file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
-        facts["quantization_seconds"] = round(time.monotonic() - started, 1)
-        yield f"{inference_type}_w{width}_{granularity}{suffix}.tflite", facts, file
+        file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
+        facts = file_facts(width, granularity, started)
+        facts |= {"layer_bits": FLAGS.layer_bits, "notes": list(model.quantization_notes)}
+        unfinished.keep(facts, file, **step)
+        yield name, facts, file
+
+
+def file_facts(width, granularity, started):
+    seconds = round(time.monotonic() - started, 1)
+    return {"weight_bits": width, "granularity": granularity, "ptq": FLAGS.ptq, "quantization_seconds": seconds}
+
+
+def quantized_files(fused, calibration, data, output, bits, granularities, inference_type, metadata):
+    """(what yields the files, what to remove once they are written or None)."""
+    asked = bits, granularities, inference_type, metadata
+    # Without further wishes, TensorFlow's own calibration serves all files.
+    if FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8":
+        return make_files(fused, calibration, *asked), None
+    images = list(calibration.as_numpy_iterator()) if ptq.needs_calibration(FLAGS.ptq) else None
+    unfinished = runs.Unfinished(
+        output,
+        model=runs.model_sha256(FLAGS.workdir),
+        sources=runs.sources_sha256(),
+        tensorflow=runs.machine()["tensorflow"],
+        calibration=images and hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
+        flags={
+            name: FLAGS[name].value
+            for name in ("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits")
+        },
+        inference_type=inference_type,
+        metadata=metadata,
+    )
+    return make_ptq_files(fused, images, data.preprocessing.range(), *asked, unfinished), unfinished
 
 
 def make_data(trained_on):
@@ -226,6 +266,13 @@ def write_predictions(path, labels, classes):
     runs.write_bytes(path, content.getvalue())
 
 
+def calibrated_on(reference):
+    """In words, where activation ranges come from."""
+    if reference != "trained_model" and not ptq.needs_calibration(FLAGS.ptq):
+        return "statistics of the normalizations, no images"
+    return f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}"
+
+
 def percent(matches):
     return round(100 * float(np.mean(matches)), 3)
 
@@ -234,6 +281,9 @@ def forms_of(model):
     """{key of FORMS: the model in that form}."""
     if quantizers(model):
         return {"trained_model": model}
+    for weight in model.weights:
+        if not np.all(np.isfinite(weight)):
+            raise ValueError(f"weight {weight.name!r} of the model holds infinities or NaN; was training stable?")
     if not fusion.needs_fusing(model):
         return {"float_fused": model}
     try:
@@ -244,16 +294,20 @@ def forms_of(model):
 
 def measure(file, classes, labels):
     """What there is to say about one written file that found these classes."""
-    latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
-    return {
+    found = {
         "top1_percent": percent(classes == labels),
         "file_bytes": len(file),
-        "latency_ms_p50": round(latency.p50_ms, 4),
-        "latency_ms_p90": round(latency.p90_ms, 4),
-        "latency_runs": latency.runs,
-        "latency_threads": latency.threads,
         "operators": dict(collections.Counter(operator.name for operator in tflite.operators(file))),
     }
+    if FLAGS.latency_runs:
+        latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
+        found |= {
+            "latency_ms_p50": round(latency.p50_ms, 4),
+            "latency_ms_p90": round(latency.p90_ms, 4),
+            "latency_runs": latency.runs,
+            "latency_threads": latency.threads,
+        }
+    return found
 
 
 def _is_number(value):
@@ -271,14 +325,15 @@ def print_table(report):
         "top1_percent": "top-1 %",
         **{key: "agrees %" for key in AGREEMENT.values() if key in report["files"][0]},
         "file_bytes": "bytes",
-        "latency_ms_p50": "p50 ms",
-        "latency_ms_p90": "p90 ms",
+        **({"latency_ms_p50": "p50 ms", "latency_ms_p90": "p90 ms"} if FLAGS.latency_runs else {}),
     }
     rows = [[entry[key] for key in columns] for entry in report["files"]]
     print(tabulate(rows, list(columns.values()), intfmt=",", floatfmt=("", ".2f", ".2f", "", ".3f", ".3f")))
     for note in dict.fromkeys(note for entry in report["files"] for note in entry.get("notes", ())):
         print(f"{report['files'][0]['ptq']}: {note}")
-    print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK\n")
+    if FLAGS.latency_runs:
+        print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK")
+    print()
     for entry in report["files"]:
         for target, facts in entry["targets"].items():
             words = (f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items() if _is_number(value))
@@ -307,11 +362,15 @@ def main(_):
         else:
             inference_type = tflite.checked_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
             ptq.bits_by_layer(forms[reference], widths(bits[0]))
+            ptq.check_data_free(forms[reference], FLAGS.ptq)
         output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+    unfinished = None
     if reference == "trained_model":
         made = [trained_file(model, inference_type, trained_on)]
     else:
-        made = make_files(forms[reference], calibration, bits, granularities, inference_type, trained_on)
+        made, unfinished = quantized_files(
+            forms[reference], calibration, data, output, bits, granularities, inference_type, trained_on
+        )
     files, grids, built = {}, {}, {}
     for name, facts, file in made:
         files[name], grids[name] = file, facts
@@ -332,7 +391,7 @@ def main(_):
         "model_sha256": runs.model_sha256(FLAGS.workdir),
         "evaluation_split": FLAGS.evaluation_split,
         "images": len(labels),
-        "calibration": f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}",
+        "calibration": calibrated_on(reference),
         "inference_type": inference_type,
         **{f"{form}_top1_percent": percent(classes[form] == labels) for form in forms},
         "outliers": outliers.as_records(outliers.report(model)),
@@ -349,6 +408,8 @@ def main(_):
         measured = measure(file, classes[name], labels)
         report["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
     runs.write_json(output / "export.json", report)
+    if unfinished:
+        unfinished.remove()
     print_table(report)
     print(f"written to {output}")
 

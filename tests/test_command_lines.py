@@ -196,6 +196,21 @@ CASES = {
         "PTQ method is 'adaqaunt'; known: min_max",
         "adaquant",
     ),
+    "export: no statistics": (
+        EXPORT,
+        ["--workdir={here}/fused_run", "--ptq=dfq_data_free"],
+        "needs the statistics of normalizations",
+        "use dfq with calibration images",
+    ),
+    "export: NaN": (EXPORT, ["--workdir={here}/nan_run", "--ptq=mse"], "weight 'stem/bias", "infinities or NaN"),
+    "export: bits of one": (EXPORT, ["--workdir={here}/run", "--ptq=mse", "--weight_bits=1"], "is '1'", "2 to 8"),
+    "export: bits of a layer": (
+        EXPORT,
+        ["--workdir={here}/run", "--ptq=mse", "--layer_bits=stem=9"],
+        "weight bits are '9'|weight bits are 9",
+        "from 2 to 8",
+    ),
+    "export: few timed inferences": (EXPORT, ["--workdir={here}/run", "--latency_runs=10"], "latency_runs", "0, or 50"),
     "export: layers of other widths": (
         EXPORT,
         ["--workdir={here}/run", "--layer_bits=stm=8"],
@@ -272,7 +287,7 @@ def here(tmp_path_factory, digits):
     content = (folder / "model.keras").read_bytes()
     (folder / "truncated.keras").write_bytes(content[: len(content) // 2])
     facts = {"dataset": "digits", "size": [8, 8], "mean": 128.0, "std": 128.0, "validation_held_out": False}
-    for name in ("run", "truncated_run", "fused_run", "quantized_run", "other_classes_run", "damaged_run"):
+    for name in ("run", "truncated_run", "fused_run", "nan_run", "quantized_run", "other_classes_run", "damaged_run"):
         (folder / name).mkdir()
         (folder / name / runs.INPUT_NAME).write_text(json.dumps(facts))
     shutil.copy(folder / "model.keras", folder / "run")
@@ -289,6 +304,9 @@ def here(tmp_path_factory, digits):
     shutil.copy(folder / "truncated.keras", folder / "truncated_run" / runs.MODEL_NAME)
     fused = fuse(model)
     fused.save(folder / "fused_run" / runs.MODEL_NAME)
+    broken = keras.models.clone_model(fused)
+    broken.get_layer("stem").bias.assign(np.full(16, np.nan))
+    broken.save(folder / "nan_run" / runs.MODEL_NAME)
     images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1))
     ptq.quantize(fused, calibration=images).save(folder / "quantized_run" / runs.MODEL_NAME)
     build_repvgg("digits", (8, 8, 1), 3).save(folder / "other_classes_run" / runs.MODEL_NAME)

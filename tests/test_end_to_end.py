@@ -226,6 +226,48 @@ def test_export_with_another_ptq_method(trained, run_forked, tmp_path):
     assert largest[0] > 7 and largest[-1] > 7 and max(largest[1:-1]) <= 7
 
 
+def test_an_export_that_failed_late_goes_on(trained, run_forked, tmp_path):
+    """What was quantized is taken from before; not so with other settings; in the end nothing of it is left."""
+    workdir, _, _ = trained
+
+    def export(*words):
+        command = ["export/main.py", f"--workdir={workdir}", f"--output={tmp_path}", "--ptq=bias_tune"]
+        return run_forked(*command, "--weight_bits=4,5", "--ptq_iterations=8", "--latency_runs=0", *words)
+
+    def kept():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".unfinished").iterdir()}
+
+    outcome = export("--targets=litert_int4")
+    assert outcome.status == 2 and "target litert_int4: no weights fit into 4 bits" in outcome.stderr
+    first = kept()
+    assert len(first) == 2 and not (tmp_path / "export.json").exists()
+    assert export("--targets=litert_int4", "--ptq_seed=1").status == 2
+    assert len(kept()) == 4 and first.items() <= kept().items()
+    outcome = export()
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    lines = [line for line in outcome.stderr.splitlines() if line.endswith("taken from the run that was interrupted")]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"int8_w{bits}_per_channel_bias_tune.tflite" for bits in (4, 5)
+    ]
+    assert not (tmp_path / ".unfinished").exists()
+    report = json.loads((tmp_path / "export.json").read_text())
+    for entry in report["files"]:
+        codes = tflite.weight_codes((tmp_path / entry["file"]).read_bytes())
+        assert max(np.max(np.abs(kernel.codes.astype(int))) for kernel in codes) == 2 ** (entry["weight_bits"] - 1) - 1
+        assert entry["quantization_seconds"] > 0 and "latency_ms_p50" not in entry
+        assert entry["top1_percent"] > 80
+
+
+def test_export_without_images(trained, run_forked, tmp_path):
+    workdir, _, _ = trained
+    command = ["export/main.py", f"--workdir={workdir}", f"--output={tmp_path}", "--ptq=dfq_data_free"]
+    outcome = run_forked(*command, "--latency_runs=0")
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert report["calibration"] == "statistics of the normalizations, no images"
+    assert report["files"][0]["top1_percent"] > report["float_fused_top1_percent"] - 3
+
+
 def test_reported_numbers_are_those_of_the_files(exported, trained, digits_test_split):
     """Without export/main.py: the model from its file, fused here, and each written file in the interpreter."""
     folder, _ = exported

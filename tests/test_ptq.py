@@ -7,18 +7,22 @@ import pytest
 import tf_keras as keras
 from hypothesis import given
 from hypothesis import strategies as st
+from random_statistics import randomize
 from test_quantized_models import SIZE, images, small_repvgg
 
 from tf_repvgg import tflite
-from tf_repvgg.layers import RepVGGBlock
+from tf_repvgg.fusion import fuse
+from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.quantization import ptq, quantize_min_max, quantizers
 from tf_repvgg.quantization.k_means import k_means
 from tf_repvgg.quantization.ptq import METHODS, Network, Options
 from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
+from tf_repvgg.quantization.ptq.equalize import chain_pairs
 from tf_repvgg.quantization.ptq.histograms import Histogram
 from tf_repvgg.quantization.ptq.mse import best_grid, best_range
 from tf_repvgg.quantization.ptq.percentile import central_range
 from tf_repvgg.quantization.ptq.reconstruction import objective
+from tf_repvgg.quantization.ptq.statistics import clipped_normal, predict
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,20 @@ def network_of(model, bits=3, per_channel=False, batch=None, **options):
     return Network(model, batch, ptq.bits_by_layer(model, bits), per_channel, Options(**options))
 
 
+def measured_repvgg(block=RepVGGBlock):
+    """A fused model whose normalizations hold the statistics of what `images(64)` give them, as after training."""
+    inputs = keras.Input(SIZE, name="image")
+    features = block(8, strides=2, name="second")(block(8, name="first")(inputs))
+    features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(features))
+    randomize(model, dead_share=0)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    model(images(64), training=True)
+    return fuse(model)
+
+
 def kernels_of(model):
     return {name: model.get_layer(name).quantized_kernel() for name in ("first", "second", "logits")}
 
@@ -45,6 +63,8 @@ def kernels_of(model):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(model, method):
     """The codes of the asked width in every layer, close to float at 6 bits, and ranges everywhere."""
+    if not ptq.needs_calibration(method):
+        model = measured_repvgg()
     batch = images(8, seed=1)
     expected = model(batch).numpy()
     found = ptq.quantize(model, method, 6, True, images(32), iterations=20)
@@ -109,21 +129,33 @@ def test_only_what_is_safe_is_equalized():
     assert set(note.partition(": ")[2].split(", ")) == {"split", "left", "right", "before_groups"}
 
 
+@pytest.mark.parametrize("bits, per_channel", [(2, True), (3, False), (8, False)])
 @pytest.mark.parametrize("method", ["adaround", "adaquant"])
-def test_no_layer_ends_worse_than_its_start(model, method):
-    """On the calibration objective; and the network as a whole ends better."""
-    start, network = network_of(model, batch=smooth_images()), network_of(model, batch=smooth_images(), iterations=60)
+def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, monkeypatch):
+    """On the calibration objective, given the prefix as it ended; and the network as a whole ends better."""
+    batch = smooth_images()
+    start, network = (network_of(model, bits, per_channel, batch, iterations=40) for _ in range(2))
     METHODS["mse"](start)
+    module = sys.modules[f"tf_repvgg.quantization.ptq.{method}"]
+    monkeypatch.setattr(module, "bias_tune", lambda network: None)  # it moves the biases of the prefix once more
     METHODS[method](network)
-    assert network.error() < start.error()
-    layer = network.quantized.get_layer("first")  # its inputs are the same in both
-    inputs, expected = network.inputs_of("first"), network.outputs_of("first")
-    errors = [
-        objective(layer, its.kernels["first"], its.quantized_bias("first"), inputs, expected)
-        for its in (network, start)
-    ]
-    assert errors[0] < errors[1]
-    if method == "adaround":
+    assert bits == 8 or network.error() < start.error()
+    errors = []
+    for name in network.layers:
+        layer, inputs, expected = network.quantized.get_layer(name), network.inputs_of(name), network.outputs_of(name)
+        errors.append(
+            [
+                objective(layer, its.kernels[name], its.quantized_bias(name), inputs, expected)
+                for its in (network, start)
+            ]
+        )
+    assert all(ended <= started for ended, started in errors)
+    assert errors[0][0] < errors[0][1]
+    monkeypatch.undo()
+    tuned_from = network.error()
+    METHODS["bias_tune"](network)
+    assert network.error() <= tuned_from
+    if method == "adaround" and bits == 3:
         for name, quantized in network.kernels.items():
             exact = np.clip(network.kernel(name) / quantized.scale, -3, 3)
             assert np.all(np.abs(quantized.codes - exact) <= 1)
@@ -131,12 +163,33 @@ def test_no_layer_ends_worse_than_its_start(model, method):
 
 def test_a_start_that_cannot_be_improved_is_kept(model, monkeypatch):
     """A learning rate that ruins everything."""
-    monkeypatch.setattr(sys.modules["tf_repvgg.quantization.ptq.adaquant"], "_LEARNING_RATE", 1e3)
+    for method in ("adaquant", "bias_tune"):
+        monkeypatch.setattr(sys.modules[f"tf_repvgg.quantization.ptq.{method}"], "_LEARNING_RATE", 1e3)
     start, network = network_of(model, 8), network_of(model, 8, iterations=5)
     METHODS["mse"](start)
     METHODS["adaquant"](network)
     for name, quantized in start.kernels.items():
         np.testing.assert_array_equal(network.kernels[name].codes, quantized.codes)
+        np.testing.assert_array_equal(network.quantized_bias(name), start.quantized_bias(name))
+    assert network.notes == ["bias tuning undone: the outputs' error was no smaller for it"]
+
+
+def test_bias_tuning_moves_biases_alone(model):
+    start, network = network_of(model, 3), network_of(model, 3, iterations=100)
+    METHODS["mse"](start)
+    METHODS["bias_tune"](network)
+    assert network.error() < 0.9 * start.error() and network.notes == []
+    for name, quantized in start.kernels.items():
+        np.testing.assert_array_equal(network.kernels[name].codes, quantized.codes)
+        assert np.any(network.quantized_bias(name) != start.quantized_bias(name))
+    tflite.convert(network.quantized)
+
+
+def test_biases_stay_within_32_bits(model):
+    network = network_of(model, 8)
+    METHODS["min_max"](network)
+    network.set_bias("first", np.full(8, -1e30))
+    tflite.convert(network.quantized)
 
 
 def test_seeded(model):
@@ -171,6 +224,79 @@ def test_absorption_keeps_the_function_above_its_threshold():
     difference = np.abs(network.float(network.images) - model(network.images).numpy())
     assert np.max(difference) < 0.1 and np.mean(difference < 1e-4) > 0.9  # one in a thousand inputs is below it
     assert np.all(network.bias("high") < 15)
+
+
+def test_looking_at_a_network_does_not_break_its_chain(model):
+    network = network_of(model)
+    before = [(first.name, second.name) for first, second in chain_pairs(network)]
+    network.linear_outputs_of("first")
+    assert [(first.name, second.name) for first, second in chain_pairs(network)] == before != []
+
+
+def test_clipped_normal():
+    sample = np.random.default_rng(0).normal(0.3, 2.0, 1_000_000)
+    for ends in ((0, np.inf), (0, 6), (-np.inf, np.inf), (-1, 1), (20, 30)):
+        clipped = np.clip(sample, *ends)
+        np.testing.assert_allclose(clipped_normal(0.3, 2.0, *ends), (clipped.mean(), clipped.std()), atol=0.01)
+    mean, deviation = clipped_normal(np.array([-1.0, -7e3, 1.0]), np.array([0, 1e-9, 0]), 0, np.inf)  # dead channels
+    np.testing.assert_allclose([mean, deviation], [[0, 0, 1], [0, 0, 0]], atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [QARepVGGBlock, RepVGGBlock])
+def test_statistics_without_data(block):
+    """Means are exact, on the images of the statistics; deviations after one normalization, and after several about."""
+    network = network_of(measured_repvgg(block), batch=images(64))
+    METHODS["equalize"](network)
+    predicted = predict(network)
+    for name in ("first", "second"):
+        found = network.linear_outputs_of(name)
+        mean, deviation = found.mean((0, 1, 2)), found.std((0, 1, 2))
+        assert np.max(np.abs(predicted.linear[name].mean - mean) / deviation) < 2e-3
+        share = predicted.linear[name].deviation / deviation
+        assert np.max(np.abs(share - 1)) < (2e-3 if block is QARepVGGBlock else 1)
+        inputs = network._run(network.float, network.layers[name].input).mean((0, 1, 2))
+        assert name == "first" or np.mean(np.abs(predicted.inputs[name].mean - inputs) / inputs.max()) < 0.1
+    for name, activations in next(iter(network.activations())).items():
+        its = predicted.activations[name]
+        assert activations.min() >= its.low.min() - 1e-6 and activations.max() <= its.high.max() + 0.01
+
+
+def test_dfq_without_data():
+    """Shifts of the mean are taken out, and calibration images change nothing but the notes."""
+    model = measured_repvgg()
+    free = ptq.quantize(model, "dfq_data_free", 3)
+    given = ptq.quantize(model, "equalize+dfq_data_free", 3, calibration=images(64))
+    for mine, its in zip(free.get_weights(), given.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-5)
+    assert free.quantization_notes == ("no statistics, so followed from the inputs: logits",)
+    assert (
+        "standard deviations predicted without data differ from those on the calibration" in given.quantization_notes[1]
+    )
+    network = network_of(model, 3, batch=images(64))
+    METHODS["dfq_data_free"](network)
+    expected, found = network.linear_outputs_of("second"), network.linear_outputs_of_quantized("second")
+    shifts = [
+        np.sum(np.square((found + bias - expected).mean((0, 1, 2))))
+        for bias in (network.quantized_bias("second"), network.bias("second"))
+    ]
+    assert shifts[0] < 0.5 * shifts[1]
+
+
+def test_dfq_without_statistics(model):
+    without = keras.models.clone_model(model)
+    with pytest.raises(ValueError, match=r"this model holds none: give it what tf_repvgg\.fusion\.fuse returns"):
+        ptq.quantize(without, "dfq_data_free")
+    inputs = keras.Input(SIZE)
+    features = RepVGGBlock(8, name="first")(inputs)
+    features = keras.layers.Multiply(name="gate")([features, features])
+    outputs = keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(features))
+    with pytest.raises(ValueError, match="'gate': distributions cannot be followed through Multiply without data"):
+        ptq.quantize(fuse(keras.Model(inputs, outputs)), "dfq_data_free")
+    for method in ("equalize", "dfq", "dfq_data_free+bias_tune"):
+        with pytest.raises(ValueError, match="there are no calibration images"):
+            ptq.quantize(model, method)
+    with pytest.raises(ValueError, match="there are no calibration images"):
+        ptq.quantize(model, "dfq_data_free", calibration=[])
 
 
 def constant(value):
@@ -262,6 +388,10 @@ def test_bad_input(model):
     refuses("percentile is 10", percentile=10)
     refuses("number_of_clusters is 257", number_of_clusters=257)
     refuses("iterations are 0", iterations=0)
+    refuses(r"image 0 has shape \(12, 11\)", calibration=[np.zeros(SIZE[:2])])
+    refuses("input_range is", input_range=(1.0, -1.0))
+    for bits in (1, 9):
+        refuses(f"weight bits are {bits}; they must be a whole number from 2 to 8", weight_bits=bits)
     inputs = keras.Input(SIZE)
     training_form = keras.Model(inputs, RepVGGBlock(4, name="stem")(inputs))
     refuses(r"block 'stem' is still in training form; call tf_repvgg\.fusion\.fuse", model=training_form)

@@ -154,6 +154,45 @@ def claimed_by(folder) -> str | None:
     return None
 
 
+class Unfinished:
+    """Files that took long to make, kept until all that belong together are done, for the command that is run again.
+
+    Each lies under the hash of everything that it depends on, so that one that was made otherwise is never taken for
+    it, and is there whole or not at all.
+
+    Args:
+      folder: claimed folder of the command's output; they are in ".unfinished" there.
+      depends_on: JSON-serializable; what all of them depend on.
+    """
+
+    def __init__(self, folder, **depends_on):
+        self._folder = Path(folder) / ".unfinished"
+        self._depends_on = depends_on
+
+    def read(self, **step) -> tuple[dict, bytes] | None:
+        """(facts, file) as `keep` was given them for this step."""
+        path = self._path(step)
+        if not path.exists():
+            return None
+        return json.loads((path / "facts.json").read_text(encoding="utf-8")), (path / "file").read_bytes()
+
+    def keep(self, facts: dict, file: bytes, **step):
+        """Raises OSError as `written_whole`."""
+        self._folder.mkdir(exist_ok=True)
+        with written_whole(self._path(step)) as temporary:
+            temporary.mkdir()
+            (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            (temporary / "file").write_bytes(file)
+
+    def remove(self):
+        """All of them: the work is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, step):
+        content = json.dumps(self._depends_on | step, sort_keys=True).encode()
+        return self._folder / hashlib.sha256(content).hexdigest()[:32]
+
+
 def machine() -> dict:
     """What a measurement was made on: stands beside every number."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows more
@@ -307,6 +346,14 @@ def model_sha256(path) -> str:
     """Tells one trained model from another: the hash of the run's model file."""
     path = Path(path)
     return hashlib.sha256((path / MODEL_NAME if path.is_dir() else path).read_bytes()).hexdigest()
+
+
+def sources_sha256() -> str:
+    """Tells one state of this package from another: the hash of its Python files, names included."""
+    folder, found = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def copy_weights(source, target):

@@ -72,6 +72,15 @@ class Preprocessing:
         """uint8 or float images [..., height, width, channels] to normalised float32 ones, not resized."""
         return (tf.cast(images, tf.float32) - self.mean) / self.std
 
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest value that a normalised image can hold."""
+        ends = [
+            (pixel - mean) / std
+            for mean, std in zip(self._per_channel(self.mean), self._per_channel(self.std), strict=True)
+            for pixel in (0, 255)
+        ]
+        return min(ends), max(ends)
+
     def resize(self, image):
         """One uint8 image [height, width, channels] of any size to uint8 [*size, channels]."""
         if self.resize_shorter_side is None:

@@ -6,6 +6,7 @@ from tf_repvgg.tflite.convert import (
     activation_bits,
     checked_inference_type,
     convert,
+    convert_float,
     with_weights,
 )
 from tf_repvgg.tflite.interpreter import Latency, latency, predict
@@ -20,6 +21,7 @@ __all__ = [
     "activation_bits",
     "checked_inference_type",
     "convert",
+    "convert_float",
     "costs",
     "latency",
     "metadata",

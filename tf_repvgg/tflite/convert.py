@@ -115,13 +115,34 @@ def _check_integer(file):
                 )
 
 
-def _converted(model, image_shape, inference_type, images=None):
-    """TensorFlow's own integer conversion: right in everything but the weights' grid."""
+def convert_float(model: keras.Model) -> bytes:
+    """Writes a fused model as a float32 file of batch 1: what other quantization tools start from.
+
+    Raises:
+      ValueError: if the model holds a block in training form, or takes images of no fixed size.
+    """
+    check_fused(model)
+    if None in model.input_shape[1:]:
+        raise ValueError(f"the model's input is {model.input_shape[1:]}; a file needs a fixed size of images")
+    with warnings.catch_warnings(), native_output.hidden():
+        warnings.simplefilter("ignore")
+        return _converter(model, model.input_shape[1:]).convert()
+
+
+def _converter(model, image_shape):
     # A fixed batch of 1: what runtimes without dynamic shapes need.
     function = tf.function(lambda image: model(image, training=False)).get_concrete_function(
         tf.TensorSpec((1, *image_shape), tf.float32, name="image")
     )
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], model)
+    # All that the function reads; with the Keras model in its place, every layer would be traced and saved once more.
+    holder = tf.Module()
+    holder.weights = model.weights
+    return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+
+
+def _converted(model, image_shape, inference_type, images=None):
+    """TensorFlow's own integer conversion: right in everything but the weights' grid."""
+    converter = _converter(model, image_shape)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if images is not None:
         converter.representative_dataset = lambda: ([image] for image in images)

@@ -22,8 +22,10 @@ from tf_repvgg.quantization.checks import by_layer, check_fused, checked_images
 from tf_repvgg.quantization.ptq.adaquant import adaquant
 from tf_repvgg.quantization.ptq.adaround import adaround
 from tf_repvgg.quantization.ptq.bias_correct import bias_correct
+from tf_repvgg.quantization.ptq.bias_tune import bias_tune
 from tf_repvgg.quantization.ptq.codebook import codebook
 from tf_repvgg.quantization.ptq.dfq import dfq
+from tf_repvgg.quantization.ptq.dfq_data_free import check_statistics, dfq_data_free
 from tf_repvgg.quantization.ptq.equalize import equalize
 from tf_repvgg.quantization.ptq.min_max import min_max
 from tf_repvgg.quantization.ptq.mse import mse
@@ -37,14 +39,27 @@ METHODS = {
     "equalize": equalize,
     "bias_correct": bias_correct,
     "dfq": dfq,
+    "dfq_data_free": dfq_data_free,
     "adaround": adaround,
     "adaquant": adaquant,
+    "bias_tune": bias_tune,
     "codebook": codebook,
 }
+# Without calibration images, one that sets all ranges from statistics, and what may come before it.
+_DATA_FREE, _NEEDS_NONE = dfq_data_free, (dfq_data_free, equalize)
 # Normalised images are within a few units of zero; pixels of 0 to 255 are not.
 _LARGEST_INPUT = 32.0
 
-__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_method", "quantize"]
+__all__ = [
+    "METHODS",
+    "Network",
+    "Options",
+    "bits_by_layer",
+    "check_data_free",
+    "needs_calibration",
+    "parse_method",
+    "quantize",
+]
 
 
 def quantize(
@@ -62,7 +77,8 @@ def quantize(
       method: a name in `METHODS`, or several in the order in which they are applied, as in "equalize+adaquant".
       weight_bits: 2 to 8, or {pattern of layer names: bits}, first match wins; also as text, "stem=8,.*=4".
       per_channel: one weight scale per output channel, or one per tensor.
-      calibration: iterable of normalised float images [height, width, channels], without a batch dimension.
+      calibration: iterable of normalised float images [height, width, channels], without a batch dimension; None for
+        a method that needs none (see `needs_calibration`).
       **options: fields of `Options`.
 
     Returns:
@@ -78,12 +94,10 @@ def quantize(
     methods = parse_method(method)
     options = _checked_options(Options(**options))
     check_fused(model)
-    images = checked_images(() if calibration is None else calibration, model.input_shape)
-    if (largest := max(float(np.max(np.abs(image))) for image in images)) > _LARGEST_INPUT:
-        raise ValueError(
-            f"calibration images reach {largest:g}, as pixels do; they must be normalised as the model was trained"
-        )
-    network = Network(model, np.concatenate(images), bits_by_layer(model, weight_bits), per_channel, options)
+    images = None
+    if calibration is not None or needs_calibration(method):
+        images = _normalised(checked_images(() if calibration is None else calibration, model.input_shape))
+    network = Network(model, images, bits_by_layer(model, weight_bits), per_channel, options)
     for step in methods:
         step(network)
     if not network.is_complete:  # after methods that only change the float form
@@ -104,6 +118,18 @@ def parse_method(text: str) -> list:
     return [METHODS[name] for name in text.split("+")]
 
 
+def needs_calibration(method: str) -> bool:
+    """Whether a method, or any of several joined by "+", looks at calibration images."""
+    methods = parse_method(method)
+    return _DATA_FREE not in methods or any(step not in _NEEDS_NONE for step in methods)
+
+
+def check_data_free(model: keras.Model, method: str) -> None:
+    """Raises ValueError if a method needs no calibration images, but statistics that the model does not hold."""
+    if not needs_calibration(method):
+        check_statistics(getattr(model, "pre_activation_statistics", {}))
+
+
 def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
     """{layer name: bits} of a model's Conv2D, DepthwiseConv2D and Dense layers; see `tf_repvgg.quantization.by_layer`.
 
@@ -113,7 +139,21 @@ def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
     return by_layer(model, weight_bits, "weight bits", 2, 8)
 
 
+def _normalised(images):
+    """A list of batches as one array."""
+    if (largest := max(float(np.max(np.abs(image))) for image in images)) > _LARGEST_INPUT:
+        raise ValueError(
+            f"calibration images reach {largest:g}, as pixels do; they must be normalised as the model was trained"
+        )
+    if len({image.shape for image in images}) > 1:
+        raise ValueError("calibration images differ in size; give all of them one")
+    return np.concatenate(images)
+
+
 def _checked_options(options):
+    low, high = options.input_range
+    if not -_LARGEST_INPUT <= low < high <= _LARGEST_INPUT:
+        raise ValueError(f"input_range is {options.input_range!r}; it must be (lowest, highest) of normalised images")
     if not 50 < options.percentile <= 100:
         raise ValueError(f"percentile is {options.percentile!r}; it must be above 50, and at most 100")
     if options.activation_bits not in ACTIVATION_BITS:

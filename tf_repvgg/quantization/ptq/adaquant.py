@@ -1,9 +1,10 @@
-"""AdaQuant (Hubara 2020, arXiv:2006.10518): learning weights, scales and biases together, layer by layer."""
+"""AdaQuant (Hubara 2020, arXiv:2006.10518): learning weights, scales and biases, layer by layer, then all biases."""
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg.quantization.ptq.bias_tune import bias_tune
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.reconstruction import Rounding, reconstruct
 from tf_repvgg.quantization.uniform import QuantizedKernel, at_least
@@ -14,10 +15,14 @@ _SCALE_RATE = 0.1
 
 
 def adaquant(network: Network) -> None:
-    """Moves weights to any codes, and scales, so that each layer reproduces the float layer's outputs (equation 2)."""
+    """Moves weights to any codes, and scales, so that each layer reproduces the float layer's outputs (equation 2).
+
+    Then `bias_tune`, as in the paper.
+    """
     # Falling to zero, or weights would still hop between codes in the end.
     rate = keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, network.options.iterations)
     reconstruct(network, _rounding, rate, "AdaQuant")
+    bias_tune(network)
 
 
 def _rounding(network, name, bias):

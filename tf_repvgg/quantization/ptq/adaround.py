@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from tf_repvgg.quantization.ptq.bias_tune import bias_tune
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.reconstruction import Rounding, reconstruct
 from tf_repvgg.quantization.uniform import QuantizedKernel
@@ -16,8 +17,9 @@ _LEARNING_RATE = 1e-2
 
 
 def adaround(network: Network) -> None:
-    """Rounds every kernel to the neighbouring codes that reproduce the float layer's outputs best."""
+    """Rounds every kernel to the neighbouring codes that reproduce the float layer's outputs best; then `bias_tune`."""
     reconstruct(network, _rounding, _LEARNING_RATE, "AdaRound")
+    bias_tune(network)
 
 
 def _rounding(network, name, bias):

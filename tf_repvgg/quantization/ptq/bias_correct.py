@@ -12,15 +12,11 @@ def bias_correct(network: Network) -> None:
     if not network.is_complete:
         min_max(network)
     error, before = network.error(), network.biases()
-    for name in network.progress(network.layers, "bias correction"):
-        layer = network.quantized.get_layer(name)
-        if network.is_shared(name) or not layer.use_bias:
-            continue
-        expected = network.linear_outputs_of(name)
-        found = network.linear_outputs_of_quantized(name)
-        axes = tuple(range(expected.ndim - 1))
-        layer.bias.assign(expected.mean(axes) - found.mean(axes))
+    corrected = [name for name, layer in network.layers.items() if layer.use_bias and not network.is_shared(name)]
+    expected = network.mean_linear_outputs(corrected)
+    for name in network.progress(corrected, "bias correction"):
+        network.set_bias(name, expected[name] - network.mean_linear_output_of_quantized(name))
     if not network.error() < error:
         network.notes.append("bias correction undone: the outputs' error was no smaller for it")
         for name, bias in before.items():
-            network.quantized.get_layer(name).bias.assign(bias)
+            network.set_bias(name, bias)

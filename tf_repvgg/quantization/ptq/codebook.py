@@ -4,7 +4,7 @@ import numpy as np
 
 from tf_repvgg.quantization.k_means import k_means
 from tf_repvgg.quantization.ptq.min_max import ranges_min_max
-from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.network import Network, by_input_channel
 from tf_repvgg.quantization.uniform import QuantizedKernel, at_least
 
 
@@ -31,10 +31,7 @@ def _second_moment(network, name, shape):
         return np.ones([1, 1], np.float32)
     inputs = network.inputs_of(name)
     moment = np.mean(np.square(inputs), axis=tuple(range(inputs.ndim - 1)))
-    *_, reads, channels = shape
-    groups = len(moment) // reads
-    # Output channels of one group follow one another and read the same inputs.
-    return np.repeat(moment.reshape(groups, reads).T, channels // groups, axis=1)
+    return by_input_channel(moment, shape)
 
 
 def _on_grid(kernel, books, min_scale):

@@ -1,6 +1,9 @@
 """DFQ (Nagel 2019, arXiv:1906.04721) with calibration data: equalization, high-bias absorption, bias correction."""
 
+from collections.abc import Callable
+
 import numpy as np
+import tf_keras as keras
 
 from tf_repvgg.quantization.ptq.bias_correct import bias_correct
 from tf_repvgg.quantization.ptq.equalize import chain_pairs, equalize
@@ -37,17 +40,48 @@ def _quantize(network):
     bias_correct(network)
 
 
-def absorb_high_biases(network: Network) -> None:
+def absorb_high_biases(
+    network: Network, moments: Callable | None = None, into_padding: bool = True
+) -> dict[str, np.ndarray]:
     """Moves what a channel's ReLU input exceeds almost always into the next layer's bias (equation 15).
 
     That is c = max(0, mean - 3 standard deviations): the function stays for inputs above c, away from zero padding.
+
+    Args:
+      moments: name of a layer -> (mean, standard deviation) of its output before the activation, per channel; by
+        default on the calibration images.
+      into_padding: whether also where the next layer pads with zeros, at whose borders the function changes.
+
+    Returns:
+      {layer: c of each channel}, where anything was absorbed from.
     """
+    absorbed = {}
     for first, second in chain_pairs(network):
         if first.activation.__name__ != "relu" or not (first.use_bias and second.use_bias):
             continue
-        values = network.linear_outputs_of(first.name)
-        axes = tuple(range(values.ndim - 1))
-        amount = np.maximum(0, values.mean(axes) - 3 * values.std(axes))
+        if not into_padding and _pads(first, second):
+            continue
+        mean, deviation = moments(first.name) if moments else _measured(network, first.name)
+        amount = absorbed[first.name] = np.maximum(0, mean - 3 * deviation)
         kernel, bias = second.get_weights()
         first.bias.assign(first.bias - amount)
         second.bias.assign(bias + kernel.sum(axis=tuple(range(kernel.ndim - 2))).T @ amount)
+    return absorbed
+
+
+def _measured(network, name):
+    values = network.linear_outputs_of(name)
+    axes = tuple(range(values.ndim - 1))
+    return values.mean(axes), values.std(axes)
+
+
+def _pads(first, second):
+    """Whether zeros are put around what the second layer reads of the first."""
+    if isinstance(second, keras.layers.Conv2D) and second.padding == "same" and max(second.kernel_size) > 1:
+        return True
+    layer = second
+    while layer is not first:
+        layer = layer.inbound_nodes[0].keras_inputs[0].node.layer
+        if isinstance(layer, keras.layers.ZeroPadding2D):
+            return True
+    return False

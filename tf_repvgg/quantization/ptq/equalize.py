@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg import graph
 from tf_repvgg.quantization.ptq.network import Network
 
 _SWEEPS = 30
@@ -30,7 +31,12 @@ def equalize(network: Network) -> None:
     """
     pairs = chain_pairs(network)
     for _ in range(_SWEEPS):
-        if max([_equalize_pair(*pair) for pair in pairs], default=0.0) < _CONVERGED:
+        largest = 0.0
+        for first, second in pairs:
+            factor = _equalize_pair(first, second)
+            network.divisors[first.name] *= factor
+            largest = max(largest, float(np.max(np.abs(np.log(factor)))))
+        if largest < _CONVERGED:
             break
     firsts = {first.name for first, _ in pairs}
     if left := [name for name in list(network.layers)[:-1] if name not in firsts]:
@@ -39,23 +45,27 @@ def equalize(network: Network) -> None:
 
 def chain_pairs(network: Network) -> list[tuple]:
     """(layer, next layer) wherever a channel's factor can move from one to the other."""
-    outputs = {id(tensor) for tensor in tf.nest.flatten(network.float.outputs)}
-    pairs = [(layer, _next_layer(layer, network.layers, outputs)) for layer in network.layers.values()]
+    # By the model's own nodes: methods hang further readers on its layers, to look at what they compute.
+    readers = {}
+    for node in graph.nodes(network.float):
+        for key in node.flat_input_ids:
+            readers.setdefault(key, []).append(node.layer)
+    for tensor in tf.nest.flatten(network.float.outputs):
+        readers.setdefault(str(id(tensor)), []).append(None)
+    pairs = [(layer, _next_layer(layer, network.layers, readers)) for layer in network.layers.values()]
     return [(first, second) for first, second in pairs if second is not None]
 
 
-def _next_layer(first, weighted, outputs):
+def _next_layer(first, weighted, readers):
     layer = first
-    while _passes_factors(layer, is_first=layer is first) and _has_one_reader(layer, outputs):
-        layer = layer.outbound_nodes[0].layer
+    while _passes_factors(layer, is_first=layer is first) and len(layer.inbound_nodes) == 1:
+        of_output = readers.get(str(id(layer.output)), [])
+        if len(of_output) != 1 or of_output[0] is None:
+            return None
+        (layer,) = of_output
         if layer.name in weighted:
             return layer if _takes_factors(layer) else None
     return None
-
-
-def _has_one_reader(layer, outputs):
-    is_called_once = len(layer.inbound_nodes) == 1
-    return is_called_once and len(layer.outbound_nodes) == 1 and id(layer.output) not in outputs
 
 
 def _passes_factors(layer, is_first):
@@ -72,7 +82,7 @@ def _takes_factors(layer):
 
 
 def _equalize_pair(first, second):
-    """Equalizes one pair; returns the largest change of a factor, as |log s|."""
+    """Equalizes one pair; returns the factor of each channel."""
     before, *bias = first.get_weights()
     after, *rest = second.get_weights()
     r1 = np.max(np.abs(before), axis=tuple(range(before.ndim - 1)))
@@ -81,4 +91,4 @@ def _equalize_pair(first, second):
     factor = np.sqrt(np.where(is_alive, r1, 1) / np.where(is_alive, r2, 1)).astype(np.float32)
     first.set_weights([before / factor, *(values / factor for values in bias)])
     second.set_weights([after * factor[:, np.newaxis], *rest])
-    return float(np.max(np.abs(np.log(factor))))
+    return factor

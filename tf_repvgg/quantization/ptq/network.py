@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations, quantizer_before
 from tf_repvgg.quantization.layers import bias_of, kernel_of, linear, quantized_form
-from tf_repvgg.quantization.uniform import QuantizedKernel, min_scale_of_bias
+from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias
 
 _BATCH = 64
 
@@ -22,9 +22,11 @@ class Options:
 
     Attributes:
       percentile: of the percentile method: the share of values inside the range, in percent.
-      iterations: optimizer steps for each layer, of AdaRound and AdaQuant.
+      iterations: optimizer steps for each layer, of AdaRound and AdaQuant; bias tuning takes a quarter of that.
       number_of_clusters: states of a codebook; None for 2^bits.
       activation_bits: 8 or 16.
+      input_range: lowest and highest value of an image, for methods without calibration images: pixels of 0 and 255,
+        normalised.
       seed: of everything drawn at random.
       progress: whether long methods show a progress bar.
     """
@@ -33,6 +35,7 @@ class Options:
     iterations: int = 500
     number_of_clusters: int | None = None
     activation_bits: int = 8
+    input_range: tuple[float, float] = (-1.0, 127 / 128)
     seed: int = 0
     progress: bool = False
 
@@ -46,7 +49,7 @@ class Network:
 
     Args:
       model: fused model.
-      images: float32 [count, height, width, channels].
+      images: float32 [count, height, width, channels]; None for methods that need none.
       bits: {layer name: weight bits}.
       per_channel: granularity of weight scales.
       options: see `Options`.
@@ -54,6 +57,8 @@ class Network:
     Attributes:
       layers: {name: float layer with weights}, in execution order.
       kernels: {name: the quantized kernel set last}.
+      statistics: {name of a fused block: its `PreActivationStatistics` or None}, as fusion keeps them.
+      divisors: {name: what equalization has divided each output channel of the float layer by}.
       notes: what users should know of what was done or left out, line by line.
     """
 
@@ -73,9 +78,11 @@ class Network:
             layer.name: layer for layer in self.quantized.layers if isinstance(layer, ActivationQuantizer)
         }
         self.kernels = {}
+        self.statistics = getattr(model, "pre_activation_statistics", {})
+        self.divisors = {name: np.ones_like(self.bias(name)) for name in self.layers}
         self.notes = []
-        self._traced = {}
-        self.expected = self.float_outputs()
+        self._runs = {}
+        self.expected = None if images is None else self.float_outputs()
         for layer in self.layers.values():
             if not all(np.all(np.isfinite(values)) for values in layer.get_weights()):
                 raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
@@ -109,17 +116,24 @@ class Network:
 
     def min_scale(self, name) -> np.ndarray:
         """The smallest weight scale of each output channel at which the bias still fits into 32 bits."""
+        return min_scale_of_bias(self.bias(name), self._input_scale(name))
+
+    def _input_scale(self, name):
+        """The smallest step of the grids that the layer's inputs are on."""
         nodes = self.quantized.get_layer(name).inbound_nodes
-        smallest = min(quantizer_before(node.keras_inputs[0]).scale() for node in nodes)
-        return min_scale_of_bias(self.bias(name), smallest)
+        return min(quantizer_before(node.keras_inputs[0]).scale() for node in nodes)
 
     def set_kernel(self, name, quantized: QuantizedKernel, bias=None):
         """Gives a layer of the quantized network its codes, and the float layer's bias or another one."""
-        layer = self.quantized.get_layer(name)
-        layer.set_quantized_kernel(quantized)
-        if layer.use_bias:
-            layer.bias.assign(self.bias(name) if bias is None else bias)
+        self.quantized.get_layer(name).set_quantized_kernel(quantized)
         self.kernels[name] = quantized
+        self.set_bias(name, self.bias(name) if bias is None else bias)
+
+    def set_bias(self, name, bias):
+        """Gives a layer of the quantized network a bias, if it has one, cut to what 32 bits hold."""
+        if self.layers[name].use_bias:
+            largest = self.kernels[name].scale * self._input_scale(name) * np.float32(MAX_BIAS_CODE)
+            self.quantized.get_layer(name).bias.assign(np.clip(bias, -largest, largest))
 
     def quantized_bias(self, name) -> np.ndarray:
         """The bias that the layer has in the quantized network."""
@@ -141,12 +155,26 @@ class Network:
     def linear_outputs_of(self, name) -> np.ndarray:
         """What the float layer computes before its activation."""
         layer = self.layers[name]
-        return self._run(self.float, linear(layer, layer.input, layer.get_weights()[0]) + self.bias(name))
+        return _linear(layer, self._run(self.float, layer.input), self.kernel(name)) + self.bias(name)
 
     def linear_outputs_of_quantized(self, name) -> np.ndarray:
         """What the quantized layer computes on `inputs_of(name)`, without bias and activation."""
+        return _linear(self.quantized.get_layer(name), self.inputs_of(name), self.kernels[name].dequantize())
+
+    def mean_linear_outputs(self, names) -> dict[str, np.ndarray]:
+        """Per channel, means of `linear_outputs_of` over images and pixels: linear, so those of the mean inputs."""
+        layers = [self.layers[name] for name in names]
+        means = self._means(self.float, [layer.input for layer in layers]) if layers else []
+        return {
+            layer.name: _channel_means(_linear(layer, mean, self.kernel(layer.name))) + self.bias(layer.name)
+            for layer, mean in zip(layers, means, strict=True)
+        }
+
+    def mean_linear_output_of_quantized(self, name) -> np.ndarray:
+        """Per channel, the mean of `linear_outputs_of_quantized` over images and pixels."""
         layer = self.quantized.get_layer(name)
-        return self._run(self.quantized, linear(layer, layer.input, self.kernels[name].dequantize()))
+        (mean,) = self._means(self.quantized, [layer.input])
+        return _channel_means(_linear(layer, mean, self.kernels[name].dequantize()))
 
     def is_shared(self, name) -> bool:
         """Whether the layer is called more than once, so that it has no one input."""
@@ -161,8 +189,8 @@ class Network:
         found = self._run(self.quantized, self.quantized.outputs)
         return float(np.mean([np.mean(np.square(mine - its)) for mine, its in zip(self.expected, found, strict=True)]))
 
-    def progress(self, names, description):
-        return tqdm(names, description, unit="layer", disable=not self.options.progress, leave=False)
+    def progress(self, parts, description, unit="layer"):
+        return tqdm(parts, description, unit=unit, disable=not self.options.progress, leave=False)
 
     def _run(self, model, tensors):
         """Values of a tensor of the model, or of a list of them, on all calibration images."""
@@ -170,13 +198,47 @@ class Network:
         found = [np.concatenate(of_tensor) for of_tensor in zip(*parts, strict=True)]
         return found if isinstance(tensors, list) else found[0]
 
+    def _means(self, model, tensors):
+        """Means of tensors over all calibration images, each with a batch dimension of 1."""
+        sums = [0.0] * len(tensors)
+        for found in self._batches(model, tensors):
+            sums = [total + np.sum(values, axis=0, keepdims=True) for total, values in zip(sums, found, strict=True)]
+        return [total / len(self.images) for total in sums]
+
     def _batches(self, model, tensors):
-        # Traced once: weights may have changed since, which the graph reads anew. Tensors stay with their ids.
+        # Tensors stay with their ids. What is asked for once, such as a layer's inputs, is not worth a trace; a graph,
+        # once traced, reads weights anew.
         key = tuple(id(tensor) for tensor in tensors)
-        if key not in self._traced:
-            run = tf.function(functools.partial(keras.Model(model.inputs, tensors), training=False))
-            self._traced[key] = tensors, run
-        _, run = self._traced[key]
+        if key not in self._runs:
+            run = functools.partial(keras.Model(model.inputs, tensors), training=False)
+            self._runs[key] = tensors, tf.function(run)
+        else:
+            _, run = self._runs[key]
         for start in range(0, len(self.images), _BATCH):
             found = run(tf.constant(self.images[start : start + _BATCH]))
             yield [values.numpy() for values in tf.nest.flatten(found)]
+
+
+def _linear(layer, inputs, kernel):
+    parts = [linear(layer, inputs[start : start + _BATCH], kernel) for start in range(0, len(inputs), _BATCH)]
+    return np.concatenate([part.numpy() for part in parts])
+
+
+def _channel_means(outputs):
+    return outputs.mean(axis=tuple(range(outputs.ndim - 1)))
+
+
+def by_input_channel(values, kernel_shape) -> np.ndarray:
+    """Spreads what is known of each input channel over the weights that read it.
+
+    Args:
+      values: [input channels] of the layer.
+      kernel_shape: [..., channels read by an output, output channels], fewer than there are in a grouped convolution.
+
+    Returns:
+      Array [channels read, output channels], or with 1 in place of the latter.
+    """
+    *_, reads, channels = kernel_shape
+    groups = len(values) // reads
+    # Output channels of one group follow one another and read the same inputs.
+    return np.repeat(np.asarray(values).reshape(groups, reads).T, channels // groups if groups > 1 else 1, axis=1)

@@ -12,10 +12,11 @@ from tf_repvgg.quantization.ptq.mse import mse
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.uniform import QuantizedKernel
 
-_BATCH = 32
+# Images of a step: fewer where each has many output pixels, as these are what a kernel learns from.
+_BATCH, _SMALLEST_BATCH, _PIXELS = 32, 8, 1024
 _EVALUATED = 64
 # How often a layer's rounding so far is looked at, for the best of them to be taken.
-_LOOKS = 8
+_LOOKS = 4
 
 
 class Rounding(NamedTuple):
@@ -92,8 +93,10 @@ def _optimized(layer, rounding, bias, inputs, expected, learning_rate, iteration
             loss = tf.reduce_mean(tf.math.squared_difference(found, y)) / unit + rounding.penalty(progress)
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
+    pixels = int(np.prod(expected.shape[1:-1]))
+    batch = min(max(_PIXELS // pixels, _SMALLEST_BATCH), _BATCH, len(inputs))
     for iteration in range(iterations):
-        chosen = generator.integers(0, len(inputs), min(_BATCH, len(inputs)))
+        chosen = generator.integers(0, len(inputs), batch)
         step(tf.constant(inputs[chosen]), tf.constant(expected[chosen]), tf.constant(iteration / iterations))
         if (iteration + 1) * _LOOKS // iterations > iteration * _LOOKS // iterations:
             yield
