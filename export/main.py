@@ -5,6 +5,7 @@ predictions.npz: for each image the label and the class that every form and file
 """
 
 import collections
+import dataclasses
 import functools
 import io
 import itertools
@@ -15,7 +16,7 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import cli, fusion, outliers, runs, tflite
+from tf_repvgg import cli, fusion, outliers, report, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
@@ -54,12 +55,15 @@ flags.DEFINE_enum(
 flags.DEFINE_list(
     "targets", ["litert_int8"], f"Runtimes that each file is also made ready for: {', '.join(targets.TARGETS)}."
 )
+flags.DEFINE_bool("report", False, "Leave report.html too: one page to look at, which needs no network.")
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
 flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
 flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
 flags.DEFINE_integer("latency_runs", 100, "Timed inferences.", lower_bound=50)
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
 
+# Images on which the activations of each layer are compared with the float model's.
+FIDELITY_IMAGES = 32
 GRANULARITIES = ("per_tensor", "per_channel")
 # The Keras models that files are compared with, the last in order of those that there are: key in export.json, words.
 FORMS = {
@@ -91,6 +95,8 @@ def read_flags():
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     ptq.parse_method(FLAGS.ptq)
     targets.parse(FLAGS.targets)
+    if FLAGS.report:
+        report.check_installed()
     return bits, FLAGS.granularity
 
 
@@ -106,7 +112,7 @@ def check_trained_codes():
 def trained_file(model, inference_type, metadata):
     """As `make_files`, the one file of a quantized model: its codes and ranges."""
     file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
-    return f"{inference_type}_trained.tflite", {"weights": "as trained"}, file
+    return f"{inference_type}_trained.tflite", {"weights": "as trained"}, file, model
 
 
 def widths(bits):
@@ -115,7 +121,7 @@ def widths(bits):
 
 
 def make_files(fused, calibration, bits, granularities, inference_type, metadata):
-    """Yields (file name, what it is, bytes) for every width and granularity."""
+    """Yields (file name, what it is, bytes, the model whose weights it rounds) for every width and granularity."""
     # Without further wishes, TensorFlow's own calibration serves all files.
     is_plain = FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8"
     calibrated = tflite.convert(fused, calibration, inference_type=inference_type) if is_plain else None
@@ -124,11 +130,11 @@ def make_files(fused, calibration, bits, granularities, inference_type, metadata
         per_channel = granularity == "per_channel"
         started = time.monotonic()
         if is_plain:
-            suffix = ""
+            suffix, reference = "", fused
             file = tflite.with_weights(calibrated, fused, width, per_channel, metadata=metadata)
         else:
             suffix = "_" + FLAGS.ptq.replace("+", "_")
-            model = ptq.quantize(
+            network = ptq.quantized_network(
                 fused,
                 FLAGS.ptq,
                 widths(width),
@@ -140,10 +146,11 @@ def make_files(fused, calibration, bits, granularities, inference_type, metadata
                 seed=FLAGS.ptq_seed,
                 progress=True,
             )
-            facts |= {"layer_bits": FLAGS.layer_bits, "notes": list(model.quantization_notes)}
-            file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
+            facts |= {"layer_bits": FLAGS.layer_bits, "notes": network.notes}
+            reference = network.float
+            file = tflite.convert(network.quantized, inference_type=inference_type, metadata=metadata)
         facts["quantization_seconds"] = round(time.monotonic() - started, 1)
-        yield f"{inference_type}_w{width}_{granularity}{suffix}.tflite", facts, file
+        yield f"{inference_type}_w{width}_{granularity}{suffix}.tflite", facts, file, reference
 
 
 def make_data(trained_on):
@@ -264,30 +271,30 @@ def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def print_table(report):
-    print(f"\n{report['evaluation_split']} split, {report['images']} images")
+def print_table(record):
+    print(f"\n{record['evaluation_split']} split, {record['images']} images")
     for form, words in FORMS.items():
-        if (top1 := report.get(f"{form}_top1_percent")) is not None:
+        if (top1 := record.get(f"{form}_top1_percent")) is not None:
             print(f"{words:21}  {top1:6.2f} %")
     print()
     columns = {
         "file": "file",
         "top1_percent": "top-1 %",
-        **{key: "agrees %" for key in AGREEMENT.values() if key in report["files"][0]},
+        **{key: "agrees %" for key in AGREEMENT.values() if key in record["files"][0]},
         "file_bytes": "bytes",
         "latency_ms_p50": "p50 ms",
         "latency_ms_p90": "p90 ms",
     }
-    rows = [[entry[key] for key in columns] for entry in report["files"]]
+    rows = [[entry[key] for key in columns] for entry in record["files"]]
     print(tabulate(rows, list(columns.values()), intfmt=",", floatfmt=("", ".2f", ".2f", "", ".3f", ".3f")))
-    for note in dict.fromkeys(note for entry in report["files"] for note in entry.get("notes", ())):
-        print(f"{report['files'][0]['ptq']}: {note}")
+    for note in dict.fromkeys(note for entry in record["files"] for note in entry.get("notes", ())):
+        print(f"{record['files'][0]['ptq']}: {note}")
     print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK\n")
-    for entry in report["files"]:
+    for entry in record["files"]:
         for target, facts in entry["targets"].items():
             words = (f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items() if _is_number(value))
             print(f"{entry['file']}, {target}: {', '.join(words)}")
-    found = report["files"][0]["operators"]
+    found = record["files"][0]["operators"]
     print("\noperators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
     for name in sorted(EXTRA_OPERATORS.keys() & found.keys()):
         print(f"  {name}: {EXTRA_OPERATORS[name]}")
@@ -317,8 +324,10 @@ def main(_):
     else:
         made = make_files(forms[reference], calibration, bits, granularities, inference_type, trained_on)
     files, grids, built = {}, {}, {}
-    for name, facts, file in made:
-        files[name], grids[name] = file, facts
+    seen = np.stack(list(calibration.take(FIDELITY_IMAGES).as_numpy_iterator()))
+    for name, facts, file, rounded in made:
+        fidelity = [dataclasses.asdict(layer) for layer in tflite.layers(file, rounded, seen)]
+        files[name], grids[name] = file, facts | {"layers": fidelity}
         with cli.bad_input_exits():
             built[name] = build_targets(name, file)
     for name, file in files.items():  # now that no target refuses one
@@ -329,7 +338,7 @@ def main(_):
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)
     write_predictions(output / "predictions.npz", labels, classes)
-    report = {
+    record = {
         "input": trained_on,
         "evaluation_dataset": data.name,
         "flags": cli.key_flags(),
@@ -351,9 +360,11 @@ def main(_):
             for target, each in built[name].items()
         }
         measured = measure(file, classes[name], labels)
-        report["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
-    runs.write_json(output / "export.json", report)
-    print_table(report)
+        record["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
+    runs.write_json(output / "export.json", record)
+    print_table(record)
+    if FLAGS.report:
+        report.write(output / "report.html", [report.gather("", FLAGS.workdir, [output], data)])
     print(f"written to {output}")
 
 

@@ -8,6 +8,7 @@ from tf_repvgg.tflite.convert import (
     convert,
     with_weights,
 )
+from tf_repvgg.tflite.fidelity import LayerFidelity, layers
 from tf_repvgg.tflite.interpreter import Latency, latency, predict
 from tf_repvgg.tflite.reader import Costs, Operator, costs, metadata, operators, weight_codes
 
@@ -16,12 +17,14 @@ __all__ = [
     "METADATA_NAME",
     "Costs",
     "Latency",
+    "LayerFidelity",
     "Operator",
     "activation_bits",
     "checked_inference_type",
     "convert",
     "costs",
     "latency",
+    "layers",
     "metadata",
     "operators",
     "predict",

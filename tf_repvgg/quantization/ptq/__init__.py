@@ -44,7 +44,7 @@ METHODS = {
 # Normalised images are within a few units of zero; pixels of 0 to 255 are not.
 _LARGEST_INPUT = 32.0
 
-__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_method", "quantize"]
+__all__ = ["METHODS", "Network", "Options", "bits_by_layer", "parse_method", "quantize", "quantized_network"]
 
 
 def quantize(
@@ -75,6 +75,18 @@ def quantize(
         not finite, or not normalised.
       TypeError: for an unknown option.
     """
+    network = quantized_network(model, method, weight_bits, per_channel, calibration, **options)
+    network.quantized.quantization_notes = tuple(network.notes)
+    return network.quantized
+
+
+def quantized_network(
+    model, method="min_max", weight_bits=8, per_channel=False, calibration=None, **options
+) -> Network:
+    """As `quantize`, but with the float form beside the quantized one: the weights that were rounded.
+
+    They make the same function as the model's own, but are others after `equalize`.
+    """
     methods = parse_method(method)
     options = _checked_options(Options(**options))
     check_fused(model)
@@ -88,8 +100,7 @@ def quantize(
         step(network)
     if not network.is_complete:  # after methods that only change the float form
         min_max(network)
-    network.quantized.quantization_notes = tuple(network.notes)
-    return network.quantized
+    return network
 
 
 def parse_method(text: str) -> list:

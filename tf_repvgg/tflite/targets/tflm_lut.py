@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from tf_repvgg import native_output
-from tf_repvgg.tflite import flatbuffer
+from tf_repvgg.tflite import flatbuffer, reader
 from tf_repvgg.tflite.interpreter import dequantized, quantized
 from tf_repvgg.tflite.targets.base import Built, Weights, integer_weights, optional_module
 
@@ -70,8 +70,7 @@ def build(file: bytes) -> Built:
 
 def states_of(weights: Weights) -> int:
     """Distinct codes; per channel, of the channel with the most."""
-    columns = weights.codes.reshape(-1, weights.codes.shape[-1]).T if weights.is_per_channel else [weights.codes]
-    return max(len(np.unique(column)) for column in columns)
+    return reader.distinct_codes(weights.codes, weights.is_per_channel)
 
 
 def compressed_size(weights: Weights) -> tuple[int, int]:
