@@ -7,6 +7,7 @@ import re
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -228,6 +229,7 @@ def latency(axis, bars, title):
     axis.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axis.set_ylim(len(bars) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_xlabel("milliseconds for one image")
     axis.set_title(title)
     return f"{title}: " + "; ".join(f"{label} {p50:.3g} ms" for label, p50, _ in bars)
@@ -237,7 +239,7 @@ def latency(axis, bars, title):
 def confusion(axis, counts, labels, title):
     """Images by true class and class found; the diagonal, which is right, left grey."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axis.imshow(np.where(np.eye(len(counts), dtype=bool), np.nan, shares), cmap=_wrong(), vmin=0, vmax=1)
+    axis.imshow(np.where(np.eye(len(counts), dtype=bool), np.nan, shares), cmap=_wrong(), norm=PowerNorm(0.5, 0, 1))
     for row, column in zip(*np.nonzero(counts), strict=True):
         is_right = row == column
         axis.text(
@@ -260,8 +262,4 @@ def confusion(axis, counts, labels, title):
 
 def _wrong():
     """From transparent to the colour of mistakes."""
-    return matplotlib.colors.LinearSegmentedColormap.from_list("wrong", [(*_rgb(_COLOURS[1]), 0), _COLOURS[1]])
-
-
-def _rgb(colour):
-    return matplotlib.colors.to_rgb(colour)
+    return LinearSegmentedColormap.from_list("wrong", [(*to_rgb(_COLOURS[1]), 0), _COLOURS[1]])

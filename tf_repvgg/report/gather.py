@@ -115,7 +115,7 @@ class Run:
 
     @property
     def reference_top1(self) -> float:
-        return 100 * float(np.mean(self.reference == self.truth))
+        return round(100 * float(np.mean(self.reference == self.truth)), 3)
 
     def file(self, name) -> File:
         return next(file for file in self.files if file.name == name)

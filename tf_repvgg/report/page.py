@@ -82,12 +82,19 @@ def _number(value, digits=2):
 def _settings(runs):
     """Rows (name, value of each run) of how the runs were trained, without those that none has."""
     rows = [("dataset", [run.exports[0]["input"]["dataset"] for run in runs])]
-    rows += [(name, [run.settings.get(name, "") for run in runs]) for name in _TOLD_SETTINGS]
+    rows += [(name, [_setting(run, name) for run in runs]) for name in _TOLD_SETTINGS]
     rows += [
         ("training time, s", [_number(run.result.get("training_seconds"), 0) for run in runs]),
         ("top-1 before quantization, %", [_number(run.reference_top1) for run in runs]),
     ]
     return [(name, values) for name, values in rows if any(values)]
+
+
+def _setting(run, name):
+    """A flag's value; empty where it means nothing for the run."""
+    value = run.settings.get(name, "")
+    is_moot = name == "number_of_clusters" and "quantize" not in run.settings
+    return "" if is_moot or value == "0.0" else value
 
 
 def _histograms(runs):
