@@ -64,6 +64,9 @@ flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.
 
 # Images on which the activations of each layer are compared with the float model's.
 FIDELITY_IMAGES = 32
+# Interpreters of targets are slow: batches small enough that progress is seen, and few timed inferences.
+TARGET_BATCH = 100
+SLOW_RUNS = 10
 GRANULARITIES = ("per_tensor", "per_channel")
 # The Keras models that files are compared with, the last in order of those that there are: key in export.json, words.
 FORMS = {
@@ -94,7 +97,7 @@ def read_flags():
     if not bits or not all(2 <= width <= 8 for width in bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     ptq.parse_method(FLAGS.ptq)
-    targets.parse(FLAGS.targets)
+    targets.check_installed(targets.parse(FLAGS.targets))
     if FLAGS.report:
         report.check_installed()
     return bits, FLAGS.granularity
@@ -213,20 +216,31 @@ def build_targets(name, file):
 
 def measure_target(data, split, name, built, classes, labels):
     """What a target's own interpreter finds on a split, if there is one: accuracy, and equality with the int8 file."""
+    measured = {} if built.in_litert is None else latency_facts(built.in_litert, SLOW_RUNS)
     if built.predict is None:
-        return {}
+        return measured
     found, equal = [], []
     with tqdm(total=len(labels), desc=name, unit="image", leave=False) as bar:
-        for images, _ in data.evaluation(split).as_numpy_iterator():
+        for images, _ in data.evaluation(split, TARGET_BATCH).as_numpy_iterator():
             logits = built.predict(images)
             equal.append(np.all(logits == built.predict_int8(images), axis=1))
             found.append(np.argmax(logits, axis=1))
             bar.update(len(images))
     found = np.concatenate(found)
-    return {
+    return measured | {
         "top1_percent": percent(found == labels),
         "equal_to_int8_file_on_same_kernels_percent": percent(np.concatenate(equal)),
         "agreement_with_litert_percent": percent(found == classes),
+    }
+
+
+def latency_facts(file, runs):
+    latency = tflite.latency(file, FLAGS.threads, runs)
+    return {
+        "latency_ms_p50": round(latency.p50_ms, 4),
+        "latency_ms_p90": round(latency.p90_ms, 4),
+        "latency_runs": latency.runs,
+        "latency_threads": latency.threads,
     }
 
 
@@ -255,14 +269,10 @@ def forms_of(model):
 
 def measure(file, classes, labels):
     """What there is to say about one written file that found these classes."""
-    latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
     return {
         "top1_percent": percent(classes == labels),
         "file_bytes": len(file),
-        "latency_ms_p50": round(latency.p50_ms, 4),
-        "latency_ms_p90": round(latency.p90_ms, 4),
-        "latency_runs": latency.runs,
-        "latency_threads": latency.threads,
+        **latency_facts(file, FLAGS.latency_runs),
         "operators": dict(collections.Counter(operator.name for operator in tflite.operators(file))),
     }
 

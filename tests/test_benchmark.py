@@ -106,7 +106,7 @@ def test_bad_input(run_forked, file, tmp_path):
     (tmp_path / "text.tflite").write_text("nothing of the kind")
     (tmp_path / "whole.tflite").write_bytes(file)
     for words, message in (
-        ([f"--files={tmp_path}/cut.tflite"], "cut.tflite: it cannot be run"),
+        ([f"--files={tmp_path}/cut.tflite"], "cut.tflite: not a whole TFLite file"),
         ([f"--files={tmp_path}/whole.tflite,{tmp_path}/text.tflite"], "text.tflite: not a TFLite file"),
         ([f"--files={tmp_path}/gone.tflite"], "No such file"),
         ([f"--files={tmp_path}/whole.tflite", "--runs=10", "--dataset=digits"], "no metadata block TF_REPVGG_INPUT"),

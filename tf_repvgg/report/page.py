@@ -53,11 +53,13 @@ def render(runs: list[Run]) -> str:
         first=runs[0],
         featured=max((run.file(name) for run in detailed), key=lambda file: file.top1),
         settings=_settings(runs),
-        accuracy=figures.accuracy_by_bits(runs),
+        accuracy=figures.accuracy_by_bits(
+            runs, height=_height(len({file.series for run in runs for file in run.files}))
+        ),
         training=figures.training(runs) if any(run.epochs for run in runs) else None,
         histograms=_histograms(runs),
         outliers=figures.outliers(runs, height=1.2 + 0.22 * max(len(run.exports[0]["outliers"]) for run in runs)),
-        sizes=figures.size_and_accuracy(runs),
+        sizes=figures.size_and_accuracy(runs, height=_height(2 * len(runs) + 1)),
         latencies=_latencies(runs, name),
         details=[_detail(run, run.file(name)) for run in detailed],
         target_facts=_TARGET_FACTS,
@@ -131,6 +133,11 @@ def _latencies(runs: list[Run], name):
     if estimated:
         found.append(figures.latency(estimated, "Ethos-U, estimated by Vela", height=_bars_height(estimated)))
     return found
+
+
+def _height(entries):
+    """Inches of a figure whose legend has so many entries, two in a row."""
+    return 2.7 + 0.18 * ((entries + 1) // 2)
 
 
 def _bars_height(bars):
