@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 
+import markupsafe
 import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
@@ -22,6 +23,7 @@ _MARKERS = "osD^vP"
 _WIDTH = 4.6
 _STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "tf_repvgg",
     "font.size": 9,
     "axes.titlesize": 10,
     "legend.fontsize": 8,
@@ -63,8 +65,8 @@ def _inline(figure, words):
     # Names are those of one file; here they share a page.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}", svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    words = words.replace("&", "and").replace('"', "'").replace("<", "under ")
-    return svg.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{words}"', 1)
+    label = markupsafe.escape(words)
+    return svg.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _legend(axis, columns=2):
