@@ -12,7 +12,7 @@ from test_quantized_models import images, small_repvgg
 
 from tf_repvgg import report, runs, tflite
 from tf_repvgg.quantization import ptq
-from tf_repvgg.report import gather
+from tf_repvgg.report.gather import pareto
 
 SECTIONS = ("training", "accuracy", "weights", "cost", "layers", "images", "targets")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -99,16 +99,18 @@ def test_it_stands_alone(page):
 
 # What a reader would stumble over: text on text within a figure, and a page wider than the screen.
 CHECK = """<script>
-const overlaps = [];
+const overlaps = [], cut = [];
 for (const svg of document.querySelectorAll("svg")) {
   const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent.trim(), text.getBoundingClientRect()]);
+  const frame = svg.getBoundingClientRect();
+  cut.push(...boxes.filter(([, box]) => box.left < frame.left || box.right > frame.right + 1).map(([words]) => words));
   boxes.forEach(([words, a], i) => boxes.slice(i + 1).forEach(([others, b]) => {
     const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
     const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
     if (width > 1 && height > 3) overlaps.push(words + " / " + others);
   }));
 }
-const facts = {overlaps, width: document.documentElement.scrollWidth, screen: innerWidth};
+const facts = {overlaps, cut, width: document.documentElement.scrollWidth, screen: innerWidth};
 document.body.dataset.facts = JSON.stringify(facts);
 </script></body>"""
 
@@ -130,7 +132,7 @@ def test_in_a_browser(exported, tmp_path, width, dark):
     assert "CONSOLE" not in outcome.stderr
     (body,) = Page(outcome.stdout).all("body")
     facts = json.loads(body["data-facts"])
-    assert facts["overlaps"] == []
+    assert facts["overlaps"] == [] and facts["cut"] == []
     assert facts["width"] <= facts["screen"] <= width
 
 
@@ -142,7 +144,7 @@ def test_without_the_packages(monkeypatch, tmp_path):
 
 def test_pareto():
     points = [(10, 80.0), (5, 70.0), (20, 79.0), (10, 75.0), (30, 90.0)]
-    assert gather.pareto(points) == [1, 0, 4]
+    assert pareto(points) == [1, 0, 4]
 
 
 def test_layers_of_a_file():

@@ -28,6 +28,9 @@ _STYLE = {
     "axes.titlesize": 10,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.handletextpad": 0.5,
+    "legend.columnspacing": 1.1,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -125,23 +128,14 @@ def training(axis, runs):
 
 @_drawn
 def weights(axis, histogram, title):
-    """Weights of one layer: the merged kernel filled, each branch as a line, centroids below."""
+    """Weights of one layer: the merged kernel filled, each branch as a line, centroids as uprights."""
     axis.stairs(histogram.merged, histogram.edges, fill=True, color=_INK, alpha=0.25, label="merged")
     for name, counts in histogram.branches.items():
         axis.stairs(counts, histogram.edges, color=_BRANCH_COLOURS.get(name), linewidth=1.1, label=name)
     axis.set_yscale("log")
     axis.set_ylim(bottom=0.5)
-    if histogram.codebook:
-        axis.plot(
-            histogram.codebook,
-            np.full(len(histogram.codebook), 0.62),
-            linestyle="none",
-            marker="^",
-            markersize=5,
-            color=_COLOURS[3],
-            label="centroids",
-            clip_on=False,
-        )
+    for number, centroid in enumerate(histogram.codebook or ()):
+        axis.axvline(centroid, color=_COLOURS[3], linewidth=0.9, alpha=0.8, label=None if number else "centroids")
     axis.set_title(title)
     axis.set(xlabel="weight / standard deviation of the merged kernel", ylabel="weights")
     _legend(axis, 5)

@@ -196,8 +196,9 @@ def gather(title: str, workdir, exports, data) -> Run:
             classes |= dict(found)
     files = [_file(title, entry) for record in records for entry in record["files"]]
     clustered = [file for file in files if file.granularity != "per channel" and _is_clustered(file)]
-    codebook_of = min(clustered, key=lambda file: file.bits, default=None)
-    reference = next(form for form in _FLOAT_FORMS if form in classes)
+    reference = classes[next(form for form in _FLOAT_FORMS if form in classes)]
+    reference_top1 = 100 * float(np.mean(reference == classes["labels"]))
+    codebook_of = _smallest_good([(file, file.top1 - reference_top1) for file in clustered]) if clustered else None
     return Run(
         title=title,
         settings=_settings(folder / runs.CONFIG_NAME),
@@ -209,7 +210,7 @@ def gather(title: str, workdir, exports, data) -> Run:
         codebook_of=codebook_of,
         labels=[str(label) for label in data.labels],
         truth=classes["labels"],
-        reference=classes[reference],
+        reference=reference,
         found={file.name: classes[file.name] for file in files},
         pictures=Pictures(data, records[0]["evaluation_split"]),
     )
@@ -220,11 +221,15 @@ def featured(gathered: list[Run]) -> str:
 
     That of the fewest bytes, packed, which loses no more than 2 points in one of the runs; the most accurate if all do.
     """
-    files = [(file, file.top1 - run.reference_top1) for run in gathered for file in run.files]
+    return _smallest_good([(file, file.top1 - run.reference_top1) for run in gathered for file in run.files]).name
+
+
+def _smallest_good(files):
+    """The file among (file, its points above the model before) that is the smallest and good, or the most accurate."""
     good = [file for file, difference in files if difference >= -_TOLERATED_POINTS]
     if good:
-        return min(good, key=lambda file: (file.packed_bytes, -file.top1)).name
-    return max((file for file, _ in files), key=lambda file: file.top1).name
+        return min(good, key=lambda file: (file.packed_bytes, -file.top1))
+    return max((file for file, _ in files), key=lambda file: file.top1)
 
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:

@@ -17,7 +17,7 @@ ACCELERATORS = (
     *(f"ethos-u85-{macs}" for macs in (128, 256, 512, 1024, 2048)),
 )
 _KIB = 1024
-# Columns of Vela's summary: (key, column, factor).
+# Columns of Vela's summary: (key, column, factor); bytes are whole.
 _COLUMNS = (
     ("inference_ms_estimated", "inference_time", 1000),
     ("sram_bytes", "sram_memory_used", _KIB),
@@ -48,7 +48,7 @@ def build(file: bytes, accelerator: str) -> Built:
         (summary,) = Path(folder).glob("model_summary_*.csv")
         with summary.open(newline="", encoding="utf-8") as rows:
             (row,) = csv.DictReader(rows)
-        facts = {key: round(float(row[column]) * factor, 4) for key, column, factor in _COLUMNS}
+        facts = {key: _number(float(row[column]) * factor, key) for key, column, factor in _COLUMNS}
         content = compiled.read_bytes()
     facts |= {
         "raw_weight_bytes": raw,
@@ -57,6 +57,10 @@ def build(file: bytes, accelerator: str) -> Built:
         "file_bytes": len(content),
     }
     return Built({f"_{accelerator.replace('-', '_')}_vela.tflite": content}, facts)
+
+
+def _number(value, key):
+    return round(value) if key.endswith("_bytes") else round(value, 4)
 
 
 def _split(printed):
