@@ -62,14 +62,7 @@ def render(runs: list[Run]) -> str:
         sizes=figures.size_and_accuracy(runs, height=_height(2 * len(runs) + 1)),
         latencies=_latencies(runs, name),
         details=[_detail(run, run.file(name)) for run in detailed],
-        target_facts=_TARGET_FACTS,
-        targets=[
-            (file, target, facts)
-            for run in runs
-            for file in run.files
-            for target, facts in file.record["targets"].items()
-            if target != "litert_int8"
-        ],
+        targets=_targets(runs),
         machine=runs[0].exports[0]["machine"],
     )
 
@@ -138,6 +131,22 @@ def _latencies(runs: list[Run], name):
 def _height(entries):
     """Inches of a figure whose legend has so many entries, two in a row."""
     return 2.7 + 0.18 * ((entries + 1) // 2)
+
+
+def _targets(runs):
+    """{target: (headings, rows of (file, values))} of what other runtimes make of the files."""
+    found = {}
+    for run in runs:
+        for file in run.files:
+            for target, facts in file.record["targets"].items():
+                if target != "litert_int8":  # the file itself
+                    found.setdefault(target, []).append((_label(file), facts))
+    tables = {}
+    for target, rows in found.items():
+        keys = [key for key in _TARGET_FACTS if any(key in facts for _, facts in rows)]
+        values = [(label, [facts.get(key) for key in keys]) for label, facts in rows]
+        tables[target] = [_TARGET_FACTS[key] for key in keys], values
+    return tables
 
 
 def _bars_height(bars):
