@@ -152,7 +152,7 @@ def test_layers_of_a_file():
     model, batch = small_repvgg(), images(8)
     noise = {}
     for bits in (8, 4):
-        layers = tflite.layers(tflite.convert(model, batch, weight_bits=bits), model, batch)
+        layers = tflite.layers(tflite.convert(model, batch, False, weight_bits=bits), model, batch)
         assert [layer.layer for layer in layers] == ["first", "second", "logits"]
         assert all(layer.weight_bits <= bits and layer.entropy_bits <= layer.weight_bits for layer in layers)
         noise[bits] = np.array([[layer.weight_sqnr_db, layer.activation_sqnr_db] for layer in layers])
