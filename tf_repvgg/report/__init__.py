@@ -15,8 +15,10 @@ _NEEDED = ("matplotlib", "jinja2")
 
 
 def check_installed():
-    """Raises:
-    ValueError: without the packages that draw and lay out; tells how to install them.
+    """Looks for the packages that draw and lay out, which the package itself does without.
+
+    Raises:
+      ValueError: if one is missing; tells how to install it.
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(f"a report needs {missing[0]}; install it with: pip install 'tf_repvgg[figures]'")
@@ -30,6 +32,6 @@ def write(path, gathered: Sequence[Run]) -> None:
       OSError: if it cannot be written.
     """
     check_installed()
-    from tf_repvgg.report import page  # needs what the package itself does without
+    from tf_repvgg.report import page  # imports them
 
     runs.write_bytes(path, page.render(gathered).encode())

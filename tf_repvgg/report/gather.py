@@ -195,7 +195,7 @@ def gather(title: str, workdir, exports, data) -> Run:
         with np.load(export / "predictions.npz") as found:
             classes |= dict(found)
     files = [_file(title, entry) for record in records for entry in record["files"]]
-    clustered = [file for file in files if file.granularity != "per channel" and _is_clustered(file)]
+    clustered = [file for file in files if any(layer["codebook"] for layer in file.record["layers"])]
     reference = classes[next(form for form in _FLOAT_FORMS if form in classes)]
     reference_top1 = 100 * float(np.mean(reference == classes["labels"]))
     codebook_of = _smallest_good([(file, file.top1 - reference_top1) for file in clustered]) if clustered else None
@@ -259,11 +259,6 @@ def _file(run, entry):
         packed_bytes=entry["file_bytes"] - weights + packed,
         record=entry,
     )
-
-
-def _is_clustered(file):
-    has_codebooks = "codebook" in file.method or file.method == "as trained"
-    return has_codebooks and any(layer["codebook"] for layer in file.record["layers"])
 
 
 def _settings(path):

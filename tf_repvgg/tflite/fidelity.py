@@ -26,7 +26,7 @@ class LayerFidelity:
         there is no noise, or nothing to compare with.
       activation_sqnr_db: the same of the layer's output, with all the noise of the layers before it; None for layers
         of nested models, and ones that are called more than once, too.
-      codebook: the distinct weights, if there is one scale and they are few; else None.
+      codebook: the distinct weights, if there is one scale and they are few and not on a grid of few bits; else None.
     """
 
     layer: str
@@ -96,9 +96,10 @@ def _likest(weights, layers):
 
 
 def _codebook(codes, scale):
-    values = np.unique(codes)
-    is_small = len(scale) == 1 and len(values) <= _LARGEST_CODEBOOK
-    return [float(value * scale[0]) for value in values] if is_small else None
+    values = np.unique(codes).astype(int)
+    # Codes of a uniform grid of so few levels would lie near zero.
+    is_codebook = len(scale) == 1 and len(values) <= _LARGEST_CODEBOOK < np.max(np.abs(values))
+    return [float(value * scale[0]) for value in values] if is_codebook else None
 
 
 def _activation_sqnr(file, model, outputs, images):
