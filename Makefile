@@ -14,7 +14,7 @@ help:  ## list these targets
 
 venv: $(VENV)/.installed  ## install the pinned packages and this one into .venv (PYTHON=... picks the interpreter)
 
-demo: venv  ## train, fuse, quantize and run on the embedded digits; leaves runs/demo/report.json
+demo: venv  ## train, fuse, quantize and run on the embedded digits; leaves runs/demo/report.html
 	$(BIN)/python experiments/demo.py
 
 test: venv  ## run the tests

@@ -44,9 +44,13 @@ def export(workdir, **flags) -> dict:
     """
     path = ROOT / flags.get("output", f"{workdir}/export") / "export.json"
     asked = {name: str(value) for name, value in flags.items() if name != "data_dir"}
-    if path.exists():
-        found = _read(path)
-        if found["model_sha256"] == runs.model_sha256(ROOT / workdir) and asked.items() <= found["flags"].items():
-            return found
+    if path.exists() and _answers(found := _read(path), ROOT / workdir, asked):
+        return found
     _run("export/main.py", workdir=workdir, **flags)
     return _read(path)
+
+
+def _answers(found, workdir, asked):
+    """Whether an export.json is of this model and these flags, and tells of layers, as earlier versions did not."""
+    is_whole = all("layers" in file for file in found["files"])
+    return is_whole and found["model_sha256"] == runs.model_sha256(workdir) and asked.items() <= found["flags"].items()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tf_repvgg import cli, runs
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.tflite import METADATA_NAME
-from tf_repvgg.tflite.isolated import Isolated
+from tf_repvgg.tflite.isolated import Isolated, interleaved_times
 
 FLAGS = flags.FLAGS
 
@@ -47,19 +47,6 @@ COLUMNS = {
     "weight_entropy_bits": "bits/weight",
     "top1_percent": "top-1 %",
 }
-
-
-def interleaved_times(files):
-    """{name: milliseconds of every timed inference}, the files taking turns in an order that turns too."""
-    for file in files.values():
-        file.times(max(FLAGS.warmup_runs, 1))
-    found = {name: [] for name in files}
-    names = list(files)
-    turns = -(-FLAGS.runs // FLAGS.runs_per_turn)
-    for turn in tqdm(range(turns), desc="latency", unit="turn", leave=False):
-        for name in np.roll(names, turn):
-            found[name] += files[name].times(min(FLAGS.runs_per_turn, FLAGS.runs - len(found[name])))
-    return found
 
 
 def accuracy(name, file):
@@ -112,7 +99,7 @@ def main(_):
         files = {
             str(path): stack.enter_context(Isolated(path.name, path.read_bytes(), FLAGS.threads)) for path in paths
         }
-        times = interleaved_times(files)
+        times = interleaved_times(files, FLAGS.runs, FLAGS.warmup_runs, FLAGS.runs_per_turn)
         rows = [row(path, files[str(path)], times[str(path)]) for path in paths]
         if FLAGS.dataset:
             for each in rows:

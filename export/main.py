@@ -6,18 +6,16 @@ predictions.npz: for each image the label and the class that every form and file
 
 import collections
 import functools
-import hashlib
 import io
 import itertools
-import sys
-import time
 
+import integer_files
 import numpy as np
 from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import cli, fusion, outliers, runs, tflite
+from tf_repvgg import cli, fusion, outliers, report, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
@@ -34,38 +32,23 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of a folder that cannot be used.")
 flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Images of a folder that are larger are bad.", lower_bound=0)
-flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, 2 to 8; one file each.")
-flags.DEFINE_list("granularity", ["per_channel"], "Weight scales: per_tensor, per_channel, or both; one file each.")
-flags.DEFINE_string(
-    "ptq",
-    "min_max",
-    f"How weights and ranges are found: {', '.join(ptq.METHODS)}, or several in a row as in equalize+adaquant.",
-)
-flags.DEFINE_string("layer_bits", None, "Layers of other widths, by patterns of names: stem=8,logits=8.")
-flags.DEFINE_integer("ptq_iterations", ptq.Options.iterations, "Steps per layer of methods that learn.", lower_bound=1)
-flags.DEFINE_integer(
-    "number_of_clusters", None, "States of codebooks, by default 2^bits.", lower_bound=2, upper_bound=256
-)
-flags.DEFINE_integer("ptq_seed", 0, "Seed of methods that learn.")
-flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Of activations, input included.")
-flags.DEFINE_enum(
-    "inference_type",
-    None,
-    list(tflite.INFERENCE_TYPES),
-    "Type of the file's input and output; by default that of its activations, int8 or int16.",
-)
 flags.DEFINE_list(
     "targets", ["litert_int8"], f"Runtimes that each file is also made ready for: {', '.join(targets.TARGETS)}."
 )
+flags.DEFINE_bool("report", False, "Leave report.html too: one page to look at, which needs no network.")
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
 flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
 flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
 flags.DEFINE_integer("latency_runs", 100, "Timed inferences, 50 or more; 0 leaves them out.", lower_bound=0)
 flags.register_validator("latency_runs", lambda runs: runs == 0 or runs >= 50, "must be 0, or 50 or more")
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
+flags.adopt_module_key_flags(integer_files)  # they are this program's own too: export.json holds them
 
-GRANULARITIES = ("per_tensor", "per_channel")
-PTQ_FLAGS = ("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits")  # alike for all files
+# Images on which the activations of each layer are compared with the float model's.
+FIDELITY_IMAGES = 32
+# Interpreters of targets are slow: batches small enough that progress is seen, and few timed inferences.
+TARGET_BATCH = 100
+SLOW_RUNS = 10
 # The Keras models that files are compared with, the last in order of those that there are: key in export.json, words.
 FORMS = {
     "float_training_form": "float, training form",
@@ -87,104 +70,14 @@ EXTRA_OPERATORS = {
 
 
 def read_flags():
-    """(bits, granularities) as asked for; the flags are lists of words."""
-    unknown = [word for word in FLAGS.granularity if word not in GRANULARITIES]
-    if unknown or not FLAGS.granularity:
-        raise ValueError(f"--granularity is {','.join(FLAGS.granularity)!r}; known: {', '.join(GRANULARITIES)}")
-    bits = [int(word) if word.isdigit() else 0 for word in FLAGS.weight_bits]
-    if not bits or not all(2 <= width <= 8 for width in bits):
-        raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
-    ptq.parse_method(FLAGS.ptq)
-    targets.parse(FLAGS.targets)
-    return bits, FLAGS.granularity
-
-
-def check_trained_codes():
-    """Refuses flags that would quantize what training has quantized."""
-    for name in ("weight_bits", "granularity", "ptq", "layer_bits", "number_of_clusters", "activation_bits"):
-        if FLAGS[name].value != FLAGS[name].default:
-            raise ValueError(
-                f"--{name}={FLAGS[name].value} does not go with a model that was trained quantized; leave it"
-            )
-
-
-def trained_file(model, inference_type, metadata):
-    """As `make_files`, the one file of a quantized model: its codes and ranges."""
-    file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
-    return f"{inference_type}_trained.tflite", {"weights": "as trained"}, file
-
-
-def widths(bits):
-    """Bits by pattern of layer names, as one file has them."""
-    return ",".join(filter(None, [FLAGS.layer_bits, f".*={bits}"]))
-
-
-def make_files(fused, calibration, bits, granularities, inference_type, metadata):
-    """Yields (file name, what it is, bytes) for every width and granularity, by TensorFlow's own calibration."""
-    calibrated = tflite.convert(fused, calibration, inference_type=inference_type)
-    for width, granularity in itertools.product(bits, granularities):
-        started = time.monotonic()
-        file = tflite.with_weights(calibrated, fused, width, granularity == "per_channel", metadata=metadata)
-        yield f"{inference_type}_w{width}_{granularity}.tflite", file_facts(width, granularity, started), file
-
-
-def make_ptq_files(fused, images, input_range, bits, granularities, inference_type, metadata, unfinished):
-    """As `make_files`, by --ptq; takes what an interrupted run of the same command has left, and leaves each file."""
-    for width, granularity in itertools.product(bits, granularities):
-        name = f"{inference_type}_w{width}_{granularity}_{FLAGS.ptq.replace('+', '_')}.tflite"
-        step = {"weight_bits": widths(width), "granularity": granularity}
-        if (kept := unfinished.read(**step)) is not None:
-            print(f"{name}: taken from the run that was interrupted", file=sys.stderr)
-            yield name, *kept
-            continue
-        started = time.monotonic()
-        with cli.bad_input_exits():
-            model = ptq.quantize(
-                fused,
-                FLAGS.ptq,
-                widths(width),
-                granularity == "per_channel",
-                images,
-                iterations=FLAGS.ptq_iterations,
-                number_of_clusters=FLAGS.number_of_clusters,
-                activation_bits=int(FLAGS.activation_bits),
-                input_range=input_range,
-                seed=FLAGS.ptq_seed,
-                progress=True,
-            )
-        file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
-        facts = file_facts(width, granularity, started)
-        facts |= {"layer_bits": FLAGS.layer_bits, "notes": list(model.quantization_notes)}
-        unfinished.keep(facts, file, **step)
-        yield name, facts, file
-
-
-def file_facts(width, granularity, started):
-    seconds = round(time.monotonic() - started, 1)
-    return {"weight_bits": width, "granularity": granularity, "ptq": FLAGS.ptq, "quantization_seconds": seconds}
-
-
-def quantized_files(fused, calibration, data, output, bits, granularities, inference_type, metadata):
-    """(what yields the files, what to remove once they are written or None)."""
-    asked = bits, granularities, inference_type, metadata
-    # Without further wishes, TensorFlow's own calibration serves all files.
-    if FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8":
-        return make_files(fused, calibration, *asked), None
-    images = list(calibration.as_numpy_iterator()) if ptq.needs_calibration(FLAGS.ptq) else None
-    unfinished = runs.Unfinished(
-        output,
-        model=runs.model_sha256(FLAGS.workdir),
-        sources=runs.sources_sha256(),
-        tensorflow=runs.machine()["tensorflow"],
-        calibration=images and hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
-        flags={
-            name: FLAGS[name].value
-            for name in ("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits")
-        },
-        inference_type=inference_type,
-        metadata=metadata,
-    )
-    return make_ptq_files(fused, images, data.preprocessing.range(), *asked, unfinished), unfinished
+    """(bits, granularities) as asked for."""
+    asked = integer_files.read_flags()
+    targets.check_installed(targets.parse(FLAGS.targets))
+    if FLAGS.report:
+        report.check_installed()
+        if not FLAGS.latency_runs:
+            raise ValueError("--report shows latencies; leave --latency_runs=0 out")
+    return asked
 
 
 def make_data(trained_on):
@@ -242,20 +135,31 @@ def build_targets(name, file):
 
 def measure_target(data, split, name, built, classes, labels):
     """What a target's own interpreter finds on a split, if there is one: accuracy, and equality with the int8 file."""
+    measured = {} if built.in_litert is None else latency_facts(built.in_litert, SLOW_RUNS)
     if built.predict is None:
-        return {}
+        return measured
     found, equal = [], []
     with tqdm(total=len(labels), desc=name, unit="image", leave=False) as bar:
-        for images, _ in data.evaluation(split).as_numpy_iterator():
+        for images, _ in data.evaluation(split, TARGET_BATCH).as_numpy_iterator():
             logits = built.predict(images)
             equal.append(np.all(logits == built.predict_int8(images), axis=1))
             found.append(np.argmax(logits, axis=1))
             bar.update(len(images))
     found = np.concatenate(found)
-    return {
+    return measured | {
         "top1_percent": percent(found == labels),
         "equal_to_int8_file_on_same_kernels_percent": percent(np.concatenate(equal)),
         "agreement_with_litert_percent": percent(found == classes),
+    }
+
+
+def latency_facts(file, runs):
+    latency = tflite.latency(file, FLAGS.threads, runs)
+    return {
+        "latency_ms_p50": round(latency.p50_ms, 4),
+        "latency_ms_p90": round(latency.p90_ms, 4),
+        "latency_runs": latency.runs,
+        "latency_threads": latency.threads,
     }
 
 
@@ -294,51 +198,43 @@ def forms_of(model):
 
 def measure(file, classes, labels):
     """What there is to say about one written file that found these classes."""
-    found = {
+    return {
         "top1_percent": percent(classes == labels),
         "file_bytes": len(file),
+        **(latency_facts(file, FLAGS.latency_runs) if FLAGS.latency_runs else {}),
         "operators": dict(collections.Counter(operator.name for operator in tflite.operators(file))),
     }
-    if FLAGS.latency_runs:
-        latency = tflite.latency(file, FLAGS.threads, FLAGS.latency_runs)
-        found |= {
-            "latency_ms_p50": round(latency.p50_ms, 4),
-            "latency_ms_p90": round(latency.p90_ms, 4),
-            "latency_runs": latency.runs,
-            "latency_threads": latency.threads,
-        }
-    return found
 
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def print_table(report):
-    print(f"\n{report['evaluation_split']} split, {report['images']} images")
+def print_table(record):
+    print(f"\n{record['evaluation_split']} split, {record['images']} images")
     for form, words in FORMS.items():
-        if (top1 := report.get(f"{form}_top1_percent")) is not None:
+        if (top1 := record.get(f"{form}_top1_percent")) is not None:
             print(f"{words:21}  {top1:6.2f} %")
     print()
     columns = {
         "file": "file",
         "top1_percent": "top-1 %",
-        **{key: "agrees %" for key in AGREEMENT.values() if key in report["files"][0]},
+        **{key: "agrees %" for key in AGREEMENT.values() if key in record["files"][0]},
         "file_bytes": "bytes",
         **({"latency_ms_p50": "p50 ms", "latency_ms_p90": "p90 ms"} if FLAGS.latency_runs else {}),
     }
-    rows = [[entry[key] for key in columns] for entry in report["files"]]
+    rows = [[entry[key] for key in columns] for entry in record["files"]]
     print(tabulate(rows, list(columns.values()), intfmt=",", floatfmt=("", ".2f", ".2f", "", ".3f", ".3f")))
-    for note in dict.fromkeys(note for entry in report["files"] for note in entry.get("notes", ())):
-        print(f"{report['files'][0]['ptq']}: {note}")
+    for note in dict.fromkeys(note for entry in record["files"] for note in entry.get("notes", ())):
+        print(f"{record['files'][0]['ptq']}: {note}")
     if FLAGS.latency_runs:
         print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK")
     print()
-    for entry in report["files"]:
+    for entry in record["files"]:
         for target, facts in entry["targets"].items():
             words = (f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items() if _is_number(value))
             print(f"{entry['file']}, {target}: {', '.join(words)}")
-    found = report["files"][0]["operators"]
+    found = record["files"][0]["operators"]
     print("\noperators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
     for name in sorted(EXTRA_OPERATORS.keys() & found.keys()):
         print(f"  {name}: {EXTRA_OPERATORS[name]}")
@@ -357,19 +253,20 @@ def main(_):
         forms = forms_of(model)
         *_, reference = forms
         if reference == "trained_model":
-            check_trained_codes()
+            integer_files.check_trained_codes()
             inference_type = tflite.checked_inference_type(FLAGS.inference_type, tflite.activation_bits(model))
         else:
             inference_type = tflite.checked_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
-            ptq.bits_by_layer(forms[reference], widths(bits[0]))
+            ptq.bits_by_layer(forms[reference], integer_files.widths(bits[0]))
             ptq.check_data_free(forms[reference], FLAGS.ptq)
         output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+    seen = np.stack(list(calibration.take(FIDELITY_IMAGES).as_numpy_iterator()))
     unfinished = None
     if reference == "trained_model":
-        made = [trained_file(model, inference_type, trained_on)]
+        made = [integer_files.trained_file(model, seen, inference_type, trained_on)]
     else:
-        made, unfinished = quantized_files(
-            forms[reference], calibration, data, output, bits, granularities, inference_type, trained_on
+        made, unfinished = integer_files.quantized_files(
+            forms[reference], calibration, seen, data, output, bits, granularities, inference_type, trained_on
         )
     files, grids, built = {}, {}, {}
     for name, facts, file in made:
@@ -384,7 +281,7 @@ def main(_):
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)
     write_predictions(output / "predictions.npz", labels, classes)
-    report = {
+    record = {
         "input": trained_on,
         "evaluation_dataset": data.name,
         "flags": cli.key_flags(),
@@ -406,11 +303,13 @@ def main(_):
             for target, each in built[name].items()
         }
         measured = measure(file, classes[name], labels)
-        report["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
-    runs.write_json(output / "export.json", report)
+        record["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
+    runs.write_json(output / "export.json", record)
     if unfinished:
         unfinished.remove()
-    print_table(report)
+    print_table(record)
+    if FLAGS.report:
+        report.write(output / "report.html", [report.gather("", FLAGS.workdir, [output], data)])
     print(f"written to {output}")
 
 

@@ -13,7 +13,7 @@ from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import RepVGGBlock
 from tf_repvgg.quantization import ptq
 from tf_repvgg.tflite import flatbuffer, targets
-from tf_repvgg.tflite.targets import base, edge_tpu, tflm_lut
+from tf_repvgg.tflite.targets import base, edge_tpu
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,25 @@ def test_size_of_codebooks():
 def test_vela(clustered, accelerator):
     built = targets.TARGETS[accelerator](clustered)
     assert built.facts["cpu_operators"] == 0 < built.facts["npu_operators"]
-    assert built.facts["raw_weight_bytes"] == 832 and built.facts["encoded_weight_bytes"] > 0
+    encoded, raw = built.facts["encoded_weight_bytes"], built.facts["raw_weight_bytes"]
+    assert raw == 832 and built.facts["encoded_over_raw"] == pytest.approx(encoded / raw, abs=1e-4)
     assert built.facts["inference_ms_estimated"] > 0 and built.facts["sram_bytes"] > 0
     ((suffix, content),) = built.files.items()
     assert suffix == f"_{accelerator}_vela.tflite" and content[4:8] == b"TFL3"
+
+
+def test_vela_packs_codebooks_tighter():
+    """Fewer distinct weights give shorter codes, where weights are many enough for its headers not to matter."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 32))
+    model = fuse(keras.Model(inputs, RepVGGBlock(64, name="first")(inputs)))
+    batch = images(8, (8, 8, 32))
+    plain, clustered = (
+        targets.TARGETS["ethos_u55_128"](tflite.convert(ptq.quantize(model, method, bits, False, batch))).facts
+        for method, bits in (("min_max", 8), ("codebook", 3))
+    )
+    assert clustered["raw_weight_bytes"] == plain["raw_weight_bytes"]
+    assert clustered["encoded_over_raw"] < 0.75 * plain["encoded_over_raw"]
 
 
 def test_edge_tpu_rules(model, clustered):
@@ -190,7 +205,7 @@ def test_refusals(model, monkeypatch):
             targets.TARGETS[name](b"nothing of the kind")
     monkeypatch.setitem(sys.modules, "tflite_micro", None)
     with pytest.raises(ValueError, match=r"needs tflite-micro; install it with: pip install 'tf_repvgg\[targets\]'"):
-        base.optional_module("tflite_micro", tflm_lut.PACKAGE)
+        targets.check_installed(["litert_int8", "tflm_lut"])
 
 
 def test_float_files_are_refused(model):
@@ -219,6 +234,7 @@ def test_from_the_command_line(run_forked, trained_digits, digits, tmp_path):
         facts = entry["targets"][name]
         assert facts["equal_to_int8_file_on_same_kernels_percent"] == 100
         assert facts["agreement_with_litert_percent"] > 98
+    assert entry["targets"]["litert_int4"]["latency_ms_p50"] > 0
     for suffix in ("_int4.tflite", "_lut.tflite", "_lut.cc", "_lut.h", "_ethos_u55_128_vela.tflite", ".tflite"):
         assert (run / "export" / f"int8_w4_per_channel{suffix}").stat().st_size > 50
     refused = run_forked("export/main.py", f"--workdir={run}", "--targets=litert_int4", f"--output={tmp_path / 'no'}")

@@ -9,6 +9,7 @@ from tf_repvgg.tflite.convert import (
     convert_float,
     with_weights,
 )
+from tf_repvgg.tflite.fidelity import LayerFidelity, layers
 from tf_repvgg.tflite.interpreter import Latency, latency, predict
 from tf_repvgg.tflite.reader import Costs, Operator, costs, metadata, operators, weight_codes
 
@@ -17,6 +18,7 @@ __all__ = [
     "METADATA_NAME",
     "Costs",
     "Latency",
+    "LayerFidelity",
     "Operator",
     "activation_bits",
     "checked_inference_type",
@@ -24,6 +26,7 @@ __all__ = [
     "convert_float",
     "costs",
     "latency",
+    "layers",
     "metadata",
     "operators",
     "predict",

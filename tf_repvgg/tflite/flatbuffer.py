@@ -38,13 +38,16 @@ def unpack(file: bytes) -> schema.ModelT:
     """Parses a file.
 
     Raises:
-      ValueError: if it is no TFLite file.
+      ValueError: if it is no TFLite file, or a damaged one.
     """
     if file[4:8] != FILE_IDENTIFIER:
         raise ValueError(
             f"not a TFLite file: it should have {FILE_IDENTIFIER!r} at byte 4, but has {bytes(file[4:8])!r}"
         )
-    return schema.ModelT.InitFromPackedBuf(file, 0)
+    try:
+        return schema.ModelT.InitFromPackedBuf(file, 0)
+    except Exception as error:  # offsets that point anywhere make the schema's reader raise whatever Python does
+        raise ValueError(f"not a whole TFLite file ({type(error).__name__}: {error})") from None
 
 
 class _AlignedBuffer(schema.BufferT):

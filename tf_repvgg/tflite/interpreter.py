@@ -23,11 +23,13 @@ class Latency(NamedTuple):
     threads: int
 
 
-def loaded(file: bytes, threads: int, default_delegate: bool = True) -> Interpreter:
-    """A file in LiteRT, its tensors allocated; see `predict`."""
+def loaded(file: bytes, threads: int, default_delegate: bool = True, **options) -> Interpreter:
+    """A file in LiteRT, its tensors allocated; see `predict`. Options are those of LiteRT's interpreter."""
     resolver = OpResolverType.AUTO if default_delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     with native_output.hidden():  # it tells of its delegate each time
-        interpreter = Interpreter(model_content=file, num_threads=threads, experimental_op_resolver_type=resolver)
+        interpreter = Interpreter(
+            model_content=file, num_threads=threads, experimental_op_resolver_type=resolver, **options
+        )
         interpreter.allocate_tensors()
     return interpreter
 
@@ -92,6 +94,30 @@ def predict(
             parts = list(pool.map(run, interpreters, chunks))
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return outputs.get("", outputs)
+
+
+def intermediate(file: bytes, images, tensors: list[int]) -> list[np.ndarray]:
+    """What a file of batch 1 and one input computes on the way, on LiteRT's own kernels.
+
+    Args:
+      file: bytes of a TFLite file.
+      images: as for `predict`.
+      tensors: indices of the tensors to keep.
+
+    Returns:
+      For each of them a float32 array [count, ...], dequantized.
+    """
+    # The delegate would keep to itself what lies between the operators that it runs.
+    interpreter = loaded(file, 1, default_delegate=False, experimental_preserve_all_tensors=True)
+    (input_details,) = interpreter.get_input_details()
+    details = {its["index"]: its for its in interpreter.get_tensor_details()}
+    values = [[] for _ in tensors]
+    for image in images:
+        interpreter.set_tensor(input_details["index"], quantized(image[np.newaxis], input_details))
+        interpreter.invoke()
+        for kept, index in zip(values, tensors, strict=True):
+            kept.append(interpreter.get_tensor(index)[0])
+    return [dequantized(np.stack(kept), details[index]) for kept, index in zip(values, tensors, strict=True)]
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:

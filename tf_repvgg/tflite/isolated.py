@@ -6,8 +6,10 @@ import multiprocessing
 import resource
 import signal
 import time
+from collections.abc import Mapping
 
 import numpy as np
+from tqdm import tqdm
 
 from tf_repvgg import native_output
 from tf_repvgg.tflite import interpreter, reader
@@ -82,6 +84,23 @@ class Isolated:
         if kind == "error":
             raise ValueError(f"{self._name}: {answer}")
         return answer
+
+
+def interleaved_times(
+    files: Mapping[str, Isolated], runs: int, warmup_runs: int = 20, runs_per_turn: int = 10
+) -> dict[str, list[float]]:
+    """{name: milliseconds of each timed inference}, the files taking turns in an order that turns too.
+
+    A machine that slows down slows all of them alike.
+    """
+    for file in files.values():
+        file.times(max(warmup_runs, 1))
+    found = {name: [] for name in files}
+    names = list(files)
+    for turn in tqdm(range(-(-runs // runs_per_turn)), desc="latency", unit="turn", leave=False):
+        for name in np.roll(names, turn):
+            found[name] += files[name].times(min(runs_per_turn, runs - len(found[name])))
+    return found
 
 
 def _end(status):

@@ -93,6 +93,12 @@ def entropy_bits(codes: np.ndarray) -> float:
     return float(-np.sum(shares * np.log2(shares)))
 
 
+def distinct_codes(codes: np.ndarray, is_per_channel: bool) -> int:
+    """Distinct codes of a tensor, output channels last; per channel, of the channel with the most."""
+    columns = codes.reshape(-1, codes.shape[-1]).T if is_per_channel else [codes]
+    return max(len(np.unique(column)) for column in columns)
+
+
 def metadata(file: bytes, name: str) -> bytes | None:
     """A named metadata block of a file; None if it has none of that name."""
     flat = flatbuffer.unpack(file)

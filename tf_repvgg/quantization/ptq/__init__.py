@@ -59,6 +59,7 @@ __all__ = [
     "needs_calibration",
     "parse_method",
     "quantize",
+    "quantized_network",
 ]
 
 
@@ -91,6 +92,18 @@ def quantize(
         not finite, or not normalised.
       TypeError: for an unknown option.
     """
+    network = quantized_network(model, method, weight_bits, per_channel, calibration, **options)
+    network.quantized.quantization_notes = tuple(network.notes)
+    return network.quantized
+
+
+def quantized_network(
+    model, method="min_max", weight_bits=8, per_channel=False, calibration=None, **options
+) -> Network:
+    """As `quantize`, but with the float form beside the quantized one: the weights that were rounded.
+
+    They make the same function as the model's own, but are others after `equalize`.
+    """
     methods = parse_method(method)
     options = _checked_options(Options(**options))
     check_fused(model)
@@ -102,8 +115,7 @@ def quantize(
         step(network)
     if not network.is_complete:  # after methods that only change the float form
         min_max(network)
-    network.quantized.quantization_notes = tuple(network.notes)
-    return network.quantized
+    return network
 
 
 def parse_method(text: str) -> list:

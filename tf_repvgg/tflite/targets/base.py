@@ -19,12 +19,14 @@ class Built(NamedTuple):
       facts: what there is to say, JSON-serializable, with units in the keys.
       predict: images -> logits in the target's own interpreter; None where there is none here.
       predict_int8: the same for the int8 file, on the same kernels.
+      in_litert: a file that LiteRT runs otherwise than the int8 file, so that its latency is of interest.
     """
 
     files: dict[str, bytes]
     facts: dict
     predict: Callable | None = None
     predict_int8: Callable | None = None
+    in_litert: bytes | None = None
 
 
 class Weights(NamedTuple):

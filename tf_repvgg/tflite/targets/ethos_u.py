@@ -10,14 +10,14 @@ from pathlib import Path
 from tf_repvgg.tflite import flatbuffer
 from tf_repvgg.tflite.targets.base import Built, integer_weights, optional_module
 
-PACKAGE = "ethos-u-vela"
+PACKAGE, MODULE = "ethos-u-vela", "ethosu.vela"
 ACCELERATORS = (
     *(f"ethos-u55-{macs}" for macs in (32, 64, 128, 256)),
     *(f"ethos-u65-{macs}" for macs in (256, 512)),
     *(f"ethos-u85-{macs}" for macs in (128, 256, 512, 1024, 2048)),
 )
 _KIB = 1024
-# Columns of Vela's summary: (key, column, factor).
+# Columns of Vela's summary: (key, column, factor); bytes are whole.
 _COLUMNS = (
     ("inference_ms_estimated", "inference_time", 1000),
     ("sram_bytes", "sram_memory_used", _KIB),
@@ -33,7 +33,7 @@ def build(file: bytes, accelerator: str) -> Built:
     Raises:
       ValueError: without the package ethos-u-vela, for a file that is not fully integer, and if Vela refuses it.
     """
-    optional_module("ethosu.vela", PACKAGE)
+    optional_module(MODULE, PACKAGE)
     raw = sum(each.codes.size for each in integer_weights(flatbuffer.unpack(file)))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.tflite"
@@ -48,10 +48,19 @@ def build(file: bytes, accelerator: str) -> Built:
         (summary,) = Path(folder).glob("model_summary_*.csv")
         with summary.open(newline="", encoding="utf-8") as rows:
             (row,) = csv.DictReader(rows)
-        facts = {key: round(float(row[column]) * factor, 4) for key, column, factor in _COLUMNS}
+        facts = {key: _number(float(row[column]) * factor, key) for key, column, factor in _COLUMNS}
         content = compiled.read_bytes()
-    facts |= {"raw_weight_bytes": raw, **_split(outcome.stdout), "file_bytes": len(content)}
+    facts |= {
+        "raw_weight_bytes": raw,
+        "encoded_over_raw": round(facts["encoded_weight_bytes"] / raw, 4),
+        **_split(outcome.stdout),
+        "file_bytes": len(content),
+    }
     return Built({f"_{accelerator.replace('-', '_')}_vela.tflite": content}, facts)
+
+
+def _number(value, key):
+    return round(value) if key.endswith("_bytes") else round(value, 4)
 
 
 def _split(printed):

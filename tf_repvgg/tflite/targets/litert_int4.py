@@ -43,4 +43,6 @@ def build(file: bytes) -> Built:
         "file_bytes": len(packed),
     }
     plain = functools.partial(predict, default_delegate=False)
-    return Built({"_int4.tflite": packed}, facts, functools.partial(plain, packed), functools.partial(plain, file))
+    return Built(
+        {"_int4.tflite": packed}, facts, functools.partial(plain, packed), functools.partial(plain, file), packed
+    )

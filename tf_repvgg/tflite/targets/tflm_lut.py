@@ -1,16 +1,20 @@
 """TFLite Micro with codebooks: weights as indices of 1 to 7 bits into tables of int8 values."""
 
+import concurrent.futures
 import functools
+import itertools
+import multiprocessing
+import os
 import re
 
 import numpy as np
 
 from tf_repvgg import native_output
-from tf_repvgg.tflite import flatbuffer
+from tf_repvgg.tflite import flatbuffer, reader
 from tf_repvgg.tflite.interpreter import dequantized, quantized
 from tf_repvgg.tflite.targets.base import Built, Weights, integer_weights, optional_module
 
-PACKAGE = "tflite-micro"
+PACKAGE, MODULE = "tflite-micro", "tflite_micro"
 _MAX_BITS = 7
 # Beside the tables of a tensor, its DECODE operator reads a header of so many bytes.
 _HEADER_BYTES = 16
@@ -28,8 +32,8 @@ def build(file: bytes) -> Built:
       ValueError: without the package tflite-micro, for a file that is not fully integer, and if all tensors have more
         than 128 codes.
     """
-    tflm = optional_module("tflite_micro", PACKAGE)
-    spec = optional_module("tflite_micro.tensorflow.lite.micro.compression.spec", PACKAGE)
+    tflm = optional_module(MODULE, PACKAGE)
+    spec = optional_module(f"{MODULE}.tensorflow.lite.micro.compression.spec", PACKAGE)
     model = flatbuffer.unpack(file)
     weights = integer_weights(model)
     if all(states_of(each) > 2**_MAX_BITS for each in weights):
@@ -70,8 +74,7 @@ def build(file: bytes) -> Built:
 
 def states_of(weights: Weights) -> int:
     """Distinct codes; per channel, of the channel with the most."""
-    columns = weights.codes.reshape(-1, weights.codes.shape[-1]).T if weights.is_per_channel else [weights.codes]
-    return max(len(np.unique(column)) for column in columns)
+    return reader.distinct_codes(weights.codes, weights.is_per_channel)
 
 
 def compressed_size(weights: Weights) -> tuple[int, int]:
@@ -100,13 +103,23 @@ def arena_bytes(file: bytes) -> int:
 
 
 def _interpreter(file):
-    runtime = optional_module("tflite_micro", PACKAGE).runtime
+    runtime = optional_module(MODULE, PACKAGE).runtime
     with native_output.hidden():
         return runtime.Interpreter.from_bytes(file, arena_size=_ARENA_BYTES + len(file))
 
 
 def predict(file: bytes, images) -> np.ndarray:
-    """Runs a file of batch 1 on every image in TFLite Micro; as `tf_repvgg.tflite.predict`, on one core."""
+    """Runs a file of batch 1 on every image in TFLite Micro, one process per core; as `tf_repvgg.tflite.predict`.
+
+    Its reference kernels are slow, and its interpreter for Python lets no other thread run meanwhile.
+    """
+    workers = min(os.cpu_count() or 1, len(images))
+    # Forked, not spawned: a process that imports TensorFlow first would take seconds for each batch.
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        return np.concatenate(list(pool.map(_predict, itertools.repeat(file), np.array_split(images, workers))))
+
+
+def _predict(file, images):
     interpreter = _interpreter(file)
     input_end, output_end = (
         {"dtype": np.dtype(end["dtype"]).type, "quantization": _only(end["quantization_parameters"])}
