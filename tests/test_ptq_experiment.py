@@ -1,6 +1,7 @@
 """The table of PTQ methods: cells as they are measured, both toolkits on one footing, and going on where it ended."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -138,8 +139,9 @@ def test_page(experiments):
     }
     settings = {"calibration_images": 8, "test_images": None, "iterations": 5}
     page = ptq_tables.page({"models": models | {"empty": {"cells": []}}, "settings": settings, "workers": 2})
+    page = re.sub(" +", " ", page)  # without the tables' columns
     assert "Cells of like methods in which ours is behind by more than 0.3 points: 1 of 3." in page
     assert "- mse / mse, an_oabn, 4 bit per channel: 88.00 against 88.40" in page
-    assert "an_oabn, 8 bit per tensor, worst method | mse        | 0.30" in page
-    assert "an_oabn, 4 bit per channel, best method | adaquant   | 0.50" in page
-    assert "| min_max                   | 89.9 /" in page and "- mse: mse did" in page
+    assert "an_oabn, 8 bit per tensor, worst method: points below FP32 | mse | 0.30 | 0.2 |" in page
+    assert "an_oabn, 4 bit per channel, best method: points below FP32 | adaquant | 0.50 | 1.0 |" in page
+    assert "| min_max | 89.9 / |" in page and "- mse: mse did" in page
