@@ -6,6 +6,9 @@ Cells are measured in worker processes, one for each core; a worker keeps models
 import dataclasses
 import functools
 import json
+import multiprocessing
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -64,10 +67,16 @@ class Cell:
 
 
 def start_worker():
-    """Each worker has one core, and does not tell of every file that TFDS opens."""
+    """Each worker has one core, does not tell of every file that TFDS opens, and ends when its parent is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.set_verbosity(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def measure(cell: Cell, settings: Settings) -> dict:

@@ -125,7 +125,7 @@ def _lead(cell):
 
 def _targets(models):
     """What the OABN model loses, against what it may."""
-    rows = []
+    rows, below = [], "points below FP32"
     for model, its in models.items():
         if "oabn" not in model:
             continue
@@ -135,20 +135,12 @@ def _targets(models):
             places.setdefault(tuple(place), []).append((its["float_top1_percent"] - value, method))
         if int8 := places.get((8, "per_tensor")):
             loss, method = max(int8)
-            rows.append(
-                [f"{model}, 8 bit per tensor, worst method: points below FP32", method, f"{loss:.2f}", INT8_LIMIT]
-            )
+            rows.append([f"{model}, 8 bit per tensor, worst method: {below}", method, f"{loss:.2f}", INT8_LIMIT])
         for (bits, kind), limit in LIMITS.items():
             if found := places.get((bits, kind)):
                 loss, method = min(found)
-                rows.append(
-                    [
-                        f"{model}, {bits} bit {GRANULARITIES[kind]}, best method: points below FP32",
-                        method,
-                        f"{loss:.2f}",
-                        limit,
-                    ]
-                )
+                place = f"{model}, {bits} bit {GRANULARITIES[kind]}"
+                rows.append([f"{place}, best method: {below}", method, f"{loss:.2f}", limit])
     seconds = [cell["quantization_seconds"] for its in models.values() for cell in its["cells"] if _is_adaquant(cell)]
     if seconds:
         rows.append(["slowest file of AdaQuant: seconds on one core", "adaquant", f"{max(seconds):.0f}", 180])

@@ -213,17 +213,15 @@ def _sizes(run):
 @_drawn
 def latency(axis, bars, title):
     """Median latencies as bars, to the 90th percentile as whiskers; bars are (label, p50, p90) in milliseconds."""
-    middle, high = np.array([bar[1] for bar in bars]), np.array([bar[2] for bar in bars])
-    axis.barh(
-        range(len(bars)),
-        middle,
-        height=0.6,
-        color=_COLOURS[0],
-        xerr=[np.zeros(len(bars)), high - middle],
-        error_kw={"ecolor": _INK, "elinewidth": 0.8, "capsize": 2},
-    )
-    axis.set_yticks(range(len(bars)), [bar[0] for bar in bars])
-    axis.set_ylim(len(bars) - 0.5, -0.5)
+    labels, middle, high = zip(*bars, strict=True)
+    places = np.arange(len(bars))
+    whiskers = [np.zeros(len(bars)), np.subtract(high, middle)]
+    style = {"ecolor": _INK, "elinewidth": 0.8, "capsize": 2}
+    axis.barh(places, middle, height=0.4, color=_COLOURS[0], xerr=whiskers, error_kw=style)
+    for place, label in zip(places, labels, strict=True):  # above the bar: beside it, long ones would leave no room
+        axis.text(0, place - 0.26, label, fontsize=8, va="bottom")
+    axis.set_yticks([])
+    axis.set_ylim(len(bars) - 0.6, -0.8)
     axis.grid(axis="y", visible=False)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_xlabel("milliseconds for one image")
@@ -247,7 +245,7 @@ def confusion(axis, counts, labels, title):
             fontsize=8 if counts.max() < 1000 else 6.5,
             alpha=0.75 if is_right else 1,
         )
-    axis.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 3 else 60)
+    axis.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 3 else 90)
     axis.set_yticks(range(len(labels)), labels)
     axis.grid(visible=False)
     axis.set(xlabel="found", ylabel="true class")

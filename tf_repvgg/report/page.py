@@ -150,7 +150,7 @@ def _targets(runs):
 
 
 def _bars_height(bars):
-    return 1.0 + 0.3 * len(bars)
+    return 0.9 + 0.38 * len(bars)
 
 
 def _label(file: File):
