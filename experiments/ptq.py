@@ -2,9 +2,9 @@
 
 python experiments/ptq.py --data_dir=...  takes the trained models of --runs, or those committed in results/checkpoints,
 or trains configs/cifar10_*.flags; quantizes each with every method on 1,024 training images, and runs every file over
-all test images in LiteRT, beside those of Google's ai-edge-quantizer. About an hour on 2 cores. Resumable: each cell is
-measured once, and results/ptq.json and results/ptq.md hold all that there are after every cell. --smoke tries
-everything out on few images, in runs/ptq_smoke.
+all test images in LiteRT, beside those of Google's ai-edge-quantizer. About an hour on 2 cores. Resumable, on another
+machine too: each cell is measured once, a file in results/ptq, and results/ptq.json and results/ptq.md hold all that
+there are after every cell. --smoke tries everything out on few images, in runs/ptq_smoke.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from tf_repvgg.quantization.ptq import Options, parse_method
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with the dataset; by default TFDS's own.")
 flags.DEFINE_string("runs", "runs/cifar10", "Folder of the training runs.")
-flags.DEFINE_string("cells", "runs/ptq", "Folder of what was measured, a file for each cell of the table.")
+flags.DEFINE_string("cells", "results/ptq", "Folder of what was measured, a file for each cell of the table.")
 flags.DEFINE_string("results", "results", "Folder of the table.")
 flags.DEFINE_list(
     "models",
