@@ -1,9 +1,9 @@
 """What runtimes beyond LiteRT make of a CIFAR-10 model: python experiments/targets.py --data_dir=...
 
-Quantizes one trained model to 8 bits, to uniform 4 bits and to codebooks, makes each file ready for TFLite Micro with
+Quantizes one trained model to 8 bits, to uniform 4 bits and to a codebook, makes each file ready for TFLite Micro with
 tables, for LiteRT with 4-bit storage, for an Arm Ethos-U and for the Edge TPU, and runs the whole test split wherever
-an interpreter is at hand. Starts from the checkpoints in results/checkpoints where they are. A few minutes; resumable;
-leaves results/targets.json and results/targets.md.
+an interpreter is at hand. Starts from the checkpoints in results/checkpoints where they are. About 20 minutes, most of
+them in TFLite Micro; resumable. Leaves results/targets.json and results/targets.md.
 """
 
 from absl import app, flags
@@ -23,7 +23,7 @@ flags.DEFINE_string("accelerator", "ethos_u55_128", "Ethos-U that Vela compiles 
 WAYS = (
     ("uniform", {"weight_bits": "8", "granularity": "per_tensor,per_channel"}, ("edge_tpu",)),
     ("uniform", {"weight_bits": "4", "granularity": "per_channel"}, ("litert_int4", "tflm_lut")),
-    ("codebook", {"weight_bits": "4,3,2", "granularity": "per_tensor", "ptq": "codebook"}, ("tflm_lut",)),
+    ("codebook", {"weight_bits": "3", "granularity": "per_tensor", "ptq": "codebook"}, ("tflm_lut",)),
 )
 HEADERS = (
     "weights",
