@@ -8,6 +8,7 @@ split, and leaves runs/demo/report.json, report.html, the .tflite files and weig
 import importlib.util
 import time
 
+from absl import logging
 from commands import ROOT, export, train
 from tables import bits_table
 from weight_distributions import draw
@@ -36,6 +37,7 @@ def export_codebooks(workdir):
 
 def write_page(path, facts):
     """report.html of all models; facts are those of the images they take."""
+    logging.set_verbosity(logging.ERROR)  # as the commands do: TFDS warns of what does not concern users
     data = ClassificationData(
         facts["dataset"], preprocessing=Preprocessing.from_facts(facts), hold_out=facts["validation_held_out"]
     )

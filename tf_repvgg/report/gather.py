@@ -278,10 +278,11 @@ def _epochs(path):
 
 
 def _histograms(model: keras.Model, codebook_of):
-    """Of a few layers evenly from first to last: blocks with an identity branch where there are any."""
+    """Of a few layers evenly from first to last: blocks that may have an identity branch, where there are any."""
     blocks = [layer for layer in model._flatten_layers() if isinstance(layer, ReparameterizedBlock)]
-    with_identity = [block for block in blocks if "identity" in block.branches()]
-    layers = with_identity or blocks or [layer for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
+    # Also those of runs without the branch: other runs of the architecture have it in the same layers.
+    keep_channels = [block for block in blocks if block.conv3x3.kernel.shape[2] * block.groups == block.filters]
+    layers = keep_channels or blocks or [layer for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
     picks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _SHOWN_BLOCKS)).round().astype(int))
     codebooks = {each["layer"]: each["codebook"] for each in codebook_of.record["layers"]} if codebook_of else {}
     return [_histogram(layers[pick], codebooks.get(layers[pick].name)) for pick in picks]
