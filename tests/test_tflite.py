@@ -433,6 +433,34 @@ def test_constants_are_aligned(fused, file):
         assert all(start % 16 == 0 for start in starts)
 
 
+def constants_moved_behind(file):
+    """The same file with its constants behind the flatbuffer, as those of large models are."""
+    flat = flatbuffer.unpack(file)
+    moved = [buffer for buffer in flat.buffers if buffer.data is not None and len(buffer.data)]
+    contents = [np.asarray(buffer.data, np.uint8).tobytes() for buffer in moved]
+    for buffer, content in zip(moved, contents, strict=True):
+        buffer.data, buffer.offset, buffer.size = None, 2, len(content)
+    end = len(flatbuffer.pack(flat))  # the numbers themselves take the same bytes whatever they are
+    behind = b""
+    for buffer, content in zip(moved, contents, strict=True):
+        behind += bytes(-(end + len(behind)) % 16)
+        buffer.offset = end + len(behind)
+        behind += content
+    return flatbuffer.pack(flat) + behind
+
+
+def test_constants_behind_the_flatbuffer(file):
+    moved = constants_moved_behind(file)
+    assert all(buffer.data is None for buffer in schema.ModelT.InitFromPackedBuf(moved, 0).buffers)
+    images = np.stack(calibration(4, seed=1))
+    expected = tflite.predict(file, images)
+    np.testing.assert_array_equal(tflite.predict(moved, images), expected)
+    rewritten = flatbuffer.pack(flatbuffer.unpack(moved))
+    np.testing.assert_array_equal(tflite.predict(rewritten, images), expected)
+    with pytest.raises(ValueError, match="a constant ends at byte"):
+        flatbuffer.unpack(moved[:-8])
+
+
 def test_bad_arguments(fused, file):
     with pytest.raises(ValueError, match="inference_type is 'int4'; known for activations of 8 bits: int8, uint8"):
         tflite.convert(fused, calibration(), inference_type="int4")

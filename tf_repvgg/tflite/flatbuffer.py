@@ -7,6 +7,8 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+# A buffer of this offset or below has its data, if any, in the flatbuffer itself.
+_NO_OFFSET = 1
 FILE_IDENTIFIER = b"TFL3"
 DATA_ALIGNMENT = 16
 _BIAS_INPUT = 2
@@ -35,7 +37,7 @@ WEIGHTS_LAYOUT = {
 
 
 def unpack(file: bytes) -> schema.ModelT:
-    """Parses a file.
+    """Parses a file. Constants that it holds behind the flatbuffer, as large files of others do, become buffers' data.
 
     Raises:
       ValueError: if it is no TFLite file, or a damaged one.
@@ -45,9 +47,17 @@ def unpack(file: bytes) -> schema.ModelT:
             f"not a TFLite file: it should have {FILE_IDENTIFIER!r} at byte 4, but has {bytes(file[4:8])!r}"
         )
     try:
-        return schema.ModelT.InitFromPackedBuf(file, 0)
+        model = schema.ModelT.InitFromPackedBuf(file, 0)
     except Exception as error:  # offsets that point anywhere make the schema's reader raise whatever Python does
         raise ValueError(f"not a whole TFLite file ({type(error).__name__}: {error})") from None
+    for buffer in model.buffers or ():
+        if buffer.offset > _NO_OFFSET:
+            end = buffer.offset + buffer.size
+            if end > len(file):
+                raise ValueError(f"not a whole TFLite file: a constant ends at byte {end:,} of {len(file):,}")
+            buffer.data = np.frombuffer(file[buffer.offset : end], np.uint8)
+            buffer.offset = buffer.size = 0
+    return model
 
 
 class _AlignedBuffer(schema.BufferT):
