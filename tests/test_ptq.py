@@ -106,6 +106,22 @@ def test_equalized_model_is_the_same_function(model):
     assert network.notes == []
 
 
+@pytest.mark.parametrize("size", [0, 1e-30])
+def test_channels_that_training_has_emptied_are_not_equalized(model, size):
+    """Their biases would grow without bound, and no scale of the weights would serve both."""
+    emptied = model.get_layer("second")
+    kernel, bias = emptied.get_weights()
+    kernel[..., :2] *= size
+    bias[:2] = 0.5
+    emptied.set_weights([kernel, bias])
+    batch = images(32, model.input_shape[1:])
+    found = ptq.quantize(model, "equalize", calibration=batch)
+    assert found.get_layer("second").bias.numpy()[:2] == pytest.approx(0.5, rel=0.01)
+    expected = model(batch).numpy()
+    for predicted in (found(batch).numpy(), tflite.predict(tflite.convert(found), batch)):
+        assert np.max(np.abs(predicted - expected)) < 0.05 * np.max(np.abs(expected))
+
+
 def test_only_what_is_safe_is_equalized():
     """A branch, groups, and an activation that no factor passes."""
     inputs = keras.Input((8, 8, 4), name="image")
