@@ -20,6 +20,7 @@ from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
 from tf_repvgg.quantization.ptq.equalize import chain_pairs
 from tf_repvgg.quantization.ptq.histograms import Histogram
 from tf_repvgg.quantization.ptq.mse import best_grid, best_range
+from tf_repvgg.quantization.ptq.octav import optimal_clip
 from tf_repvgg.quantization.ptq.percentile import central_range
 from tf_repvgg.quantization.ptq.reconstruction import objective
 from tf_repvgg.quantization.ptq.statistics import clipped_normal, predict
@@ -338,6 +339,21 @@ def test_mse_range_clips_an_outlier_that_min_max_keeps():
     counts, edges = np.histogram(values, 2048)
     low, high = best_range(Histogram(counts, edges))
     assert high < 30 and low < -3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_octav_clips_where_its_objective_is_smallest(bits, per_channel):
+    kernel = np.random.default_rng(0).standard_t(3, (3, 3, 16, 4)).astype(np.float32) * (1, 10, 0.1, 0)
+    found = optimal_clip(kernel, bits, per_channel)
+    assert found.shape == ((4,) if per_channel else (1,))
+    for clip, weights in zip(found, np.abs(kernel.reshape(-1, 4)).T if per_channel else [np.abs(kernel)], strict=True):
+
+        def objective(clip, weights=weights[weights > 0]):
+            return np.sum(np.where(weights > clip, np.square(weights - clip), 4.0**-bits / 3 * clip**2))
+
+        # Newton's iteration overlooks that the number of weights beyond a clip jumps.
+        assert objective(clip) <= 1.02 * min(map(objective, np.linspace(0, np.max(weights), 1001)))
 
 
 def test_percentile_range_by_hand():
