@@ -37,7 +37,7 @@ flags.DEFINE_list(
     ["cifar10_oabn", "cifar10_bn", "cifar10_qarepvgg", "cifar10_no_identity"],
     "Names of files in configs/, without .flags.",
 )
-RANGE_METHODS = ("min_max", "percentile", "mse", "equalize", "dfq", "dfq_data_free")
+RANGE_METHODS = ("min_max", "percentile", "mse", "octav", "equalize", "dfq", "dfq_data_free")
 SLOW_METHODS = ("codebook", "adaround", "adaquant", "equalize+adaquant")
 flags.DEFINE_list("methods", [*RANGE_METHODS, *SLOW_METHODS], "Methods, as of export/main.py --ptq.")
 flags.DEFINE_list("bits", ["8", "6", "5", "4", "3"], "Of weights, as far as the table has them.")

@@ -20,6 +20,7 @@ from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
 from tf_repvgg.quantization.ptq.equalize import chain_pairs
 from tf_repvgg.quantization.ptq.histograms import Histogram
 from tf_repvgg.quantization.ptq.mse import best_grid, best_range
+from tf_repvgg.quantization.ptq.octav import optimal_clip
 from tf_repvgg.quantization.ptq.percentile import central_range
 from tf_repvgg.quantization.ptq.reconstruction import objective
 from tf_repvgg.quantization.ptq.statistics import clipped_normal, predict
@@ -104,6 +105,22 @@ def test_equalized_model_is_the_same_function(model):
         np.testing.assert_allclose(r1[alive], r2[alive], rtol=0.02)
         assert not np.allclose(network.kernel(first), before[first], rtol=0.1)
     assert network.notes == []
+
+
+@pytest.mark.parametrize("size", [0, 1e-30])
+def test_channels_that_training_has_emptied_are_not_equalized(model, size):
+    """Their biases would grow without bound, and no scale of the weights would serve both."""
+    emptied = model.get_layer("second")
+    kernel, bias = emptied.get_weights()
+    kernel[..., :2] *= size
+    bias[:2] = 0.5
+    emptied.set_weights([kernel, bias])
+    batch = images(32, model.input_shape[1:])
+    found = ptq.quantize(model, "equalize", calibration=batch)
+    assert found.get_layer("second").bias.numpy()[:2] == pytest.approx(0.5, rel=0.01)
+    expected = model(batch).numpy()
+    for predicted in (found(batch).numpy(), tflite.predict(tflite.convert(found), batch)):
+        assert np.max(np.abs(predicted - expected)) < 0.05 * np.max(np.abs(expected))
 
 
 def test_only_what_is_safe_is_equalized():
@@ -322,6 +339,21 @@ def test_mse_range_clips_an_outlier_that_min_max_keeps():
     counts, edges = np.histogram(values, 2048)
     low, high = best_range(Histogram(counts, edges))
     assert high < 30 and low < -3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_octav_clips_where_its_objective_is_smallest(bits, per_channel):
+    kernel = np.random.default_rng(0).standard_t(3, (3, 3, 16, 4)).astype(np.float32) * (1, 10, 0.1, 0)
+    found = optimal_clip(kernel, bits, per_channel)
+    assert found.shape == ((4,) if per_channel else (1,))
+    for clip, weights in zip(found, np.abs(kernel.reshape(-1, 4)).T if per_channel else [np.abs(kernel)], strict=True):
+
+        def objective(clip, weights=weights[weights > 0]):
+            return np.sum(np.where(weights > clip, np.square(weights - clip), 4.0**-bits / 3 * clip**2))
+
+        # Newton's iteration overlooks that the number of weights beyond a clip jumps.
+        assert objective(clip) <= 1.02 * min(map(objective, np.linspace(0, np.max(weights), 1001)))
 
 
 def test_percentile_range_by_hand():

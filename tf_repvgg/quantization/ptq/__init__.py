@@ -30,12 +30,14 @@ from tf_repvgg.quantization.ptq.equalize import equalize
 from tf_repvgg.quantization.ptq.min_max import min_max
 from tf_repvgg.quantization.ptq.mse import mse
 from tf_repvgg.quantization.ptq.network import Network, Options
+from tf_repvgg.quantization.ptq.octav import octav
 from tf_repvgg.quantization.ptq.percentile import percentile
 
 METHODS = {
     "min_max": min_max,
     "percentile": percentile,
     "mse": mse,
+    "octav": octav,
     "equalize": equalize,
     "bias_correct": bias_correct,
     "dfq": dfq,

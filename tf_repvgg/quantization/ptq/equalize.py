@@ -9,6 +9,9 @@ from tf_repvgg.quantization.ptq.network import Network
 
 _SWEEPS = 30
 _CONVERGED = 1e-3
+# Training can shrink all weights of a channel to nothing, and leave its bias. Equalized, such a channel's bias would
+# leave all bounds. Share of the layer's largest weight: what float32 loses beside it.
+_NEGLIGIBLE = np.finfo(np.float32).eps
 # What lets a positive factor of a channel pass: relu(s x) = s relu(x), and so for maxima, means and zeros.
 _HOMOGENEOUS = (
     keras.layers.AveragePooling2D,
@@ -28,6 +31,7 @@ def equalize(network: Network) -> None:
     With r1 and r2 the largest magnitudes of channel i in the kernels before and after it, s = sqrt(r1 / r2) divides the
     first and multiplies the second (equation 11). Where a channel is read by more than one layer, or something other
     than ReLU, pooling and zero padding stands between, layers are left as they are and named in the network's notes.
+    Channels without weights, or with none that matter, stay as they are.
     """
     pairs = chain_pairs(network)
     for _ in range(_SWEEPS):
@@ -87,7 +91,7 @@ def _equalize_pair(first, second):
     after, *rest = second.get_weights()
     r1 = np.max(np.abs(before), axis=tuple(range(before.ndim - 1)))
     r2 = np.max(np.abs(after), axis=(*range(after.ndim - 2), after.ndim - 1))
-    is_alive = (r1 > 0) & (r2 > 0)
+    is_alive = (r1 > _NEGLIGIBLE * np.max(r1)) & (r2 > _NEGLIGIBLE * np.max(r2))
     factor = np.sqrt(np.where(is_alive, r1, 1) / np.where(is_alive, r2, 1)).astype(np.float32)
     first.set_weights([before / factor, *(values / factor for values in bias)])
     second.set_weights([after * factor[:, np.newaxis], *rest])

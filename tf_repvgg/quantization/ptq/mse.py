@@ -12,9 +12,14 @@ _ACTIVATION_SHARES = np.linspace(1, 0.3, 36)
 
 def mse(network: Network) -> None:
     """Sets all activation ranges and all kernels."""
+    ranges_mse(network)
+    kernels_mse(network)
+
+
+def ranges_mse(network: Network) -> None:
+    """Sets all activation ranges, each by its own search."""
     for name, histogram in histograms(network).items():
         network.quantizers[name].set_range(*best_range(histogram, network.options.activation_bits))
-    kernels_mse(network)
 
 
 def kernels_mse(network: Network) -> None:
