@@ -29,6 +29,7 @@ per channel; int8 activations. Seconds are those of one file's quantization on o
 {record["workers"]} processes measured. Images: JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir points at
 the project's shared copy. ai-edge-quantizer's INT4 weights are stored as int8, codes and scales unchanged, so that
 both toolkits run on the same kernels.""",
+        _best(models),
         *(_model(model, its) for model, its in models.items()),
         _comparison(models),
         _targets(models),
@@ -67,6 +68,22 @@ def comparable(models) -> list[dict]:
 
 def _top1(its):
     return {(cell["method"], cell["weight_bits"], cell["granularity"]): cell["top1_percent"] for cell in its["cells"]}
+
+
+def _best(models):
+    """What the best of our methods reaches, and which one it is."""
+    widths = sorted({bits for its in models.values() for _, bits, _ in _top1(its)}, reverse=True)
+    rows = []
+    for model, its in models.items():
+        best = {}
+        for (method, *place), value in _top1(its).items():
+            if not method.startswith(AI_EDGE):
+                best[tuple(place)] = max(best.get(tuple(place), (0, "")), (value, method))
+        named = {place: f"{value:.1f} {method}" for place, (value, method) in best.items()}
+        cells = [" / ".join(named.get((bits, kind), "") for kind in GRANULARITIES) for bits in widths]
+        rows.append([model, f"{its['float_top1_percent']:.1f}", *cells])
+    headers = ["model", "FP32", *(f"{bits} bit" for bits in widths)]
+    return "## The best of our methods\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def _model(model, its):

@@ -145,4 +145,5 @@ def test_page(experiments):
     assert "- mse / mse, an_oabn, 4 bit per channel: 88.00 against 88.40" in page
     assert "an_oabn, 8 bit per tensor, worst method: points below FP32 | mse | 0.30 | 0.2 |" in page
     assert "an_oabn, 4 bit per channel, best method: points below FP32 | adaquant | 0.50 | 1.0 |" in page
+    assert "| an_oabn | 90.0 | 89.9 min_max / | / 89.5 adaquant |" in page
     assert "| min_max | 89.9 / |" in page and "- mse: mse did" in page
