@@ -2,6 +2,7 @@
 
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 _MEMORY_STEPS = 5
+_PROCESSES = 5
 
 
 def times(steps, rounds, title, steps_per_turn=1):
@@ -42,9 +44,13 @@ def ratios(found, reference):
 
 
 def peak_memory(words):
-    """Peak resident MiB of a process that runs this program with --memory_of=words, which calls `print_peak_memory`."""
+    """Peak resident MiB of a process that runs this program with --memory_of=words, which calls `print_peak_memory`.
+
+    The median of a few processes, as they differ by some percent.
+    """
     command = [sys.executable, sys.argv[0], f"--memory_of={words}"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(_PROCESSES)]
+    return statistics.median(float(run.stdout) for run in runs)
 
 
 def print_peak_memory(step):
