@@ -55,12 +55,12 @@ def write(rows):
     headers = ["k", "FP32", *(f"{states} states" for states in STATES), "mean of these"]
     page = f"""# Which k serves a codebook
 
-`python experiments/codebook_limit.py`: the CIFAR-10 model of configs/{clip_limit.CONFIG}.flags with {FLAGS.epochs} epochs
-({FLAGS.early_epochs} of them on small crops) on 45,000 images, seed 0, then one epoch of ClusterQAT (per tensor, 8-bit
-activations, distilled from the same model, learning rate {FINE_TUNING["learning_rate"]}); top-1 in percent on the 5,000
-held-out images, as the training program evaluates it. FP32 is before that epoch. `inf` is plain batch normalization.
-Differences below 1.2 points are within chance. Images: JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir
-points at the project's shared copy.
+`python experiments/codebook_limit.py`: the CIFAR-10 model of configs/{clip_limit.CONFIG}.flags with
+{FLAGS.epochs} epochs ({FLAGS.early_epochs} of them on small crops) on 45,000 images, seed 0, then one epoch of
+ClusterQAT (per tensor, 8-bit activations, distilled from the same model, learning rate
+{FINE_TUNING["learning_rate"]}); top-1 in percent on the 5,000 held-out images, as the training program evaluates it.
+FP32 is before that epoch. `inf` is plain batch normalization. Differences below 1.2 points are within chance. Images:
+JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir points at the project's shared copy.
 
 {tabulate(table, headers, tablefmt="github", disable_numparse=True)}
 """

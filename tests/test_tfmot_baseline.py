@@ -8,6 +8,7 @@ from test_clustering import every_layer, fit
 from test_quantized_models import images, small_repvgg, step_of
 
 from tf_repvgg import tflite
+from tf_repvgg.quantization.clustering import GradientAggregation
 from tf_repvgg.quantization.tfmot_baseline import strip_tfmot_quantize, tfmot_cluster, tfmot_quantize
 
 
@@ -34,6 +35,20 @@ def test_clustering_then_quantization(model, per_channel):
     assert np.max(np.abs(tflite.predict(file, batch) - found(batch))) <= 2.01 * step_of(found)
     for weight, values in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight, values)
+
+
+def test_the_gradient_of_a_centroid(model):
+    """Summed or averaged over its weights: the first step moves centroids by so much more."""
+    moved = {}
+    for aggregation in GradientAggregation:
+        clustered = tfmot_cluster(model, 4, cluster_gradient_aggregation=aggregation)
+        (layer,) = (layer for layer in clustered.layers if "second" in layer.name)
+        centroids = layer.cluster_centroids["kernel"]
+        before = centroids.numpy()
+        clustered.compile(keras.optimizers.SGD(1e-6), "mse")
+        clustered.train_on_batch(images(8), np.zeros([8, *clustered.output_shape[1:]]))
+        moved[aggregation] = np.max(np.abs(centroids.numpy() - before))
+    assert moved[GradientAggregation.SUM] > 10 * moved[GradientAggregation.AVG] > 0
 
 
 def test_bad_input(model):

@@ -94,6 +94,7 @@ class FineTuning:
     def _prepared(self):
         per_channel = FLAGS.granularity == "per_channel"
         initialization = _CENTROIDS_INIT[FLAGS.cluster_centroids_init]
+        aggregation = _AGGREGATIONS[FLAGS.cluster_gradient_aggregation]
         activations = {
             "activation_bits": int(FLAGS.activation_bits),
             "calibration": self._data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator(),
@@ -103,7 +104,9 @@ class FineTuning:
                 return learned_step_quantize(self._base, FLAGS.weight_bits, per_channel, **activations)
             case "tfmot_clustering":
                 initialization = initialization or clustering.CentroidInitialization.KMEANS_PLUS_PLUS
-                return tfmot_baseline.tfmot_cluster(self._base, FLAGS.number_of_clusters, initialization, per_channel)
+                return tfmot_baseline.tfmot_cluster(
+                    self._base, FLAGS.number_of_clusters, initialization, per_channel, aggregation
+                )
             case "tfmot_quantization":
                 return tfmot_baseline.tfmot_quantize(self._base)
             case "clusterqat":
@@ -112,7 +115,7 @@ class FineTuning:
                     FLAGS.number_of_clusters,
                     initialization,
                     per_channel,
-                    _AGGREGATIONS[FLAGS.cluster_gradient_aggregation],
+                    aggregation,
                     centroid_update_rate=FLAGS.centroid_update_rate,
                     centroid_update_steps=FLAGS.centroid_update_steps,
                     train_centroids=FLAGS.train_centroids,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
+from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
 from tensorflow_model_optimization.python.core.quantization.keras.collab_opts.cluster_preserve import (
     default_8bit_cluster_preserve_quantize_scheme as preserving,
 )
@@ -29,6 +30,7 @@ def tfmot_cluster(
     number_of_clusters: int | str | Mapping[str, int],
     cluster_centroids_init=tfmot.clustering.keras.CentroidInitialization.KMEANS_PLUS_PLUS,
     cluster_per_channel: bool = False,
+    cluster_gradient_aggregation: GradientAggregation = GradientAggregation.SUM,
 ) -> keras.Model:
     """tfmot's `cluster_weights` on every Conv2D and Dense layer of a fused model; to be trained.
 
@@ -36,6 +38,8 @@ def tfmot_cluster(
       model, number_of_clusters, cluster_per_channel: as for `tf_repvgg.quantization.cluster_quantize`; tfmot knows
         clusters per channel for convolutions only, and does not cluster depthwise kernels.
       cluster_centroids_init: one of tfmot's.
+      cluster_gradient_aggregation: of the gradient to centroids; the sum, over thousands of weights, is too large for
+        SGD at rates that suit the weights.
 
     Raises:
       ValueError: as `cluster_quantize`.
@@ -50,6 +54,7 @@ def tfmot_cluster(
             layer,
             number_of_clusters=states[layer.name],
             cluster_centroids_init=cluster_centroids_init,
+            cluster_gradient_aggregation=cluster_gradient_aggregation,
             **({"cluster_per_channel": cluster_per_channel} if isinstance(layer, keras.layers.Conv2D) else {}),
         )
 
