@@ -39,7 +39,7 @@ WAYS = {
     "ours, 8-bit activations": lambda model, states, per_channel: cluster_quantize(
         model, states, cluster_per_channel=per_channel
     ),
-    # Equally spaced centroids: k-means++ takes minutes for A0, and its steps are no faster.
+    # Equally spaced centroids: k-means++ takes minutes for A0, and its steps would be the same operations.
     "tfmot's ClusterWeights": lambda model, states, per_channel: tfmot_cluster(
         model, states, CentroidInitialization.LINEAR, cluster_per_channel=per_channel
     ),

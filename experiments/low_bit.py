@@ -58,6 +58,10 @@ class Method(NamedTuple):
     first: callable = None
     optimizer: dict | None = None
 
+    def learning_rate(self, rate):
+        """What the method's optimizer takes where the grid says `rate`."""
+        return rate * (ADAMW_RATE if self.optimizer else 1)
+
 
 def _bits(states):
     return ",".join(f"{name}={int(count).bit_length() - 1}" for name, count in states.items())
@@ -149,7 +153,7 @@ def fine_tune(record, method, base, states, granularity, rate, distill, split="t
 def _train_and_export(workdir, way, base, by_layer, granularity, rate, distill, split):
     common = {
         "granularity": granularity,
-        "learning_rate": rate * (ADAMW_RATE if way.optimizer else 1),
+        "learning_rate": way.learning_rate(rate),
         "validation": split == "validation",
         "data_dir": FLAGS.data_dir,
         **({"distill_from": base} if distill else {}),
@@ -237,7 +241,7 @@ def measure(record):
             "integer_top1_percent": [round(r.top1, 2) for r in results],
             "drop": round(drop, 3),
             "half_interval": round(half, 3),
-            "learning_rate": rate_for(choices, method, states),
+            "learning_rate": METHODS[method].learning_rate(rate_for(choices, method, states)),
         }
         if asked is not None:
             row |= {"asked": asked, "is_met": bool(drop - half <= asked)}
