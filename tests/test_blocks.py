@@ -373,6 +373,14 @@ def test_squeeze_excite_is_between_the_sum_and_the_activation(kind):
     assert copied.squeeze_excite.reduce.filters == 2
 
 
+def test_whole_numbers_may_be_numpys(tmp_path):
+    block = RepVGGBlock(np.int64(8), strides=np.int32(1), groups=np.int64(2), se_reduction=np.int64(2), name="block")
+    model = block_model(block, (6, 6))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras").get_layer("block")
+    assert (loaded.filters, loaded.groups, loaded.se_reduction) == (8, 2, 2)
+
+
 @pytest.mark.parametrize("reduction", [0, 9, 2.5])
 def test_squeeze_excite_refuses(reduction):
     with pytest.raises(

@@ -385,6 +385,15 @@ def test_accuracy_survives_training(fused_digits, digits):
     assert after > max(before, top1(fused_digits) - 0.04)
 
 
+def test_whole_numbers_may_be_numpys(model, tmp_path):
+    clustered = cluster_quantize(model, np.int64(5), centroid_update_steps=np.int32(2))
+    clustered.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("cluster_first").number_of_clusters == 5
+    with pytest.raises(ValueError, match="number_of_clusters is 4.5; it must be a whole number from 2 to 256"):
+        ClusterQuantize(keras.layers.Dense(2), 4.5)
+
+
 def test_bad_input(model):
     def refuses(match, model=model, clusters=8, **arguments):
         with pytest.raises(ValueError, match=match):

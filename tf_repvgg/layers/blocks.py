@@ -7,6 +7,8 @@ Kernels are HWIO, activations NHWC. With t = gamma / sqrt(variance + epsilon) of
 where `place` puts a 1x1 kernel or the identity on the centre tap of a 3x3 kernel.
 """
 
+import numbers
+
 import tensorflow as tf
 import tf_keras as keras
 
@@ -81,22 +83,22 @@ class ReparameterizedBlock(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         _one_of(self._kind, "padding", padding, PADDINGS)
-        for argument, value in {"filters": filters, "strides": strides, "groups": groups}.items():
-            if not (isinstance(value, int) and value > 0):
+        counts = {"filters": filters, "strides": strides, "groups": groups, "dilation_rate": dilation_rate}
+        for argument, value in counts.items():
+            if not (isinstance(value, numbers.Integral) and value > 0):
                 raise ValueError(f"{self._kind}: {argument} is {value!r}; it must be a whole number above 0")
-        if not (isinstance(dilation_rate, int) and dilation_rate > 0):
-            raise ValueError(f"{self._kind}: dilation_rate is {dilation_rate!r}; it must be a whole number above 0")
         if dilation_rate > 1 and strides > 1:
             raise ValueError(
                 f"{self._kind}: dilation {dilation_rate} with stride {strides} cannot be fused exactly; use stride 1"
             )
         if filters % groups:
             raise ValueError(f"{self._kind}: {filters} filters cannot be split into {groups} groups")
-        self.filters = filters
-        self.strides = strides
+        # NumPy's whole numbers become Python's, which a saved configuration can hold.
+        self.filters = int(filters)
+        self.strides = int(strides)
         self.padding = padding
-        self.dilation_rate = dilation_rate
-        self.groups = groups
+        self.dilation_rate = int(dilation_rate)
+        self.groups = int(groups)
         self.activation = keras.activations.get(activation)
         self.se_reduction = se_reduction
         self.momentum = momentum

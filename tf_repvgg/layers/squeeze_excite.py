@@ -1,5 +1,7 @@
 """Squeeze-and-excite (arXiv:1709.01507): each channel scaled by what all channels say together."""
 
+import numbers
+
 import tf_keras as keras
 
 
@@ -19,7 +21,7 @@ class SqueezeExcite(keras.layers.Layer):
 
     def __init__(self, filters, reduction, name, **kwargs):
         super().__init__(name=name, **kwargs)
-        if not (isinstance(reduction, int) and 0 < reduction <= filters):
+        if not (isinstance(reduction, numbers.Integral) and 0 < reduction <= filters):
             raise ValueError(
                 f"{type(self).__name__}: reduction is {reduction!r}; it must be a whole number from 1 to the {filters} "
                 "channels it divides"

@@ -1,6 +1,7 @@
 """What may be quantized, how far, and on which images: checks that every way to an integer file shares."""
 
 import difflib
+import numbers
 import re
 from collections.abc import Mapping
 
@@ -88,7 +89,8 @@ def _parse_by_layer(value, what, lowest, highest):
             raise ValueError(f"{what} for pattern {pattern!r}: not a regular expression ({error})") from None
         if isinstance(number, str) and number.isdigit():
             number = int(number)
-        if isinstance(number, bool) or not isinstance(number, int) or not lowest <= number <= highest:
+        is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)  # also NumPy's
+        if not (is_whole and lowest <= number <= highest):
             raise ValueError(f"{what} are {number!r}; they must be a whole number from {lowest} to {highest}")
-        found[pattern] = number
+        found[pattern] = int(number)
     return found

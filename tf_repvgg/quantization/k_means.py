@@ -32,7 +32,7 @@ def k_means(values, weights, states) -> np.ndarray:
             # Empty clusters start anew where errors are largest.
             errors = weights * np.square(values - np.repeat(moved, np.diff(edges)))
             moved[is_empty] = values[np.argsort(errors)[-np.count_nonzero(is_empty) :]]
-        elif np.allclose(moved, centroids, rtol=1e-7, atol=0):
+        elif np.all(np.abs(moved - centroids) <= 1e-7 * np.abs(centroids)):
             break
         centroids = np.sort(moved)
     return centroids

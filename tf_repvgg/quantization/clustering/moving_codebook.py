@@ -1,6 +1,7 @@
 """A codebook in training: its variables, how they move, and how weights become its entries."""
 
 import dataclasses
+import numbers
 
 import tensorflow as tf
 import tf_keras as keras
@@ -40,11 +41,13 @@ class CodebookTraining:
     train_centroids: bool = False
 
     def __post_init__(self):
-        if not 2 <= self.number_of_clusters <= 256:
-            raise ValueError(f"number_of_clusters is {self.number_of_clusters!r}; it must be from 2 to 256")
+        if not (isinstance(self.number_of_clusters, numbers.Integral) and 2 <= self.number_of_clusters <= 256):
+            raise ValueError(
+                f"number_of_clusters is {self.number_of_clusters!r}; it must be a whole number from 2 to 256"
+            )
         if not 0 <= self.centroid_update_rate <= 1:
             raise ValueError(f"centroid_update_rate is {self.centroid_update_rate!r}; it must be from 0 to 1")
-        if not (isinstance(self.centroid_update_steps, int) and self.centroid_update_steps > 0):
+        if not (isinstance(self.centroid_update_steps, numbers.Integral) and self.centroid_update_steps > 0):
             raise ValueError(
                 f"centroid_update_steps is {self.centroid_update_steps!r}; it must be a whole number above 0"
             )
@@ -57,6 +60,8 @@ class CodebookTraining:
         """The same, as a layer's configuration can hold it."""
         initialization = self.cluster_centroids_init
         return self.as_arguments() | {
+            "number_of_clusters": int(self.number_of_clusters),
+            "centroid_update_steps": int(self.centroid_update_steps),
             "cluster_centroids_init": initialization and initialization.value,
             "cluster_gradient_aggregation": self.cluster_gradient_aggregation.value,
         }
