@@ -137,7 +137,7 @@ def fine_tune(record, method, base, states, granularity, rate, distill, split="t
     found = record["fine_tunings"].get(name)
     if found and found["base_sha256"] == base_sha256:
         return Result.from_record(found)
-    workdir = f"{FLAGS.runs}/{name}"
+    workdir = f"{FLAGS.runs}/{name}_{base_sha256[:8]}"
     path = ROOT / workdir / "export" / "export.json"  # written last
     if not path.exists():
         _train_and_export(workdir, METHODS[method], base, by_layer, granularity, rate, distill, split)
