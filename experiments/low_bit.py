@@ -3,8 +3,8 @@
 python experiments/low_bit.py --data_dir=...  takes about 7 hours; starts from the checkpoints in results/checkpoints
 where they are. Learning rates, from the same grid for every method, and whether to distill are chosen on held-out
 images with a model that has not seen them; then all is trained on the 50,000 images and tested once. Leaves
-results/low_bit.json and results/low_bit.md, as far as it came. Resumable at any point, on another machine too: the JSON
-holds every fine-tuning that has ended, with what it got right, image by image.
+results/low_bit.json and results/low_bit.md, as far as it came, and in the end results/low_bit.png. Resumable at any
+point, on another machine too: the JSON holds every fine-tuning that has ended, with what it got right, image by image.
 """
 
 import base64
@@ -13,6 +13,7 @@ import itertools
 import json
 from typing import NamedTuple
 
+import low_bit_figure
 import numpy as np
 from absl import app, flags
 from commands import ROOT, export, train
@@ -311,6 +312,7 @@ def main(_):
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"fine_tunings": {}}
     record = {"choices": {}} | {part: [] for part in PARTS} | {"fine_tunings": earlier["fine_tunings"]}
     measure(record)
+    low_bit_figure.draw(record, ROOT / "results" / "low_bit.png")
     print((ROOT / "results" / "low_bit.md").read_text(encoding="utf-8"))
 
 
