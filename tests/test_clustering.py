@@ -390,7 +390,7 @@ def test_whole_numbers_may_be_numpys(model, tmp_path):
     clustered.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.get_layer("cluster_first").number_of_clusters == 5
-    with pytest.raises(ValueError, match="number_of_clusters is 4.5; it must be a whole number from 2 to 256"):
+    with pytest.raises(ValueError, match=r"number_of_clusters is 4\.5; it must be a whole number from 2 to 256"):
         ClusterQuantize(keras.layers.Dense(2), 4.5)
 
 

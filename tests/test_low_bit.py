@@ -53,7 +53,9 @@ def test_a_record_is_used_for_the_model_that_it_is_of_and_no_other(low_bit, monk
         trained.append(workdir)
         export = tmp_path / workdir / "export"
         export.mkdir(parents=True)
-        np.savez(export / "predictions.npz", labels=[1, 2, 3], **{"clustered.tflite": [1, 2, 0], "float_fused": [1] * 3})
+        np.savez(
+            export / "predictions.npz", labels=[1, 2, 3], **{"clustered.tflite": [1, 2, 0], "float_fused": [1] * 3}
+        )
         runs.write_json(export / "export.json", {"files": [{"file": "clustered.tflite"}], "machine": {}})
 
     monkeypatch.setattr(low_bit, "_train_and_export", train_and_export)
