@@ -9,6 +9,7 @@ point, on another machine too: the JSON holds every fine-tuning that has ended, 
 
 import base64
 import functools
+import hashlib
 import itertools
 import json
 from typing import NamedTuple
@@ -26,10 +27,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
 flags.DEFINE_string("runs", "runs/low_bit", "Folder of the fine-tuning runs.")
 
+CONFIG = "cifar10_fine_tuning"
 LEARNING_RATES = (0.0005, 0.002, 0.008)
-# tfmot's quantization-aware training sums a centroid's gradient over its weights, which leads SGD astray at any rate
-# that suits the rest; AdamW does not mind, and its rates are about a twentieth.
-ADAMW_RATE = 0.05
 HEADLINE = (  # states, granularity, largest drop asked for
     (16, "per_tensor", 0.1),
     (8, "per_tensor", 0.3),
@@ -50,18 +49,12 @@ class Method(NamedTuple):
     """A way to fewer states.
 
     Attributes:
-      flags: (states by layer pattern) -> flags of train/main.py.
-      first: of a run before it that has one of three epochs, or None.
-      optimizer: flags of both.
+      runs: (states by layer pattern, granularity) -> flags of train/main.py, one training after the other.
+      rate: what its optimizer's learning rate is multiplied with.
     """
 
-    flags: callable
-    first: callable = None
-    optimizer: dict | None = None
-
-    def learning_rate(self, rate):
-        """What the method's optimizer takes where the grid says `rate`."""
-        return rate * (ADAMW_RATE if self.optimizer else 1)
+    runs: callable
+    rate: float = 1
 
 
 def _bits(states):
@@ -72,27 +65,40 @@ def _clusters(states):
     return ",".join(f"{name}={count}" for name, count in states.items())
 
 
+def _clusterqat(states, granularity, **more):
+    own = {"quantize": "clusterqat", "number_of_clusters": _clusters(states), "granularity": granularity}
+    return [own | FROZEN_AT_LAST | more]
+
+
+def _lsq(states, granularity):
+    return [{"quantize": "lsq", "weight_bits": _bits(states), "granularity": granularity} | FROZEN_AT_LAST]
+
+
+def _tfmot(states, granularity):
+    """An epoch of clustering and two of cluster-preserving quantization, with AdamW.
+
+    The second sums a centroid's gradient over its weights, which leads SGD astray at any rate that suits the rest;
+    AdamW does not mind, and its rates are about a twentieth.
+    """
+    clustering = {"number_of_clusters": _clusters(states), "granularity": granularity}
+    clustering |= {"quantize": "tfmot_clustering", "cluster_gradient_aggregation": "avg", "epochs": 1}
+    quantization = {"quantize": "tfmot_quantization", "epochs": 2}
+    return [flags | {"optimizer": "adamw"} for flags in (clustering, quantization)]
+
+
+# For the last tenth of three epochs clusters, where there are any, and ranges of activations rest.
+FROZEN_AT_LAST = {"freeze_epochs": 0.3}
 METHODS = {
-    "float": Method(lambda states: {"quantize": "float"}),
-    "ClusterQAT": Method(
-        lambda states: {"quantize": "clusterqat", "number_of_clusters": _clusters(states), "freeze_epochs": 0.3}
-    ),
-    "LSQ": Method(lambda states: {"quantize": "lsq", "weight_bits": _bits(states)}),
-    "tfmot": Method(
-        lambda states: {"quantize": "tfmot_quantization"},
-        lambda states: {
-            "quantize": "tfmot_clustering",
-            "number_of_clusters": _clusters(states),
-            "cluster_gradient_aggregation": "avg",
-        },
-        {"optimizer": "adamw"},
-    ),
-    "ClusterQAT in training form, statistics frozen": Method(
-        lambda states: METHODS["ClusterQAT"].flags(states) | {"batch_norm_statistics": "frozen"}
-    ),
-    "ClusterQAT in training form, statistics running": Method(
-        lambda states: METHODS["ClusterQAT"].flags(states) | {"batch_norm_statistics": "running"}
-    ),
+    "float": Method(lambda states, granularity: [{"quantize": "float"}]),
+    "ClusterQAT": Method(_clusterqat),
+    "LSQ": Method(_lsq),
+    "tfmot": Method(_tfmot, rate=0.05),
+    **{
+        f"ClusterQAT in training form, statistics {statistics}": Method(
+            functools.partial(_clusterqat, batch_norm_statistics=statistics)
+        )
+        for statistics in ("frozen", "running")
+    },
 }
 FORMS = [name for name in METHODS if name.startswith("ClusterQAT")]
 
@@ -101,29 +107,46 @@ class Result:
     """What a fine-tuned network gets right.
 
     Attributes:
-      is_right: bool [images].
+      is_right: bool [images], of the integer file, or of the float network.
       top1: in percent.
+      fidelity: of the integer file to the model that was trained: "agreement_percent" of their classes, and
+        "trained_model_top1_percent"; empty for float.
     """
 
-    def __init__(self, is_right):
+    def __init__(self, is_right, fidelity=None):
         self.is_right = is_right
         self.top1 = 100 * float(np.mean(is_right))
+        self.fidelity = fidelity or {}
 
     def as_record(self):
         bits = base64.b64encode(np.packbits(self.is_right)).decode("ascii")
-        return {"top1_percent": round(self.top1, 3), "images": len(self.is_right), "is_right_packed_bits": bits}
+        top1 = {"top1_percent": round(self.top1, 3), "images": len(self.is_right)}
+        return top1 | {"fidelity": self.fidelity, "is_right_packed_bits": bits}
 
     @classmethod
     def from_record(cls, record):
         packed = np.frombuffer(base64.b64decode(record["is_right_packed_bits"]), np.uint8)
-        return cls(np.unpackbits(packed, count=record["images"]).astype(bool))
+        return cls(np.unpackbits(packed, count=record["images"]).astype(bool), record["fidelity"])
+
+    @classmethod
+    def of_export(cls, folder, report):
+        """From a finished export and what its export.json says."""
+        with np.load(folder / "predictions.npz") as classes:
+            if "trained_model" not in classes:
+                return cls(classes["float_fused"] == classes["labels"])
+            (file,) = report["files"]
+            fidelity = {
+                "agreement_percent": file["agreement_with_trained_model_percent"],
+                "trained_model_top1_percent": report["trained_model_top1_percent"],
+            }
+            return cls(classes[file["file"]] == classes["labels"], fidelity)
 
 
 def fine_tune(record, method, base, states, granularity, rate, distill, split="test", edges=None) -> Result:
     """Trains and exports, unless the record has the result, or the workdir a finished export.
 
     Args:
-      record: whose "fine_tunings" has the results of this base; a new one is added.
+      record: whose "fine_tunings" has the results of this base and these flags; a new one is added.
       method: of `METHODS`.
       base: workdir of the float run.
       states: of every layer; of `edges`, stem and classifier, if that is given.
@@ -134,37 +157,36 @@ def fine_tune(record, method, base, states, granularity, rate, distill, split="t
     by_layer = ({"stem": edges, "logits": edges} if edges else {}) | {".*": states}
     words = [base.rpartition("/")[2], method, states or "", granularity, rate, "distilled" if distill else "", edges]
     name = "_".join(str(word) for word in words if word).replace(" ", "_").replace(",", "")
-    base_sha256 = runs.model_sha256(ROOT / base)
+    common = {"learning_rate": rate * METHODS[method].rate, "validation": split == "validation"}
+    trainings = [common | flags for flags in METHODS[method].runs(by_layer, granularity)]
+    made_from = {"base_sha256": runs.model_sha256(ROOT / base), "flags_sha256": _flags_sha256(trainings)}
     found = record["fine_tunings"].get(name)
-    if found and found["base_sha256"] == base_sha256:
+    if found and made_from.items() <= found.items():
         return Result.from_record(found)
-    workdir = f"{FLAGS.runs}/{name}_{base_sha256[:8]}"
+    workdir = f"{FLAGS.runs}/{name}_{'_'.join(sha256[:8] for sha256 in made_from.values())}"
     path = ROOT / workdir / "export" / "export.json"  # written last
     if not path.exists():
-        _train_and_export(workdir, METHODS[method], base, by_layer, granularity, rate, distill, split)
+        _train_and_export(workdir, trainings, base, distill, split)
     report = json.loads(path.read_text(encoding="utf-8"))
-    with np.load(path.with_name("predictions.npz")) as classes:
-        predicted = classes["float_fused" if method == "float" else report["files"][0]["file"]]
-        result = Result(predicted == classes["labels"])
-    record["fine_tunings"][name] = {"base_sha256": base_sha256, "machine": report["machine"]} | result.as_record()
+    result = Result.of_export(path.parent, report)
+    record["fine_tunings"][name] = made_from | {"machine": report["machine"]} | result.as_record()
     write(record)
     return result
 
 
-def _train_and_export(workdir, way, base, by_layer, granularity, rate, distill, split):
-    common = {
-        "granularity": granularity,
-        "learning_rate": way.learning_rate(rate),
-        "validation": split == "validation",
-        "data_dir": FLAGS.data_dir,
-        **({"distill_from": base} if distill else {}),
-        **(way.optimizer or {}),
-    }
-    if way.first:
-        first = f"{workdir}_first"
-        train("cifar10_fine_tuning", first, init_from=base, epochs=1, **common, **way.first(by_layer))
-        base, common = first, common | {"epochs": 2}
-    train("cifar10_fine_tuning", workdir, init_from=base, **common, **way.flags(by_layer))
+def _flags_sha256(trainings):
+    lines = (ROOT / "configs" / f"{CONFIG}.flags").read_text(encoding="utf-8").splitlines()
+    common = [line for line in lines if line.startswith("--")]
+    return hashlib.sha256(json.dumps([common, trainings], sort_keys=True).encode()).hexdigest()
+
+
+def _train_and_export(workdir, trainings, base, distill, split):
+    teacher = {"distill_from": base} if distill else {}
+    for number, its_flags in enumerate(trainings, 1):
+        is_last = number == len(trainings)
+        its_workdir = workdir if is_last else f"{workdir}_run{number}"
+        train(CONFIG, its_workdir, init_from=base, data_dir=FLAGS.data_dir, **teacher, **its_flags)
+        base = its_workdir
     export(workdir, evaluation_split=split, data_dir=FLAGS.data_dir)
 
 
@@ -197,11 +219,8 @@ def make_choices(record):
     best = {distill: rate_of("ClusterQAT", 8, distill)[1] for distill in (False, True)}
     choices["distill"] = distill = chosen(best)
     choices["learning_rates"]["float"] = rate_of("float", 0, distill)[0]
-    for method, states in itertools.product(("ClusterQAT", "LSQ", "tfmot"), (8, 4)):
+    for method, states in itertools.product(("ClusterQAT", "LSQ", "tfmot", *FORMS[1:]), (8, 4)):
         choices["learning_rates"][f"{method}, {states}"] = rate_of(method, states, distill)[0]
-    for method in FORMS[1:]:
-        for states in (8, 4):
-            rate_of(method, states, distill)
     return choices
 
 
@@ -242,7 +261,9 @@ def measure(record):
             "integer_top1_percent": [round(r.top1, 2) for r in results],
             "drop": round(drop, 3),
             "half_interval": round(half, 3),
-            "learning_rate": METHODS[method].learning_rate(rate_for(choices, method, states)),
+            "learning_rate": METHODS[method].rate * rate_for(choices, method, states),
+            "agreement_percent": [r.fidelity["agreement_percent"] for r in results],
+            "trained_model_top1_percent": [r.fidelity["trained_model_top1_percent"] for r in results],
         }
         if asked is not None:
             row |= {"asked": asked, "is_met": bool(drop - half <= asked)}
@@ -258,6 +279,8 @@ def measure(record):
         add("edges", ["OABN"], "ClusterQAT", states, granularity, edges=256)
     for model, states in itertools.product(OTHERS, (8, 4)):
         add("others", [model], "ClusterQAT", states, "per_tensor")
+    for model, states, method in itertools.product(("OABN", "BN"), (8, 4), FORMS):
+        add("forms", [model], method, states, "per_tensor")
 
 
 PARTS = {
@@ -265,6 +288,7 @@ PARTS = {
     "peers": "The same steps by other methods, one model",
     "edges": "Stem and classifier with 256 states, the other layers with fewer",
     "others": "ClusterQAT without OABN",
+    "forms": "The fused network trained, or its branches",
 }
 
 
@@ -273,8 +297,9 @@ def write(record):
         "# Few weight states on CIFAR-10",
         "`python experiments/low_bit.py`: three epochs of fine-tuning, 8-bit activations, top-1 in percent of the",
         "integer file in LiteRT on all 10,000 test images. Drop: in points, against the same network fine-tuned in",
-        "float for the same steps; with its paired 95 % interval. Images: JPEG re-encodings (quality 75) of CIFAR-10",
-        "where --data_dir points at the project's shared copy.",
+        "float for the same steps; with its paired 95 % interval. Agrees: percent of images on which the file finds",
+        "the class that the trained model finds in TensorFlow; LiteRT's kernels are XNNPACK's, its default. Images:",
+        "JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir points at the project's shared copy.",
     ]
     for part, title in PARTS.items():
         if record[part]:
@@ -298,11 +323,12 @@ def _table(rows):
             " / ".join(f"{top1:.2f}" for top1 in row["reference_top1_percent"]),
             " / ".join(f"{top1:.2f}" for top1 in row["integer_top1_percent"]),
             f"{row['drop']:.2f} ± {row['half_interval']:.2f}",
+            " / ".join(f"{agreement:.2f}" for agreement in row["agreement_percent"]),
             *([f"{row['asked']:.1f}", "yes" if row["is_met"] else "no"] if has_goal else []),
         ]
         for row in rows
     ]
-    headers = ["model", "method", "states", "weights", "float", "integer", "drop"]
+    headers = ["model", "method", "states", "weights", "float", "integer", "drop", "agrees"]
     headers += ["asked", "met"] if has_goal else []
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 

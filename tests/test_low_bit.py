@@ -25,10 +25,11 @@ def answers(low_bit, *is_right):
 
 
 def test_results_come_back_from_their_record(low_bit):
-    result = low_bit.Result(np.random.default_rng(0).random(5001) < 0.9)
+    result = low_bit.Result(np.random.default_rng(0).random(5001) < 0.9, {"agreement_percent": 99.5})
     record = result.as_record()
     found = low_bit.Result.from_record(record)
     np.testing.assert_array_equal(found.is_right, result.is_right)
+    assert found.fidelity == result.fidelity
     assert found.top1 == result.top1 == pytest.approx(record["top1_percent"], abs=1e-3)
 
 
@@ -44,43 +45,65 @@ def test_the_interval_is_that_of_paired_differences(low_bit):
     assert low_bit.drop_and_interval([before], [before]) == (0, 0)
 
 
-def test_a_record_is_used_for_the_model_that_it_is_of_and_no_other(low_bit, monkeypatch, tmp_path):
-    monkeypatch.setattr(low_bit, "ROOT", tmp_path)
-    monkeypatch.setattr(low_bit, "write", lambda record: None)
+def test_a_record_is_used_for_the_model_and_the_flags_that_it_is_of(low_bit, monkeypatch, tmp_path):
+    config = tmp_path / "configs" / f"{low_bit.CONFIG}.flags"
+    base = tmp_path / "base" / runs.MODEL_NAME
+    for folder in (config.parent, base.parent):
+        folder.mkdir()
+    config.write_text("# three epochs\n--epochs=3\n")
+    base.write_bytes(b"one")
     trained = []
 
-    def train_and_export(workdir, *_):
-        trained.append(workdir)
-        export = tmp_path / workdir / "export"
-        export.mkdir(parents=True)
-        np.savez(
-            export / "predictions.npz", labels=[1, 2, 3], **{"clustered.tflite": [1, 2, 0], "float_fused": [1] * 3}
-        )
-        runs.write_json(export / "export.json", {"files": [{"file": "clustered.tflite"}], "machine": {}})
+    def train(config, workdir, **flags):
+        trained.append((workdir, flags))
 
-    monkeypatch.setattr(low_bit, "_train_and_export", train_and_export)
-    monkeypatch.setattr(low_bit.FLAGS["runs"], "present", 1)
-    base = tmp_path / "base" / runs.MODEL_NAME
-    base.parent.mkdir()
+    def export(workdir, **_):
+        folder = tmp_path / workdir / "export"
+        folder.mkdir(parents=True)
+        is_float = trained[-1][1]["quantize"] == "float"
+        classes = {"float_fused": [1, 1, 1]} if is_float else {"trained_model": [1, 2, 2], "int8.tflite": [1, 2, 0]}
+        np.savez(folder / "predictions.npz", labels=[1, 2, 3], **classes)
+        file = {"file": "int8.tflite", "agreement_with_trained_model_percent": 66.667}
+        report = {"files": [file], "machine": {}, "trained_model_top1_percent": 66.667}
+        runs.write_json(folder / "export.json", report)
+
+    for name, value in {"ROOT": tmp_path, "write": lambda record: None, "train": train, "export": export}.items():
+        monkeypatch.setattr(low_bit, name, value)
+    if not low_bit.FLAGS.is_parsed():
+        low_bit.FLAGS.mark_as_parsed()
     record = {"fine_tunings": {}}
 
     def tune(method="ClusterQAT"):
-        return low_bit.fine_tune(record, method, "base", 8, "per_tensor", 0.002, True, edges=256).top1
+        return low_bit.fine_tune(record, method, "base", 8, "per_tensor", 0.002, True, edges=256)
 
-    base.write_bytes(b"one")
-    assert tune() == tune() == pytest.approx(200 / 3)
+    assert tune().top1 == tune().top1 == pytest.approx(200 / 3)
+    assert tune().fidelity == {"agreement_percent": 66.667, "trained_model_top1_percent": 66.667}
     assert len(trained) == 1
-    assert tune("float") == pytest.approx(100 / 3)
+    assert tune("float").top1 == pytest.approx(100 / 3)
     base.write_bytes(b"another")
     tune()
-    assert len(set(trained)) == len(trained) == 3
+    config.write_text("# another comment\n--epochs=3\n")
+    tune()
+    assert len(trained) == 3
+    config.write_text("--epochs=4\n")
+    tune()
+    assert len({workdir for workdir, _ in trained}) == len(trained) == 4
+    tune("tfmot")
+    (clustered, first), (quantized, second) = trained[-2:]
+    assert (first["init_from"], second["init_from"]) == ("base", clustered) and quantized != clustered
+    assert first["learning_rate"] == second["learning_rate"] == pytest.approx(0.0001)
+    assert first["distill_from"] == second["distill_from"] == "base"
 
 
 def test_what_each_method_is_asked_for(low_bit):
+    def flags(method, states):
+        return low_bit.METHODS[method].runs(states, "per_tensor")
+
     states = {"stem": 256, ".*": 8}
-    assert low_bit.METHODS["ClusterQAT"].flags(states)["number_of_clusters"] == "stem=256,.*=8"
-    assert low_bit.METHODS["LSQ"].flags(states)["weight_bits"] == "stem=8,.*=3"
-    assert low_bit.METHODS["tfmot"].first(states)["number_of_clusters"] == "stem=256,.*=8"
+    assert flags("ClusterQAT", states)[0]["number_of_clusters"] == "stem=256,.*=8"
+    assert flags("LSQ", states)[0]["weight_bits"] == "stem=8,.*=3"
+    assert flags("tfmot", states)[0]["number_of_clusters"] == "stem=256,.*=8"
+    assert [run["epochs"] for run in flags("tfmot", states)] == [1, 2]
     choices = {"learning_rates": {"float": 1, "LSQ, 8": 2, "LSQ, 4": 3}}
     rates = [low_bit.rate_for(choices, "LSQ", states) for states in (16, 8, 5, 4, 3)]
     assert rates == [2, 2, 2, 3, 3]

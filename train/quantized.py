@@ -126,9 +126,9 @@ class FineTuning:
 
     def callbacks(self, run: runs.Run, steps: int, steps_per_epoch: int) -> list:
         """Those that belong to a training of so many steps."""
-        if FLAGS.quantize != "clusterqat":
-            return []
-        found = [clustering.ClusterLog(f"{run.tensorboard_path}/clusters")]
+        found = []
+        if FLAGS.quantize == "clusterqat":
+            found.append(clustering.ClusterLog(f"{run.tensorboard_path}/clusters"))
         if FLAGS.freeze_epochs:
             found.append(clustering.FreezeClusters(steps - round(FLAGS.freeze_epochs * steps_per_epoch)))
         return found
