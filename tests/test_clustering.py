@@ -13,6 +13,7 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster_config i
 from test_quantized_models import SIZE, assert_file_computes_the_model, images, small_repvgg
 
 from tf_repvgg import tflite
+from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.quantization import cluster_quantize, quantizers, strip_cluster_quantize
 from tf_repvgg.quantization.clustering import ClusterLog, ClusterQuantize, FreezeClusters, codebooks
@@ -265,6 +266,44 @@ def test_layers_of_ones_own():
         cluster_quantize(model, 4)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class ConvolutionOfOnesOwn(keras.layers.Conv2D, tfmot.clustering.keras.ClusterableLayer):
+    """A subclass, which may do more with its kernel than a Conv2D."""
+
+    def get_clusterable_weights(self):
+        return [("kernel", self.kernel)]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_codes_of_a_subclass_are_those_of_the_file(per_channel):
+    inputs = keras.Input(SIZE)
+    features = ConvolutionOfOnesOwn(8, 3, activation="relu", name="own")(inputs)
+    features = keras.layers.Dense(5, name="dense")(keras.layers.GlobalAveragePooling2D()(features))
+    clustered = cluster_quantize(keras.Model(inputs, features), 6, cluster_per_channel=per_channel)
+    stripped = strip_cluster_quantize(fit(clustered))
+    kernel = stripped.get_layer("own").kernel.numpy()
+    codes = next(found for found in tflite.weight_codes(tflite.convert(stripped)) if found.codes.shape == kernel.shape)
+    np.testing.assert_allclose(codes.dequantize(), kernel, atol=1e-6)
+    assert states_of(codes.codes, per_channel) == states_of(kernel, per_channel) == 6
+
+
+def test_layers_that_do_not_train(tmp_path):
+    """They are clustered all the same, rest, and are saved, loaded and stripped."""
+    fused = small_repvgg()
+    fused.get_layer("first").trainable = False
+    clustered = cluster_quantize(fused, 4, calibration=images())
+    before = wrappers(clustered)["first"].clusters()["kernel"][0].numpy()
+    fit(clustered)
+    np.testing.assert_array_equal(wrappers(clustered)["first"].clusters()["kernel"][0], before)
+    assert all(states_of(kernel, False) == 4 for kernel in kernels_of(clustered))
+    clustered.trainable = False
+    clustered.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(images()), clustered(images()))
+    stripped = strip_cluster_quantize(loaded)
+    np.testing.assert_allclose(stripped(images()), clustered(images()), atol=1e-6)
+
+
 def blocks_in_training_form(block, **options):
     """A strided block, one with all its branches, and a head, with statistics that are not those of the start."""
     keras.utils.set_random_seed(0)
@@ -385,6 +424,127 @@ def test_accuracy_survives_training(fused_digits, digits):
     assert after > max(before, top1(fused_digits) - 0.04)
 
 
+def test_a_cluster_starts_anew_where_the_far_weights_are():
+    """On either side: an outlier below its cluster is found like one above."""
+    for outlier in (-10, 10):
+        weights = tf.constant(np.append(np.linspace(0.09, 0.11, 99), outlier).reshape(-1, 1), tf.float32)
+        centroids = tf.constant([[0.1, 50.0]])
+        for _ in range(3):
+            centroids = codebooks.lloyd_step(weights, tf.sort(centroids, axis=-1), 1.0)
+        _, counts = codebooks.inertia_and_counts(weights, centroids)
+        assert sorted(counts.numpy()[0]) == [1, 99]
+
+
+def test_trained_centroids_that_lose_their_weights_or_their_order():
+    def wrapped(rate):
+        layer = keras.layers.Dense(8)
+        wrapper = ClusterQuantize(layer, 4, centroid_update_rate=rate, centroid_update_steps=1, train_centroids=True)
+        wrapper.build((None, 30))
+        return wrapper
+
+    wrapper = wrapped(rate=0)
+    start = wrapper.cluster_centroids["kernel"].numpy()
+    wrapper.cluster_centroids["kernel"].assign(start + np.float32([[0, 0, 0, 50]]))
+    wrapper(np.zeros([1, 30], "float32"), training=True)
+    found = wrapper.cluster_centroids["kernel"].numpy()
+    np.testing.assert_array_equal(found[0, :3], np.sort(found)[0, :3])
+    assert np.max(found) < 1
+    wrapper = wrapped(rate=1)
+    start = wrapper.cluster_centroids["kernel"].numpy()
+    wrapper.cluster_centroids["kernel"].assign(start[:, [1, 0, 2, 3]])
+    latent, _ = wrapper.clusters()["kernel"]
+    wrapper(np.zeros([1, 30], "float32"), training=True)
+    np.testing.assert_array_equal(wrapper.cluster_centroids["kernel"], codebooks.lloyd_step(latent, start, 1.0))
+
+
+def test_weights_that_are_no_longer_finite_are_refused(model):
+    """Codes would hide them: NaN is nearest to the first centroid."""
+    clustered = cluster_quantize(model, 4, centroid_update_rate=0.0, calibration=images())
+    wrapper = wrappers(clustered)["second"]
+    wrapper.original_clusterable_weights["kernel"].assign(np.full(wrapper.layer.kernel.shape, np.nan))
+    with pytest.raises(ValueError, match="'second' holds infinities or NaN"):
+        strip_cluster_quantize(clustered)
+    dense = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="dense")])
+    dense.get_layer("dense").set_weights([np.ones([3, 2]), np.full(2, np.nan)])
+    with pytest.raises(ValueError, match="'dense' holds infinities or NaN"):
+        cluster_quantize(dense, 4)
+
+
+def test_calibration_is_the_mean_of_its_batches_and_moves_nothing_else():
+    inputs = keras.Input((6, 6, 1))
+    features = keras.layers.Dropout(0.5)(keras.layers.Conv2D(2, 3, name="first")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="second")(keras.layers.Flatten()(features)))
+    batches = [np.full([64, 6, 6, 1], value, "float32") for value in (1, 2, 6)]
+    clustered = cluster_quantize(model, 4, calibration=np.concatenate(batches))
+    start, *others = quantizers(clustered)
+    np.testing.assert_allclose(start.range, [0, 3], rtol=1e-6)
+    again = quantizers(cluster_quantize(model, 4, calibration=np.concatenate(batches)))
+    for mine, its in zip(others, again[1:], strict=True):  # nothing is dropped out
+        np.testing.assert_array_equal(mine.range, its.range)
+    assert all(wrapper._codebooks["kernel"]._steps.numpy() == 0 for wrapper in wrappers(clustered).values())
+    start.range.assign([0, 1])
+    clustered(batches[0])  # calibration is over
+    np.testing.assert_array_equal(start.range, [0, 1])
+
+
+def test_a_plain_model_with_normalizations():
+    """Fused, it trains and becomes a file; as it is, it is told so before it trains."""
+    size = (8, 8, 1)
+    inputs = keras.Input(size)
+    features = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    features = keras.layers.ReLU()(keras.layers.BatchNormalization(name="norm")(features))
+    model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(keras.layers.GlobalAveragePooling2D()(features)))
+    model(images(16, size), training=True)
+    with pytest.raises(ValueError, match=r"'norm' is a BatchNormalization, .*fuse"):
+        cluster_quantize(model, 4)
+    clustered = cluster_quantize(fuse(model), 4, calibration=images(64, size))
+    stripped = strip_cluster_quantize(clustered)
+    file = tflite.convert(stripped)
+    assert_file_computes_the_model(stripped, file, images(16, size, seed=1))
+    assert all(states_of(found.codes, False) == 4 for found in tflite.weight_codes(file))
+
+
+def test_a_model_of_mixed_precision():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        clustered = cluster_quantize(small_repvgg(), 4, calibration=images())
+        assert clustered(images()).dtype == tf.float32
+        file = tflite.convert(strip_cluster_quantize(fit(clustered)))
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert max(states_of(found.codes, False) for found in tflite.weight_codes(file)) <= 4
+
+
+def test_models_without_images():
+    dense = keras.Sequential([keras.Input((40,)), keras.layers.Dense(5, name="dense")])
+    clustered = cluster_quantize(dense, 4, calibration=images(16, (40,)))
+    assert np.all(np.isfinite(clustered(images(16, (40,)))))
+    left, right = keras.Input((4,)), keras.Input((4,))
+    two = keras.Model([left, right], keras.layers.Dense(2, name="dense")(keras.layers.Add()([left, right])))
+    with pytest.raises(ValueError, match="calibration images are for models of one input, and this one has 2"):
+        cluster_quantize(two, 4, calibration=images(4, (4,)))
+    batches = [images(4, (4,), seed) for seed in range(2)]
+    clustered = cluster_quantize(two, 4)
+    clustered(batches, training=True)
+    stripped = strip_cluster_quantize(clustered)
+    np.testing.assert_allclose(stripped(batches), clustered(batches), atol=1e-6)
+    with pytest.raises(ValueError, match=r"files are written for models of one input, and 'model.*' has 2"):
+        tflite.convert(stripped)
+
+
+def test_a_shared_layer():
+    """One codebook, in both places, and one tensor in the file."""
+    inputs = keras.Input(SIZE)
+    shared = keras.layers.Conv2D(3, 3, padding="same", activation="relu", name="shared")
+    pooled = keras.layers.GlobalAveragePooling2D()(shared(shared(inputs)))
+    clustered = cluster_quantize(keras.Model(inputs, keras.layers.Dense(5, name="dense")(pooled)), 4)
+    stripped = strip_cluster_quantize(fit(clustered))
+    np.testing.assert_allclose(stripped(images()), clustered(images()), atol=1e-6)
+    file = tflite.convert(stripped)
+    assert_file_computes_the_model(stripped, file, images(seed=1))
+    assert all(states_of(found.codes, False) == 4 for found in tflite.weight_codes(file))
+
+
 def test_whole_numbers_may_be_numpys(model, tmp_path):
     clustered = cluster_quantize(model, np.int64(5), centroid_update_steps=np.int32(2))
     clustered.save(tmp_path / "model.keras")
@@ -403,6 +563,9 @@ def test_bad_input(model):
         refuses("numbers of clusters are .* must be a whole number from 2 to 256", clusters=bad)
     refuses("'secnd' of numbers of clusters matches no layer; there are: second", clusters="secnd=4,.*=8")
     refuses("no pattern of numbers of clusters matches layer 'second'", clusters="first=4")
+    refuses("pattern 'first' of numbers of clusters comes too late", clusters=".*=8,first=4")
+    refuses("cluster_gradient_aggregation is 'sum'; known: .*SUM", cluster_gradient_aggregation="sum")
+    refuses("cluster_centroids_init is 'linear'; known: .*LINEAR", cluster_centroids_init="linear")
     refuses("centroid_update_rate is 1.5; it must be from 0 to 1", centroid_update_rate=1.5)
     refuses("centroid_update_steps is 0; it must be a whole number above 0", centroid_update_steps=0)
     refuses("there are no calibration images", calibration=[])
@@ -422,6 +585,10 @@ def test_bad_input(model):
     broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])
     broken.get_layer("broken").set_weights([np.full([3, 2], np.nan), np.zeros(2)])
     refuses("'broken' holds infinities or NaN", broken)
+    with pytest.raises(
+        ValueError, match=r"'cluster_first' is still in training; call .*strip_cluster_quantize\(model\)"
+    ):
+        tflite.convert(cluster_quantize(model, 4, calibration=images()))
     with pytest.raises(ValueError, match="holds no Clustered layers; was it made for training"):
         strip_cluster_quantize(model)
     with pytest.raises(ValueError, match="holds no Clustered layers"):

@@ -254,6 +254,24 @@ CASES = {
         "pattern 'stm' of numbers of clusters matches no layer; there are: stem",
         "",
     ),
+    "states without quantization": (
+        TRAIN,
+        ["--workdir={new}", "--number_of_clusters=4"],
+        "--number_of_clusters=4 has no effect with no --quantize; it is for clusterqat, tfmot_clustering",
+        "",
+    ),
+    "bits of clusters": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--weight_bits=3"],
+        "--weight_bits=3 has no effect with --quantize=clusterqat; it is for lsq",
+        "",
+    ),
+    "frozen longer than trained": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--freeze_epochs=3"],
+        "--freeze_epochs=3 is more than --epochs=2",
+        "",
+    ),
     "export: output is a file": (
         EXPORT,
         ["--workdir={here}/run", "--output={here}/file"],

@@ -26,7 +26,8 @@ class PreActivationStatistics(NamedTuple):
 def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> keras.Model:
     """Returns the deploy form of `model`: the same function in float32, one 3x3 convolution per block.
 
-    Works on any functional (or built Sequential) model that contains the blocks, nested models included. A batch
+    Works on any functional (or built Sequential) model that contains the blocks, nested models included; also on
+    models of other layers, for their batch normalizations. A batch
     normalization right after a Conv2D, DepthwiseConv2D or Dense layer without activation is merged into that layer, as
     integer runtimes need it. All other layers are copied; `model` itself stays as it is. The result is then run beside
     `model` on random input.
@@ -44,7 +45,7 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> kera
       determine them. (Keras does not save that attribute with the model.)
 
     Raises:
-      ValueError: if `model` is no functional model or holds no block that can be reached.
+      ValueError: if `model` is no functional model, or holds no block or normalization that can be merged.
       ArithmeticError: if an output differs by more than `tolerance`; names it and the measured difference.
     """
     if not graph.is_functional(model):
@@ -52,10 +53,13 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> kera
             f"fuse needs a functional Keras 2 model, but got {type(model).__name__}; "
             "build it with keras.Model(inputs, outputs)"
         )
-    if not _blocks(model):
-        raise ValueError(f"model {model.name!r} contains no re-parameterized block, so there is nothing to fuse")
-    names = graph.unique_names(model, ReparameterizedBlock)
     norm_of = _norms_to_merge(model)
+    if not (_blocks(model) or norm_of):
+        raise ValueError(
+            f"model {model.name!r} contains no re-parameterized block, nor a batch normalization right after a linear "
+            "layer, so there is nothing to fuse"
+        )
+    names = graph.unique_names(model, ReparameterizedBlock)
     merged_norms = {id(norm) for norm in norm_of.values()}
     statistics = {}
 

@@ -256,6 +256,7 @@ def main(_):
         run = runs.Run(FLAGS.workdir)
         # The test split may be looked at whatever a run has held out.
         run.check_config(FLAGS, but=["validation"] if FLAGS.evaluate_only and not FLAGS.validation else [])
+        quantized.check_used()
         if not FLAGS.evaluate_only:
             run.claim()
         data = make_data()

@@ -59,6 +59,21 @@ flags.DEFINE_integer(
     "calibration_images", 512, "Training images that set the activation ranges to start with.", lower_bound=1
 )
 
+# What each flag of this file belongs to.
+_USED_BY = {
+    "number_of_clusters": ("clusterqat", "tfmot_clustering"),
+    "weight_bits": ("lsq",),
+    "granularity": ("clusterqat", "lsq", "tfmot_clustering"),
+    "cluster_centroids_init": ("clusterqat", "tfmot_clustering"),
+    "centroid_update_rate": ("clusterqat",),
+    "centroid_update_steps": ("clusterqat",),
+    "train_centroids": ("clusterqat",),
+    "cluster_gradient_aggregation": ("clusterqat", "tfmot_clustering"),
+    "batch_norm_statistics": ("clusterqat",),
+    "activation_bits": ("clusterqat", "lsq"),
+    "freeze_epochs": ("clusterqat", "lsq"),
+    "calibration_images": ("clusterqat", "lsq"),
+}
 # Flags of train/main.py that mean nothing here, with the value that they must have.
 _WITHOUT = {"ema": 0.0, "early_epochs": 0, "merged_weight_decay": 0.0, "precision": "float32"}
 
@@ -146,13 +161,20 @@ class FineTuning:
         return strip_clustering(plain) if FLAGS.quantize == "tfmot_clustering" else plain
 
 
+def check_used() -> None:
+    """Raises ValueError for a flag of this file that --quantize, or its absence, leaves without effect."""
+    for name, users in _USED_BY.items():
+        flag = FLAGS[name]
+        if flag.value != flag.default and FLAGS.quantize not in users:
+            asked = f"--quantize={FLAGS.quantize}" if FLAGS.quantize else "no --quantize"
+            raise ValueError(f"--{name}={flag.value} has no effect with {asked}; it is for {', '.join(users)}")
+    if FLAGS.freeze_epochs > FLAGS.epochs:
+        raise ValueError(f"--freeze_epochs={FLAGS.freeze_epochs:g} is more than --epochs={FLAGS.epochs}")
+
+
 def _check_flags():
     if not FLAGS.init_from:
         raise ValueError(f"--quantize={FLAGS.quantize} fine-tunes a trained network; name its workdir by --init_from")
     for name, value in _WITHOUT.items():
         if FLAGS[name].value != value:
             raise ValueError(f"--{name}={FLAGS[name].value} does not go with --quantize; leave it at {value}")
-    if FLAGS.batch_norm_statistics and FLAGS.quantize != "clusterqat":
-        raise ValueError(
-            f"--batch_norm_statistics={FLAGS.batch_norm_statistics} goes with --quantize=clusterqat only; leave it"
-        )

@@ -61,6 +61,7 @@ class ActivationQuantizer(keras.layers.Layer):
     """
 
     def __init__(self, momentum=0.99, fixed_range=None, nonnegative=False, bits=8, **kwargs):
+        kwargs.setdefault("dtype", "float32")  # whatever policy the model was trained by
         super().__init__(**kwargs)
         if bits not in ACTIVATION_BITS:
             raise ValueError(f"activation bits are {bits!r}; known: {', '.join(map(str, ACTIVATION_BITS))}")
@@ -72,6 +73,8 @@ class ActivationQuantizer(keras.layers.Layer):
         self.fixed_range = None if fixed_range is None else tuple(map(float, fixed_range))
         self.nonnegative = nonnegative
         self.bits = bits
+        # While calibrating: the momentum for the next batch, which the range follows outside of training too.
+        self.calibration_momentum = None
 
     def build(self, input_shape):
         start = (np.nan, np.nan) if self.fixed_range is None else self.fixed_range
@@ -119,7 +122,7 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         values = tf.cast(inputs, tf.float32)
-        if training and self.fixed_range is None:
+        if (training or self.calibration_momentum is not None) and self.fixed_range is None:
             tf.cond(self.is_frozen, lambda: None, lambda: self._follow(tf.stop_gradient(values)))
         minimum, maximum = self.bounds()
         outputs = tf.quantization.fake_quant_with_min_max_vars(
@@ -134,7 +137,8 @@ class ActivationQuantizer(keras.layers.Layer):
     def _follow(self, values):
         minimum = 0.0 if self.nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
         batch = tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
-        moved = self.momentum * self.range + (1 - self.momentum) * batch
+        momentum = self.momentum if self.calibration_momentum is None else self.calibration_momentum
+        moved = momentum * self.range + (1 - momentum) * batch
         self.range.assign(tf.where(tf.math.is_nan(self.range), batch, moved))
 
     def get_config(self):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
@@ -14,8 +15,12 @@ from tf_repvgg.quantization.activations import WEIGHTED
 
 
 def check_fused(model: keras.Model) -> None:
-    """Raises ValueError if a block is still in training form; names it."""
+    """Raises ValueError if a block is still in training form, or a layer in a wrapper for training; names it."""
     for layer in model._flatten_layers():
+        if strip := getattr(layer, "stripped_by", None):
+            raise ValueError(
+                f"layer {layer.name!r} is still in training; call tf_repvgg.quantization.{strip}(model) first"
+            )
         if isinstance(layer, ReparameterizedBlock):
             raise ValueError(f"block {layer.name!r} is still in training form; call tf_repvgg.fusion.fuse(model) first")
 
@@ -30,11 +35,13 @@ def checked_images(calibration, input_shape) -> list[np.ndarray]:
     Raises:
       ValueError: if there are none, or one has another shape or is not finite; names it.
     """
+    if any(isinstance(part, tuple) for part in input_shape):
+        raise ValueError(f"calibration images are for models of one input, and this one has {len(input_shape)}")
     shape = tuple(input_shape[1:])
     images = []
     for index, image in enumerate(calibration):
         image = np.asarray(image, np.float32)
-        if len(image.shape) != 3 or any(size not in (None, its) for size, its in zip(shape, image.shape, strict=True)):
+        if not tf.TensorShape(shape).is_compatible_with(image.shape):
             raise ValueError(f"calibration image {index} has shape {image.shape}; the model's input is {shape}")
         if not np.all(np.isfinite(image)):
             raise ValueError(f"calibration image {index} holds infinities or NaN")
@@ -57,8 +64,8 @@ def by_layer(
       classes: of the layers, by default Conv2D, DepthwiseConv2D and Dense.
 
     Raises:
-      ValueError: for a number out of range, a pattern that is no regular expression or matches no layer, and a layer
-        that no pattern matches.
+      ValueError: for a number out of range, a pattern that is no regular expression, matches no layer, or only layers
+        that an earlier one matches, and a layer that no pattern matches.
     """
     patterns = _parse_by_layer(value, what, lowest, highest)
     unique = graph.unique_names(model)
@@ -67,13 +74,17 @@ def by_layer(
         if not any(re.fullmatch(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names) or names
             raise ValueError(f"pattern {pattern!r} of {what} matches no layer; there are: {', '.join(near)}")
-    found = {}
+    first = {}
     for name in names:
-        matches = [number for pattern, number in patterns.items() if re.fullmatch(pattern, name)]
-        if not matches:
+        first[name] = next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)
+        if first[name] is None:
             raise ValueError(f"no pattern of {what} matches layer {name!r}; add '.*' as the last one")
-        found[name] = matches[0]
-    return found
+    if idle := [pattern for pattern in patterns if pattern not in first.values()]:
+        raise ValueError(
+            f"pattern {idle[0]!r} of {what} comes too late: all layers that it matches have the number of an earlier "
+            "one; put it first"
+        )
+    return {name: patterns[pattern] for name, pattern in first.items()}
 
 
 def _parse_by_layer(value, what, lowest, highest):

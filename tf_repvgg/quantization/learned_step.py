@@ -39,12 +39,13 @@ def learned_step_quantize(
     """
     trainable.check_model(model)
     bits = by_layer(model, weight_bits, "weight bits", 2, 8)
-    found = trainable.wrapped(
-        model, lambda layer, name: LearnedStep(layer, bits[name], per_channel), activation_bits, range_momentum
+    return trainable.wrapped(
+        model,
+        lambda layer, name: LearnedStep(layer, bits[name], per_channel),
+        activation_bits,
+        range_momentum,
+        calibration,
     )
-    if calibration is not None:
-        trainable.set_ranges(found, calibration)
-    return found
 
 
 def strip_learned_step(model: keras.Model) -> keras.Model:
@@ -75,8 +76,11 @@ class LearnedStep(keras.layers.Wrapper):
       per_channel: a step for each output channel, or one.
     """
 
+    stripped_by = "strip_learned_step"
+
     def __init__(self, layer, weight_bits=8, per_channel=False, **kwargs):
         kwargs.setdefault("name", f"learned_step_{layer.name}")
+        kwargs.setdefault("dtype", "float32")
         super().__init__(layer, **kwargs)
         self.weight_bits = weight_bits
         self.per_channel = per_channel

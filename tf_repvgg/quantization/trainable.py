@@ -27,11 +27,11 @@ def check_model(model: keras.Model, also: tuple = (), in_training_form: bool = F
     Args:
       model: any Keras model.
       also: classes of layers with weights that are welcome beside Conv2D, DepthwiseConv2D and Dense.
-      in_training_form: whether multi-branch blocks are welcome too; batch normalizations outside of them are not then,
-        since integer files have them merged.
+      in_training_form: whether multi-branch blocks are welcome too.
 
     Raises:
-      ValueError: if the model is not functional or not fused, or holds other layers with weights; names them.
+      ValueError: if the model is not functional or not fused, or holds other layers with weights, batch normalizations
+        among them; names them.
     """
     if not graph.is_functional(model):
         raise ValueError(
@@ -40,8 +40,14 @@ def check_model(model: keras.Model, also: tuple = (), in_training_form: bool = F
         )
     if not in_training_form:
         check_fused(model)
-    known = (*also, ReparameterizedBlock if in_training_form else keras.layers.BatchNormalization)
+    known = (*also, *([ReparameterizedBlock] if in_training_form else []))
     for layer in graph.leaves(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            raise ValueError(
+                f"layer {layer.name!r} is a BatchNormalization, which integer files do not have; "
+                "tf_repvgg.fusion.fuse(model) merges those that come right after a Conv2D, DepthwiseConv2D or Dense "
+                "layer without activation"
+            )
         if layer.trainable_weights and not (has_quantized_form(layer) or isinstance(layer, known)):
             others = "".join(f", {its_class.__name__}" for its_class in also)
             raise ValueError(
@@ -51,7 +57,12 @@ def check_model(model: keras.Model, also: tuple = (), in_training_form: bool = F
 
 
 def wrapped(
-    model: keras.Model, make_wrapper: Callable, activation_bits=8, range_momentum=0.99, classes=WEIGHTED
+    model: keras.Model,
+    make_wrapper: Callable,
+    activation_bits: int | None,
+    range_momentum: float,
+    calibration: Iterable | None,
+    classes: tuple = WEIGHTED,
 ) -> keras.Model:
     """A copy of a fused model whose weighted layers are in wrappers, with quantizers on the activations if asked for.
 
@@ -61,12 +72,13 @@ def wrapped(
         while the copy has its weights already, so that it can start from them.
       activation_bits: 8 or 16, or None for float activations.
       range_momentum: of their running ranges.
+      calibration: None, or images for `set_ranges`.
       classes: of the layers to be wrapped.
     """
     names = graph.unique_names(model)
 
     def replace(layer, changes):
-        copy = type(layer).from_config(layer.get_config() | changes)
+        copy = type(layer).from_config(layer.get_config() | {"dtype": layer.variable_dtype} | changes)
         weights = layer.get_weights()
         wrapper = make_wrapper(copy, names[id(layer)])
 
@@ -82,18 +94,26 @@ def wrapped(
     def make_quantizer(**options):
         return ActivationQuantizer(range_momentum, **options) if activation_bits else lambda tensor: tensor
 
-    return quantize_activations(model, replace, make_quantizer, classes, activation_bits)
+    found = quantize_activations(model, replace, make_quantizer, classes, activation_bits)
+    if calibration is not None:
+        set_ranges(found, calibration)
+    return found
 
 
 def set_ranges(model: keras.Model, calibration: Iterable) -> None:
-    """Lets the ranges of activations run over calibration images, as in training.
+    """Sets the ranges of activations to their mean over batches of calibration images; nothing else moves.
 
     Raises:
       ValueError: if there are none, or one has another shape or is not finite; names it.
     """
     images = checked_images(calibration, model.input_shape)
-    for start in range(0, len(images), _BATCH):
-        model(np.concatenate(images[start : start + _BATCH]), training=True)
+    followers = quantizers(model)
+    for count, start in enumerate(range(0, len(images), _BATCH)):
+        for quantizer in followers:
+            quantizer.calibration_momentum = count / (count + 1)
+        model(np.concatenate(images[start : start + _BATCH]), training=False)
+    for quantizer in followers:
+        quantizer.calibration_momentum = None
 
 
 def stripped(model: keras.Model, wrapper_class: type) -> keras.Model:

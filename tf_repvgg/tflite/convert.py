@@ -24,6 +24,8 @@ METADATA_NAME = "TF_REPVGG_INPUT"
 _DEAD_SCALE = 1e-8
 _NOMINAL_SCALE = 2.0**-7
 _FIXED_SCALE_16 = 2.0**-15
+# Of a kernel's largest weight; far below the 1 / 254 that rounding to 8 bits may move a weight by.
+_ROUNDING = 1e-6
 
 
 def convert(
@@ -59,12 +61,14 @@ def convert(
       The bytes of the file.
 
     Raises:
-      ValueError: for a model that is not fused, an unknown inference type, bits out of range, calibration images
-        that are none, of another shape, or not finite, or given for a quantized model; and for a quantized model with
-        an activation that has no range.
+      ValueError: for a model that is not fused or has several inputs, an unknown inference type, bits out of range,
+        calibration images that are none, of another shape, or not finite, or given for a quantized model; and for a
+        quantized model with an activation that has no range.
     """
     inference_type = checked_inference_type(inference_type, activation_bits(model))
     check_fused(model)
+    if len(model.inputs) != 1:
+        raise ValueError(f"files are written for models of one input, and {model.name!r} has {len(model.inputs)}")
     if quantizers(model):
         _check_quantized(model, calibration)
         file = _converted(model, model.input_shape[1:], inference_type)
@@ -167,7 +171,7 @@ def with_weights(
     """Puts a model's weights and biases into a calibrated int8 file of that model, code for code.
 
     Layers named in `kernels` get exactly those codes and scales, quantized layers their own; all others are rounded by
-    `quantize_min_max`.
+    `quantize_min_max`, but for kernels that are 8-bit codes times one scale already: they keep them.
     Biases are int32, or int64 where activations are int16, with scale (input scale * weight scale). Arguments as for
     `convert`.
 
@@ -191,7 +195,7 @@ def with_weights(
                 quantized = kernels[layer.name]
             else:
                 floor = min_scale_of_bias(bias, min(input_scales))
-                quantized = quantize_min_max(kernel_of(layer), weight_bits, per_channel, min_scale=floor)
+                quantized = _quantized(kernel_of(layer), weight_bits, per_channel, floor)
             weights = flatbuffer.weights_tensor(graph, operators[0])
             flatbuffer.set_weights(flat, weights, layout, quantized.codes, quantized.scale)
             for operator, input_scale in zip(operators, input_scales, strict=True):
@@ -202,6 +206,15 @@ def with_weights(
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
     return flatbuffer.pack(flat)
+
+
+def _quantized(kernel, weight_bits, per_channel, floor):
+    if weight_bits == 8:
+        # Of a `ClusterableLayer` of the user's own, say, whose weights are on a grid that no variable tells of.
+        one_grid = quantize_min_max(kernel, per_channel=False, min_scale=floor)
+        if np.allclose(one_grid.dequantize(), kernel, rtol=0, atol=_ROUNDING * np.max(np.abs(kernel), initial=0)):
+            return one_grid
+    return quantize_min_max(kernel, weight_bits, per_channel, min_scale=floor)
 
 
 def _own_kernels(model):

@@ -67,17 +67,17 @@ def cluster_quantize(
         their merged kernel that is quantized, in every step; see `ClusterQuantizeBlock`.
       activation_bits: 8 or 16, of activations quantized from running ranges, input included; None leaves them float.
       range_momentum: of those ranges.
-      calibration: normalised float images [height, width, channels] that set the ranges to start with; without them
-        the model's output is NaN until its first training step.
+      calibration: normalised float images [height, width, channels] that set the ranges to start with, for models of
+        one input; without them the model's output is NaN until its first training step.
 
     Returns:
       A model with the inputs and outputs of `model`, not compiled, whose layers are called as before; codebooks are in
       `ClusterQuantize` layers named "cluster_<layer>".
 
     Raises:
-      ValueError: for a model that is not functional, or not fused and without batch_norm_statistics, numbers out of
-        range, patterns that match no layer, a layer whose weights cannot be clustered or are not finite, and bad
-        calibration images.
+      ValueError: for a model that is not functional, or not fused and without batch_norm_statistics, other batch
+        normalizations, numbers out of range, patterns that match no layer or come too late, a layer whose weights
+        cannot be clustered or are not finite, and bad calibration images.
     """
     in_training_form = batch_norm_statistics is not None
     trainable.check_model(model, (ClusterableLayer,), in_training_form)
@@ -99,15 +99,7 @@ def cluster_quantize(
             return ClusterQuantizeBlock(layer, batch_norm_statistics, **training.as_arguments())
         return ClusterQuantize(layer, **training.as_arguments())
 
-    found = trainable.wrapped(model, make_wrapper, activation_bits, range_momentum, classes)
-    if calibration is not None:
-        wrappers = trainable.check_wrapped(found, Clustered)
-        for wrapper in wrappers:
-            wrapper.freeze()
-        trainable.set_ranges(found, calibration)
-        for wrapper in wrappers:
-            wrapper.freeze(False)
-    return found
+    return trainable.wrapped(model, make_wrapper, activation_bits, range_momentum, calibration, classes)
 
 
 def strip_cluster_quantize(clustered: keras.Model) -> keras.Model:
@@ -118,7 +110,7 @@ def strip_cluster_quantize(clustered: keras.Model) -> keras.Model:
       the user's own becomes one of its class that holds its clustered weights.
 
     Raises:
-      ValueError: if nothing in the model is clustered.
+      ValueError: if nothing in the model is clustered, and for weights or centroids that are not finite.
     """
     return trainable.stripped(clustered, Clustered)
 

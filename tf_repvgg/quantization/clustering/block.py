@@ -30,6 +30,7 @@ class ClusterQuantizeBlock(Clustered, keras.layers.Wrapper):
     def __init__(self, layer, batch_norm_statistics="frozen", **kwargs):
         own = {field: kwargs.pop(field) for field in CodebookTraining.__dataclass_fields__ if field in kwargs}
         kwargs.setdefault("name", f"cluster_{layer.name}")
+        kwargs.setdefault("dtype", "float32")
         super().__init__(layer, **kwargs)
         if batch_norm_statistics not in BATCH_NORM_STATISTICS:
             raise ValueError(
@@ -63,6 +64,7 @@ class ClusterQuantizeBlock(Clustered, keras.layers.Wrapper):
 
     def stripped(self):
         """What takes the wrapper's place in the stripped model, as a callable on tensors."""
+        self.check_finite()
         _, bias = self.layer.equivalent_kernel_and_bias()
         codebook = self._codebooks["kernel"]
         form = quantized_form(self.layer.merged_convolution(), self._training.cluster_per_channel)

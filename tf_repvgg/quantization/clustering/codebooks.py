@@ -94,7 +94,8 @@ def lloyd_step(weights, centroids, rate):
     """Moves every centroid by `rate` of the way to the mean of its weights; sorted.
 
     A cluster without weights starts anew one standard deviation from the mean of the cluster with the largest
-    inertia; where several are empty, from the next largest.
+    inertia, on the side of its weight that is farthest off, which it will hold then; where several are empty, of the
+    cluster with the next largest.
     """
     indices = assign(weights, centroids)
     count, total, squares = (
@@ -102,7 +103,11 @@ def lloyd_step(weights, centroids, rate):
     )
     mean = tf.math.divide_no_nan(total, count)
     inertia = tf.maximum(squares - total * mean, 0.0)
-    seeds = mean + tf.sqrt(tf.math.divide_no_nan(inertia, count))
+    smallest, largest = (
+        sign * _of_clusters(sign * weights, indices, centroids, tf.math.unsorted_segment_max) for sign in (-1, 1)
+    )
+    side = tf.where(largest - mean >= mean - smallest, 1.0, -1.0)
+    seeds = mean + side * tf.sqrt(tf.math.divide_no_nan(inertia, count))
     is_empty = count == 0
     by_inertia = tf.argsort(inertia, axis=-1, direction="DESCENDING")
     number = tf.maximum(tf.cumsum(tf.cast(is_empty, tf.int32), axis=-1) - 1, 0)
@@ -152,9 +157,9 @@ def _assign_few(weights, borders):
     return found
 
 
-def _of_clusters(values, indices, centroids):
-    """Sums of values [rows, channels] over the weights of each cluster, in the shape of the centroids."""
+def _of_clusters(values, indices, centroids, reduce=tf.math.unsorted_segment_sum):
+    """Sums, or another reduction, of values [rows, channels] over each cluster, in the shape of the centroids."""
     channels, states = centroids.shape
     segments = indices if channels == 1 else indices + states * tf.range(channels)
-    found = tf.math.unsorted_segment_sum(tf.reshape(values, [-1]), tf.reshape(segments, [-1]), channels * states)
+    found = reduce(tf.reshape(values, [-1]), tf.reshape(segments, [-1]), channels * states)
     return tf.reshape(found, [channels, states])

@@ -13,6 +13,10 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster_config i
 from tf_repvgg.quantization.clustering import codebooks
 
 _AGGREGATIONS = {GradientAggregation.SUM: "sum", GradientAggregation.AVG: "mean"}
+_ENUMERATIONS = {
+    "cluster_centroids_init": CentroidInitialization,
+    "cluster_gradient_aggregation": GradientAggregation,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,10 @@ class CodebookTraining:
             raise ValueError(
                 f"number_of_clusters is {self.number_of_clusters!r}; it must be a whole number from 2 to 256"
             )
+        for name, known in _ENUMERATIONS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, known):
+                raise ValueError(f"{name} is {value!r}; known: {', '.join(map(str, known))}")
         if not 0 <= self.centroid_update_rate <= 1:
             raise ValueError(f"centroid_update_rate is {self.centroid_update_rate!r}; it must be from 0 to 1")
         if not (isinstance(self.centroid_update_steps, numbers.Integral) and self.centroid_update_steps > 0):
@@ -76,6 +84,13 @@ class CodebookTraining:
         }
 
 
+def check_finite(layer, *tensors) -> None:
+    """Raises ValueError if weights of a layer hold infinities or NaN; names it."""
+    for tensor in (*tensors, *layer.weights):
+        if not bool(tf.reduce_all(tf.math.is_finite(tensor))):
+            raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
+
+
 class MovingCodebook:
     """The codebook of one weight tensor; its variables belong to the layer that it serves, which saves them.
 
@@ -92,8 +107,7 @@ class MovingCodebook:
     """
 
     def __init__(self, owner, name, weights, training: CodebookTraining):
-        if not bool(tf.reduce_all(tf.math.is_finite(weights))):
-            raise ValueError(f"layer {owner.layer.name!r} holds infinities or NaN; was training stable?")
+        check_finite(owner.layer, weights)
         self._training = training
         start = codebooks.initial_centroids(
             weights, training.number_of_clusters, training.cluster_per_channel, training.cluster_centroids_init
@@ -118,8 +132,11 @@ class MovingCodebook:
 
     def grid(self):
         """Centroids as they are multiplied with, [1 or channels, states]: int8 codes times `scale`, ascending."""
+        return codebooks.on_grid(self._sorted())
+
+    def _sorted(self):
         # The optimizer may have moved one centroid past another.
-        return codebooks.on_grid(tf.sort(self.centroids, axis=-1))
+        return tf.sort(self.centroids, axis=-1)
 
     def scale(self):
         """The step of the grid, [1 or channels]."""
@@ -140,10 +157,10 @@ class MovingCodebook:
         self._steps.assign_add(1)
         is_due = (self._steps % self._training.centroid_update_steps == 0) & ~self.is_frozen
         rate = self._training.centroid_update_rate
-        if rate:
+        if rate or self._training.train_centroids:  # at rate 0, only clusters without weights start anew
 
             def move():
-                self.centroids.assign(codebooks.lloyd_step(weights, tf.convert_to_tensor(self.centroids), rate))
+                self.centroids.assign(codebooks.lloyd_step(weights, self._sorted(), rate))
 
             tf.cond(is_due, move, lambda: None)
 

@@ -4,20 +4,28 @@ import tensorflow as tf
 import tf_keras as keras
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_wrapper import ClusterWeights
 
-from tf_repvgg.quantization.clustering.moving_codebook import CodebookTraining, MovingCodebook
+from tf_repvgg.quantization.clustering.moving_codebook import CodebookTraining, MovingCodebook, check_finite
 from tf_repvgg.quantization.layers import bias_of, filled, has_quantized_form, quantized_form
 
 
 class Clustered:
     """What wrappers have in common: `_codebooks`, {name of a weight: its `MovingCodebook`}, and `_latent(name)`."""
 
-    def freeze(self, frozen=True):
-        """Fixes which centroid each weight has, and where centroids are; or lets all move again. In effect at once.
+    stripped_by = "strip_cluster_quantize"
 
-        Frozen, latent weights do not train; with `train_centroids` the optimizer still moves centroids.
+    def freeze(self, frozen=True):
+        """Fixes which centroid each weight has, or lets it change again; in effect at once.
+
+        Frozen, latent weights do not train, and centroids rest too, unless the optimizer moves them
+        (`train_centroids`).
         """
         for name, codebook in self._codebooks.items():
             codebook.freeze(self._latent(name), frozen)
+
+    def check_finite(self):
+        """Raises ValueError if weights or centroids hold infinities or NaN, which codes would hide."""
+        for name, codebook in self._codebooks.items():
+            check_finite(self.layer, self._latent(name), codebook.centroids)
 
     def clusters(self):
         """{weight: (latent weights [rows, channels], grid centroids [1 or channels, states])}, to look at."""
@@ -44,6 +52,7 @@ class ClusterQuantize(Clustered, ClusterWeights):
     def __init__(self, layer, number_of_clusters, cluster_centroids_init=None, cluster_per_channel=False, **kwargs):
         own = {field: kwargs.pop(field) for field in CodebookTraining.__dataclass_fields__ if field in kwargs}
         self._training = CodebookTraining(number_of_clusters, cluster_centroids_init, cluster_per_channel, **own)
+        kwargs.setdefault("dtype", "float32")
         super().__init__(
             layer,
             number_of_clusters,
@@ -51,9 +60,11 @@ class ClusterQuantize(Clustered, ClusterWeights):
             cluster_gradient_aggregation=self._training.cluster_gradient_aggregation,
             **kwargs,
         )
-        if isinstance(layer, keras.layers.DepthwiseConv2D):
-            # tfmot leaves depthwise kernels alone, for the accuracy that they lose.
-            layer.get_clusterable_weights = lambda: [("depthwise_kernel", layer.depthwise_kernel)]
+        self.cluster_per_channel = cluster_per_channel  # tfmot's own knows it of Conv2D only
+        if has_quantized_form(layer):
+            # tfmot leaves depthwise kernels alone, for the accuracy that they lose, and weights that do not train.
+            name = "depthwise_kernel" if isinstance(layer, keras.layers.DepthwiseConv2D) else "kernel"
+            layer.get_clusterable_weights = lambda: [(name, getattr(layer, name))]
         self._codebooks = {}
 
     def build(self, input_shape):
@@ -82,6 +93,7 @@ class ClusterQuantize(Clustered, ClusterWeights):
 
     def stripped(self):
         """What takes the wrapper's place in the stripped model, as a callable on tensors."""
+        self.check_finite()
         self.update_clustered_weights_associations()
         if not has_quantized_form(self.layer):
             return self._plain_layer()
@@ -109,6 +121,15 @@ class ClusterQuantize(Clustered, ClusterWeights):
         is_depthwise = isinstance(self.layer, keras.layers.DepthwiseConv2D)
         channels = weight.shape[-2] * weight.shape[-1] if is_depthwise else weight.shape[-1]
         return tf.reshape(weight, [-1, channels])
+
+    # The weights of a layer are the wrapper's own here; tfmot trains them even where the layer does not train.
+    @property
+    def trainable_weights(self):
+        return super().trainable_weights if self.layer.trainable else []
+
+    @property
+    def non_trainable_weights(self):
+        return super().non_trainable_weights + ([] if self.layer.trainable else self._trainable_weights)
 
     # tfmot's wrapper has those of the wrapped layer, in which the clustered weights are missing.
     get_weights = keras.layers.Layer.get_weights
