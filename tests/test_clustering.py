@@ -185,6 +185,41 @@ def test_freezing(model):
     assert any(np.any(now != before) for now, before in zip(kernels_of(clustered), kernels, strict=True))
 
 
+def test_quantization_sets_in_gradually(tmp_path):
+    """In training, weights are on their way to the centroids, and gradients pass whole; elsewhere they are there."""
+    inputs = keras.Input((40,))
+    model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(inputs))
+    batch = images(16, (40,))
+    clustered = cluster_quantize(model, 3, ramp_steps=4, centroid_update_rate=0.0, activation_bits=None)
+    in_float, quantized = model(batch), clustered(batch)
+    for share in (0.25, 0.5):
+        with tf.GradientTape() as tape:
+            mixed = clustered(batch, training=True)
+            total = tf.reduce_sum(mixed)
+        np.testing.assert_allclose(mixed, share * quantized + (1 - share) * in_float, atol=1e-5)
+        (kernel,) = wrappers(clustered)["dense"].original_clusterable_weights.values()
+        expected = np.broadcast_to(batch.sum(axis=0)[:, np.newaxis], kernel.shape)
+        np.testing.assert_allclose(tape.gradient(total, kernel), expected, rtol=1e-5)
+        np.testing.assert_array_equal(clustered(batch), quantized)
+    clustered.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
+    np.testing.assert_allclose(loaded(batch, training=True), 0.75 * quantized + 0.25 * in_float, atol=1e-5)
+    for _ in range(2):
+        np.testing.assert_array_equal(loaded(batch, training=True), quantized)
+    wrappers(clustered)["dense"].freeze()
+    np.testing.assert_array_equal(clustered(batch, training=True), quantized)
+
+
+def test_quantization_sets_in_gradually_in_training_form():
+    model = blocks_in_training_form(RepVGGBlock)
+    clustered = cluster_quantize(
+        model, 3, ramp_steps=3, batch_norm_statistics="frozen", centroid_update_rate=0.0, activation_bits=None
+    )
+    quantized = clustered(images())
+    distances = [np.max(np.abs(clustered(images(), training=True) - quantized)) for _ in range(3)]
+    assert distances[0] > distances[1] > distances[2] == 0
+
+
 @pytest.mark.parametrize("train_centroids", [False, True])
 def test_saved_and_loaded_in_the_middle_of_training(model, train_centroids, tmp_path):
     clustered = fit(cluster_quantize(model, 4, cluster_per_channel=True, train_centroids=train_centroids))
@@ -568,6 +603,7 @@ def test_bad_input(model):
     refuses("cluster_centroids_init is 'linear'; known: .*LINEAR", cluster_centroids_init="linear")
     refuses("centroid_update_rate is 1.5; it must be from 0 to 1", centroid_update_rate=1.5)
     refuses("centroid_update_steps is 0; it must be a whole number above 0", centroid_update_steps=0)
+    refuses("ramp_steps is -1; it must be a whole number, 0 for none", ramp_steps=-1)
     refuses("there are no calibration images", calibration=[])
     refuses("but got Sequential", keras.Sequential([keras.layers.Dense(3)]))
     from tf_repvgg.models import build_repvgg

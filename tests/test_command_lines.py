@@ -272,6 +272,12 @@ CASES = {
         "--freeze_epochs=3 is more than --epochs=2",
         "",
     ),
+    "quantization that never sets in": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--ramp_epochs=2.5"],
+        "--ramp_epochs=2.5 is more than --epochs=2",
+        "",
+    ),
     "export: output is a file": (
         EXPORT,
         ["--workdir={here}/run", "--output={here}/file"],

@@ -36,6 +36,7 @@ def clustered_run(run_forked, float_run, tmp_path_factory):
         "--quantize=clusterqat",
         "--number_of_clusters=logits=256,.*=8",
         "--epochs=2",
+        "--ramp_epochs=0.5",
         "--freeze_epochs=0.5",
     )
     assert result.status == 0, result.stderr[-3000:]
@@ -135,6 +136,7 @@ def test_killed_and_resumed(float_run, run_forked, tmp_path):
         "--steps_per_epoch=8",
         "--train_centroids",
         "--centroid_update_steps=3",
+        "--ramp_epochs=2.5",
         "--deterministic",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -262,15 +262,14 @@ def main(_):
         data = make_data()
         trains = not (FLAGS.evaluate_only or run.is_complete)
         if trains:
-            tuning = quantized.FineTuning(data) if FLAGS.quantize else None
+            tuning = quantized.FineTuning(data, steps_per_epoch(data)) if FLAGS.quantize else None
             model = None if tuning else make_model(data, data.image_shape)
             trainer = make_trainer(data, tuning)
             run.start(FLAGS, data)  # after everything that can refuse
             average = callbacks.AverageWeights(trainer, FLAGS.ema) if FLAGS.ema else None
             averages = {"averages": average.averages} if average else {}
             resume = callbacks.Resume(run.checkpoints_path, trainer, FLAGS.checkpoint_minutes, **averages)
-            steps = steps_per_epoch(data)
-            also = tuning.callbacks(run, steps * FLAGS.epochs, steps) if tuning else []
+            also = tuning.callbacks(run) if tuning else []
         else:
             model = runs.load_model(run.path)
             finished_runs.check_fits(model, data)

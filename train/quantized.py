@@ -53,6 +53,12 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Of activations, input included.")
 flags.DEFINE_float(
+    "ramp_epochs",
+    0.0,
+    "In the first so many epochs quantization of weights sets in, as a growing share of centroids in their mixture.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
     "freeze_epochs", 0.0, "The last so many epochs train with resting clusters and activation ranges.", lower_bound=0
 )
 flags.DEFINE_integer(
@@ -71,6 +77,7 @@ _USED_BY = {
     "cluster_gradient_aggregation": ("clusterqat", "tfmot_clustering"),
     "batch_norm_statistics": ("clusterqat",),
     "activation_bits": ("clusterqat", "lsq"),
+    "ramp_epochs": ("clusterqat",),
     "freeze_epochs": ("clusterqat", "lsq"),
     "calibration_images": ("clusterqat", "lsq"),
 }
@@ -81,6 +88,10 @@ _WITHOUT = {"ema": 0.0, "early_epochs": 0, "merged_weight_decay": 0.0, "precisio
 class FineTuning:
     """What --quantize asks for.
 
+    Args:
+      data: `tf_repvgg.data.ClassificationData` of the training.
+      steps_per_epoch: of the training.
+
     Attributes:
       model: what is to be trained.
 
@@ -89,7 +100,7 @@ class FineTuning:
       FileNotFoundError: if --init_from names no finished run.
     """
 
-    def __init__(self, data):
+    def __init__(self, data, steps_per_epoch):
         _check_flags()
         model = finished_runs.load_matching(FLAGS.init_from, data, "run")
         if quantizers(model):
@@ -104,6 +115,7 @@ class FineTuning:
             )
         self._base = fusion.fuse(model) if has_blocks and not FLAGS.batch_norm_statistics else model
         self._data = data
+        self._steps_per_epoch = steps_per_epoch
         self.model = self._prepared()
 
     def _prepared(self):
@@ -134,18 +146,22 @@ class FineTuning:
                     centroid_update_rate=FLAGS.centroid_update_rate,
                     centroid_update_steps=FLAGS.centroid_update_steps,
                     train_centroids=FLAGS.train_centroids,
+                    ramp_steps=self._steps(FLAGS.ramp_epochs),
                     batch_norm_statistics=FLAGS.batch_norm_statistics,
                     **activations,
                 )
         return self._base
 
-    def callbacks(self, run: runs.Run, steps: int, steps_per_epoch: int) -> list:
-        """Those that belong to a training of so many steps."""
+    def _steps(self, epochs):
+        return round(epochs * self._steps_per_epoch)
+
+    def callbacks(self, run: runs.Run) -> list:
+        """Those that belong to its training."""
         found = []
         if FLAGS.quantize == "clusterqat":
             found.append(clustering.ClusterLog(f"{run.tensorboard_path}/clusters"))
         if FLAGS.freeze_epochs:
-            found.append(clustering.FreezeClusters(steps - round(FLAGS.freeze_epochs * steps_per_epoch)))
+            found.append(clustering.FreezeClusters(self._steps(FLAGS.epochs) - self._steps(FLAGS.freeze_epochs)))
         return found
 
     def finished(self, trainer: keras.Model) -> keras.Model:
@@ -168,8 +184,9 @@ def check_used() -> None:
         if flag.value != flag.default and FLAGS.quantize not in users:
             asked = f"--quantize={FLAGS.quantize}" if FLAGS.quantize else "no --quantize"
             raise ValueError(f"--{name}={flag.value} has no effect with {asked}; it is for {', '.join(users)}")
-    if FLAGS.freeze_epochs > FLAGS.epochs:
-        raise ValueError(f"--freeze_epochs={FLAGS.freeze_epochs:g} is more than --epochs={FLAGS.epochs}")
+    for name in ("ramp_epochs", "freeze_epochs"):
+        if FLAGS[name].value > FLAGS.epochs:
+            raise ValueError(f"--{name}={FLAGS[name].value:g} is more than --epochs={FLAGS.epochs}")
 
 
 def _check_flags():

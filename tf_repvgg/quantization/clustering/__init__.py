@@ -46,6 +46,7 @@ def cluster_quantize(
     centroid_update_rate: float = 0.1,
     centroid_update_steps: int = 10,
     train_centroids: bool = False,
+    ramp_steps: int = 0,
     batch_norm_statistics: str | None = None,
     activation_bits: int | None = 8,
     range_momentum: float = 0.99,
@@ -62,7 +63,7 @@ def cluster_quantize(
       cluster_centroids_init: None for k-means, or one of tfmot's.
       cluster_per_channel: a codebook for every output channel, or one for the kernel.
       cluster_gradient_aggregation: of tfmot's gradient, which moves centroids with `train_centroids`.
-      centroid_update_rate, centroid_update_steps, train_centroids: see `ClusterQuantize`.
+      centroid_update_rate, centroid_update_steps, train_centroids, ramp_steps: see `CodebookTraining`.
       batch_norm_statistics: None for deploy form. "frozen" or "running": the branches of every block train, and it is
         their merged kernel that is quantized, in every step; see `ClusterQuantizeBlock`.
       activation_bits: 8 or 16, of activations quantized from running ranges, input included; None leaves them float.
@@ -94,6 +95,7 @@ def cluster_quantize(
             centroid_update_rate,
             centroid_update_steps,
             train_centroids,
+            ramp_steps,
         )
         if isinstance(layer, ReparameterizedBlock):
             return ClusterQuantizeBlock(layer, batch_norm_statistics, **training.as_arguments())

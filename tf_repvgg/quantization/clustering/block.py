@@ -53,11 +53,13 @@ class ClusterQuantizeBlock(Clustered, keras.layers.Wrapper):
     def call(self, inputs, training=None):
         kernel, bias = self.layer.equivalent_kernel_and_bias()
         codebook, latent = self._codebooks["kernel"], _as_matrix(kernel)
+        quantized = codebook.quantized
         if training:
             if self.batch_norm_statistics == "running":
                 tf.cond(codebook.is_frozen, lambda: None, lambda: self._follow(inputs))
             codebook.step(latent)
-        return self.layer.merged_call(inputs, tf.reshape(codebook.quantized(latent), kernel.shape), bias)
+            quantized = codebook.in_training
+        return self.layer.merged_call(inputs, tf.reshape(quantized(latent), kernel.shape), bias)
 
     def _follow(self, inputs):
         self.layer(inputs, training=True)  # for the statistics that it updates

@@ -31,6 +31,9 @@ class CodebookTraining:
       centroid_update_rate: share of the way to the mean of its weights that a centroid moves, 0 (not at all) to 1.
       centroid_update_steps: training steps from one such move to the next.
       train_centroids: whether the optimizer moves centroids too, by tfmot's gradient.
+      ramp_steps: training steps in which quantization sets in: a layer computes with a mixture of its latent weights
+        and their centroids, the share of centroids growing evenly from 0 to 1 (alpha-blending, arXiv:1903.01061, with
+        a linear schedule, and straight-through gradients all along). Elsewhere, in evaluation say, it is 1 at once.
 
     Raises:
       ValueError: for values out of range.
@@ -43,6 +46,7 @@ class CodebookTraining:
     centroid_update_rate: float = 0.1
     centroid_update_steps: int = 10
     train_centroids: bool = False
+    ramp_steps: int = 0
 
     def __post_init__(self):
         if not (isinstance(self.number_of_clusters, numbers.Integral) and 2 <= self.number_of_clusters <= 256):
@@ -59,6 +63,8 @@ class CodebookTraining:
             raise ValueError(
                 f"centroid_update_steps is {self.centroid_update_steps!r}; it must be a whole number above 0"
             )
+        if not (isinstance(self.ramp_steps, numbers.Integral) and self.ramp_steps >= 0):
+            raise ValueError(f"ramp_steps is {self.ramp_steps!r}; it must be a whole number, 0 for none")
 
     def as_arguments(self) -> dict:
         """{argument: value} of a wrapper."""
@@ -70,6 +76,7 @@ class CodebookTraining:
         return self.as_arguments() | {
             "number_of_clusters": int(self.number_of_clusters),
             "centroid_update_steps": int(self.centroid_update_steps),
+            "ramp_steps": int(self.ramp_steps),
             "cluster_centroids_init": initialization and initialization.value,
             "cluster_gradient_aggregation": self.cluster_gradient_aggregation.value,
         }
@@ -151,6 +158,15 @@ class MovingCodebook:
             self._assignments,
             _AGGREGATIONS[self._training.cluster_gradient_aggregation] if self._training.train_centroids else None,
         )
+
+    def in_training(self, weights):
+        """What a training step computes with: `quantized`, or while the ramp lasts a mixture; differentiable alike."""
+        found = self.quantized(weights)
+        if not self._training.ramp_steps:
+            return found
+        share = tf.cast(self._steps, tf.float32) / self._training.ramp_steps
+        share = tf.where(self.is_frozen, 1.0, tf.minimum(share, 1.0))
+        return share * found + (1.0 - share) * weights
 
     def step(self, weights):
         """Counts a training step, and moves centroids when it is time."""

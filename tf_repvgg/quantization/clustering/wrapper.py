@@ -82,13 +82,13 @@ class ClusterQuantize(Clustered, ClusterWeights):
         if training:
             for name, codebook in self._codebooks.items():
                 codebook.step(self._latent(name))
-        self.update_clustered_weights_associations()
+        self.update_clustered_weights_associations(training)
         return self.layer.call(inputs, **kwargs)
 
-    def update_clustered_weights_associations(self):
+    def update_clustered_weights_associations(self, training=None):
         """Gives the wrapped layer its clustered weights, as tfmot's `strip_clustering` asks for."""
         for name, codebook in self._codebooks.items():
-            found = codebook.quantized(self._latent(name))
+            found = (codebook.in_training if training else codebook.quantized)(self._latent(name))
             self.set_weight_to_layer(name, tf.reshape(found, self.original_clusterable_weights[name].shape))
 
     def stripped(self):
