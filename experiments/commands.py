@@ -6,15 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tf_repvgg import runs
+from tf_repvgg import cli, runs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Diverged(SystemExit):
+    """Training came to numbers that are not finite, and has said so."""
 
 
 def _run(script, *arguments, **flags):
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     print(f"\n$ python {script} {' '.join((*arguments, *words))}", flush=True)
-    if status := subprocess.run([sys.executable, ROOT / script, *arguments, *words], cwd=ROOT).returncode:
+    status = subprocess.run([sys.executable, ROOT / script, *arguments, *words], cwd=ROOT).returncode
+    if status == cli.DIVERGED:
+        raise Diverged(status)
+    if status:
         sys.exit(status)  # the program has said why
 
 
@@ -27,6 +34,9 @@ def train(config, workdir, **flags) -> dict:
 
     A finished run is only evaluated again; one with other flags is refused. Without further flags, a finished run that
     is committed in results/checkpoints is taken as it is.
+
+    Raises:
+      Diverged: if the program says so.
     """
     committed = ROOT / "results" / "checkpoints" / config
     if committed.exists() and not (ROOT / workdir).exists() and not flags.keys() - {"data_dir"}:

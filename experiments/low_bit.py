@@ -17,7 +17,7 @@ from typing import NamedTuple
 import low_bit_figure
 import numpy as np
 from absl import app, flags
-from commands import ROOT, export, train
+from commands import ROOT, Diverged, export, train
 from tables import write_results
 from tabulate import tabulate
 
@@ -28,7 +28,7 @@ flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by defa
 flags.DEFINE_string("runs", "runs/low_bit", "Folder of the fine-tuning runs.")
 
 CONFIG = "cifar10_fine_tuning"
-LEARNING_RATES = (0.0005, 0.002, 0.008, 0.032)
+LEARNING_RATES = (0.0005, 0.002, 0.008, 0.016)
 HEADLINE = (  # states, granularity, largest drop asked for
     (16, "per_tensor", 0.1),
     (8, "per_tensor", 0.3),
@@ -41,6 +41,7 @@ HEADLINE = (  # states, granularity, largest drop asked for
 )
 MODELS = {"OABN": "cifar10_oabn", "OABN, seed 1": "cifar10_oabn_seed1"}
 OTHERS = {"BN": "cifar10_bn", "QARepVGG": "cifar10_qarepvgg", "no identity branch": "cifar10_no_identity"}
+IMAGES = {"test": 10_000, "validation": 5_000}
 GRANULARITIES = ("per_tensor", "per_channel")
 _TWO_SIDED_95 = 1.96
 
@@ -108,7 +109,7 @@ class Result:
 
     Attributes:
       is_right: bool [images], of the integer file, or of the float network.
-      top1: in percent.
+      top1: in percent; 0 if training diverged, which then is right of no image.
       fidelity: of the integer file to the model that was trained: "agreement_percent" of their classes, and
         "trained_model_top1_percent"; empty for float.
     """
@@ -127,6 +128,10 @@ class Result:
     def from_record(cls, record):
         packed = np.frombuffer(base64.b64decode(record["is_right_packed_bits"]), np.uint8)
         return cls(np.unpackbits(packed, count=record["images"]).astype(bool), record["fidelity"])
+
+    @classmethod
+    def of_diverged(cls, split):
+        return cls(np.zeros(IMAGES[split], bool), {"agreement_percent": None, "trained_model_top1_percent": None})
 
     @classmethod
     def of_export(cls, folder, report):
@@ -165,11 +170,13 @@ def fine_tune(record, method, base, states, granularity, rate, distill, split="t
         return Result.from_record(found)
     workdir = f"{FLAGS.runs}/{name}_{'_'.join(sha256[:8] for sha256 in made_from.values())}"
     path = ROOT / workdir / "export" / "export.json"  # written last
-    if not path.exists():
-        _train_and_export(workdir, trainings, base, distill, split)
-    report = json.loads(path.read_text(encoding="utf-8"))
-    result = Result.of_export(path.parent, report)
-    record["fine_tunings"][name] = made_from | {"machine": report["machine"]} | result.as_record()
+    try:
+        if not path.exists():
+            _train_and_export(workdir, trainings, base, distill, split)
+        result = Result.of_export(path.parent, json.loads(path.read_text(encoding="utf-8")))
+    except Diverged:
+        result = Result.of_diverged(split)
+    record["fine_tunings"][name] = made_from | {"machine": runs.machine()} | result.as_record()
     write(record)
     return result
 
@@ -209,18 +216,20 @@ def make_choices(record):
     tune = functools.partial(fine_tune, record, base=base, granularity="per_tensor", split="validation")
     choices = record["choices"] = {"learning_rates": {}, "validation_top1_percent": {}}
 
-    def rate_of(method, states, distill):
-        found = {rate: tune(method, states=states, rate=rate, distill=distill).top1 for rate in LEARNING_RATES}
+    def top1_by_rate(method, states, distill, rates=LEARNING_RATES):
+        found = {rate: tune(method, states=states, rate=rate, distill=distill).top1 for rate in rates}
         name = f"{method}, {states} states" + (", distilled" if distill else "")
         choices["validation_top1_percent"][name] = {str(rate): round(top1, 2) for rate, top1 in found.items()}
         write(record)
-        return chosen(found), max(found.values())
+        return found
 
-    best = {distill: rate_of("ClusterQAT", 8, distill)[1] for distill in (False, True)}
-    choices["distill"] = distill = chosen(best)
-    choices["learning_rates"]["float"] = rate_of("float", 0, distill)[0]
+    distilled = top1_by_rate("ClusterQAT", 8, True)
+    rate = chosen(distilled)
+    plain = top1_by_rate("ClusterQAT", 8, False, [rate])
+    choices["distill"] = distill = distilled[rate] > plain[rate]
+    choices["learning_rates"]["float"] = chosen(top1_by_rate("float", 0, distill))
     for method, states in itertools.product(("ClusterQAT", "LSQ", "tfmot", *FORMS[1:]), (8, 4)):
-        choices["learning_rates"][f"{method}, {states}"] = rate_of(method, states, distill)[0]
+        choices["learning_rates"][f"{method}, {states}"] = chosen(top1_by_rate(method, states, distill))
     return choices
 
 
@@ -305,7 +314,7 @@ def write(record):
         if record[part]:
             page += ["", f"## {title}", "", _table(record[part])]
     if choices := record["choices"].get("validation_top1_percent"):
-        rows = [[name, *(f"{found[str(rate)]:.2f}" for rate in LEARNING_RATES)] for name, found in choices.items()]
+        rows = [[name, *(_percent(found.get(str(rate))) for rate in LEARNING_RATES)] for name, found in choices.items()]
         page += ["", "## Chosen on validation data: learning rates, distillation and the form that is trained", ""]
         page += ["SGD at these rates; tfmot by AdamW, at a twentieth of them.", ""]
         page.append(tabulate(rows, ["", *map(str, LEARNING_RATES)], tablefmt="github", disable_numparse=True))
@@ -321,9 +330,9 @@ def _table(rows):
             row["states"],
             row["granularity"].replace("_", " "),
             " / ".join(f"{top1:.2f}" for top1 in row["reference_top1_percent"]),
-            " / ".join(f"{top1:.2f}" for top1 in row["integer_top1_percent"]),
+            " / ".join(map(_percent, row["integer_top1_percent"])),
             f"{row['drop']:.2f} ± {row['half_interval']:.2f}",
-            " / ".join(f"{agreement:.2f}" for agreement in row["agreement_percent"]),
+            " / ".join(map(_percent, row["agreement_percent"])),
             *([f"{row['asked']:.1f}", "yes" if row["is_met"] else "no"] if has_goal else []),
         ]
         for row in rows
@@ -331,6 +340,13 @@ def _table(rows):
     headers = ["model", "method", "states", "weights", "float", "integer", "drop", "agrees"]
     headers += ["asked", "met"] if has_goal else []
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def _percent(value):
+    """In two decimals; of what was not measured, or diverged, it says so."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value else "diverged"
 
 
 def main(_):

@@ -95,6 +95,42 @@ def test_a_record_is_used_for_the_model_and_the_flags_that_it_is_of(low_bit, mon
     assert first["distill_from"] == second["distill_from"] == "base"
 
 
+def test_what_diverged_is_right_of_no_image(low_bit, monkeypatch, tmp_path):
+    def train(*_, **__):
+        raise low_bit.Diverged(3)
+
+    for name, value in {"write": lambda record: None, "train": train}.items():
+        monkeypatch.setattr(low_bit, name, value)
+    monkeypatch.setattr(low_bit.runs, "model_sha256", lambda workdir: "of the base")
+    if not low_bit.FLAGS.is_parsed():
+        low_bit.FLAGS.mark_as_parsed()
+    record = {"fine_tunings": {}}
+    for _ in range(2):
+        result = low_bit.fine_tune(record, "LSQ", str(tmp_path), 8, "per_tensor", 1.0, False, split="validation")
+        assert result.top1 == 0 and len(result.is_right) == 5000
+        monkeypatch.setattr(low_bit, "train", None)
+    row = {"models": ["OABN"], "method": "LSQ", "states": 8, "granularity": "per_tensor", "reference_top1_percent": [90]}
+    row |= {"integer_top1_percent": [0.0], "drop": 90, "half_interval": 0.5, "agreement_percent": [None]}
+    assert low_bit._table([row]).count("| diverged  |") == low_bit._table([row]).count("| –") == 1
+
+
+def test_the_picture(low_bit, tmp_path):
+    """Drawn of whatever rows there are; drops reach the figure's bottom."""
+    import low_bit_figure
+    import matplotlib.pyplot as plt
+
+    def row(method, states, granularity, drop, model="OABN"):
+        facts = {"method": method, "states": states, "granularity": granularity, "models": [model]}
+        return facts | {"reference_top1_percent": [88.0], "integer_top1_percent": [88.0 - drop]}
+
+    record = {"headline": [row("ClusterQAT", states, "per_tensor", 8 / states) for states in (4, 16, 8)]}
+    record |= {"peers": [row("LSQ", 4, "per_channel", 1.0)], "others": [row("ClusterQAT", 4, "per_tensor", 50.0, "BN")]}
+    assert low_bit_figure._points(record["headline"], "ClusterQAT", "per_tensor", "OABN") == ([4, 8, 16], [2, 1, 0.5])
+    low_bit_figure.draw(record, tmp_path / "picture.png")
+    assert plt.imread(tmp_path / "picture.png").shape[0] > 300
+    assert not plt.get_fignums()
+
+
 def test_what_each_method_is_asked_for(low_bit):
     def flags(method, states):
         return low_bit.METHODS[method].runs(states, "per_tensor")

@@ -1,4 +1,4 @@
-"""What the command lines share: quiet logs, and errors that give one line: bad input exit status 2, failed work 1."""
+"""What the command lines share: quiet logs, and errors that give one line: bad input exit status 2, failed work 1 or 3."""
 
 import contextlib
 import functools
@@ -9,15 +9,15 @@ import sys
 import tensorflow as tf
 from absl import app, flags, logging
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, DIVERGED = 1, 2, 3
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
 
 def run(main):
     """Runs an absl program whose malformed flags end it with one line and exit status 2.
 
-    So does what may fail on the way, such as a full disk or weights that are no longer finite, with exit status 1, and
-    Control-C with 130.
+    So does what may fail on the way, such as a full disk, with exit status 1, weights that are no longer finite with 3,
+    and Control-C with 130.
     """
     logging.set_verbosity(logging.ERROR)  # TFDS tells of every file it opens, and warns of those it does not find.
     app.run(functools.partial(_run, main), flags_parser=_parse_flags)
@@ -28,7 +28,9 @@ def _run(main, argv):
         main(argv)
     except KeyboardInterrupt:
         _exit("interrupted; what was written before is whole", INTERRUPTED)
-    except (OSError, FloatingPointError) as error:
+    except FloatingPointError as error:
+        _exit(error, DIVERGED)
+    except OSError as error:
         _exit(error, FAILED)
     except tf.errors.ResourceExhaustedError as error:  # memory, or the disk that TensorBoard's events go to
         _exit(error.message.splitlines()[0].rpartition("}} ")[2], FAILED)
