@@ -68,7 +68,7 @@ def _clusters(states):
 
 def _clusterqat(states, granularity, **more):
     own = {"quantize": "clusterqat", "number_of_clusters": _clusters(states), "granularity": granularity}
-    return [own | FROZEN_AT_LAST | more]
+    return [own | {"ramp_epochs": 1} | FROZEN_AT_LAST | more]
 
 
 def _lsq(states, granularity):
