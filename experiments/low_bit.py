@@ -28,7 +28,7 @@ flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by defa
 flags.DEFINE_string("runs", "runs/low_bit", "Folder of the fine-tuning runs.")
 
 CONFIG = "cifar10_fine_tuning"
-LEARNING_RATES = (0.0005, 0.002, 0.008, 0.016)
+LEARNING_RATES = (0.002, 0.008, 0.016)
 HEADLINE = (  # states, granularity, largest drop asked for
     (16, "per_tensor", 0.1),
     (8, "per_tensor", 0.3),
@@ -210,33 +210,35 @@ def chosen(results):
     return max(results, key=results.get)
 
 
-def make_choices(record):
-    """Fills record["choices"]: whether to distill, and the learning rate of (method, states), on validation data."""
-    base = base_run("cifar10_oabn_validation")
-    tune = functools.partial(fine_tune, record, base=base, granularity="per_tensor", split="validation")
-    choices = record["choices"] = {"learning_rates": {}, "validation_top1_percent": {}}
+class Choices:
+    """What is chosen on validation data, by a network that has not seen them; measured when it is asked for.
 
-    def top1_by_rate(method, states, distill, rates=LEARNING_RATES):
-        found = {rate: tune(method, states=states, rate=rate, distill=distill).top1 for rate in rates}
+    Args:
+      record: whose "choices" tell of it.
+    """
+
+    def __init__(self, record):
+        self._tune = functools.partial(
+            fine_tune, record, base=base_run("cifar10_oabn_validation"), granularity="per_tensor", split="validation"
+        )
+        self._write = functools.partial(write, record)
+        self._validation = record["choices"]["validation_top1_percent"] = {}
+        rate, distilled = self._best_rate("ClusterQAT", 8, True)
+        _, plain = self._best_rate("ClusterQAT", 8, False, [rate])
+        self.distill = record["choices"]["distill"] = distilled > plain
+
+    def _best_rate(self, method, states, distill, rates=LEARNING_RATES):
+        """The learning rate, and the top-1 that it gives."""
+        found = {rate: self._tune(method, states=states, rate=rate, distill=distill).top1 for rate in rates}
         name = f"{method}, {states} states" + (", distilled" if distill else "")
-        choices["validation_top1_percent"][name] = {str(rate): round(top1, 2) for rate, top1 in found.items()}
-        write(record)
-        return found
+        self._validation[name] = {str(rate): round(top1, 2) for rate, top1 in found.items()}
+        self._write()
+        return chosen(found), max(found.values())
 
-    distilled = top1_by_rate("ClusterQAT", 8, True)
-    rate = chosen(distilled)
-    plain = top1_by_rate("ClusterQAT", 8, False, [rate])
-    choices["distill"] = distill = distilled[rate] > plain[rate]
-    choices["learning_rates"]["float"] = chosen(top1_by_rate("float", 0, distill))
-    for method, states in itertools.product(("ClusterQAT", "LSQ", "tfmot", *FORMS[1:]), (8, 4)):
-        choices["learning_rates"][f"{method}, {states}"] = chosen(top1_by_rate(method, states, distill))
-    return choices
-
-
-def rate_for(choices, method, states):
-    if method == "float":
-        return choices["learning_rates"]["float"]
-    return choices["learning_rates"][f"{method}, {8 if states > 4 else 4}"]
+    def rate(self, method, states):
+        """The learning rate of a method: that for 8 states serves all from 5 on, that for 4 the others."""
+        states = 0 if method == "float" else 8 if states > 4 else 4
+        return self._best_rate(method, states, self.distill)[0]
 
 
 def drop_and_interval(references, results):
@@ -247,14 +249,13 @@ def drop_and_interval(references, results):
 
 def measure(record):
     """Fills the record's rows one by one."""
-    choices = make_choices(record)
-    distill = choices["distill"]
+    choices = Choices(record)
     bases = {name: base_run(config) for name, config in (MODELS | OTHERS).items()}
 
     @functools.cache
     def tested(model, method, states=0, granularity="per_tensor", edges=None):
-        rate = rate_for(choices, method, states)
-        return fine_tune(record, method, bases[model], states, granularity, rate, distill, edges=edges)
+        rate = choices.rate(method, states)
+        return fine_tune(record, method, bases[model], states, granularity, rate, choices.distill, edges=edges)
 
     def add(part, models, method, states, granularity, edges=None, asked=None):
         references = [tested(model, "float") for model in models]
@@ -270,7 +271,7 @@ def measure(record):
             "integer_top1_percent": [round(r.top1, 2) for r in results],
             "drop": round(drop, 3),
             "half_interval": round(half, 3),
-            "learning_rate": METHODS[method].rate * rate_for(choices, method, states),
+            "learning_rate": METHODS[method].rate * choices.rate(method, states),
             "agreement_percent": [r.fidelity["agreement_percent"] for r in results],
             "trained_model_top1_percent": [r.fidelity["trained_model_top1_percent"] for r in results],
         }
@@ -345,7 +346,7 @@ def _table(rows):
 def _percent(value):
     """In two decimals; of what was not measured, or diverged, it says so."""
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.2f}" if value else "diverged"
 
 

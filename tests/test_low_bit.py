@@ -109,9 +109,16 @@ def test_what_diverged_is_right_of_no_image(low_bit, monkeypatch, tmp_path):
         result = low_bit.fine_tune(record, "LSQ", str(tmp_path), 8, "per_tensor", 1.0, False, split="validation")
         assert result.top1 == 0 and len(result.is_right) == 5000
         monkeypatch.setattr(low_bit, "train", None)
-    row = {"models": ["OABN"], "method": "LSQ", "states": 8, "granularity": "per_tensor", "reference_top1_percent": [90]}
-    row |= {"integer_top1_percent": [0.0], "drop": 90, "half_interval": 0.5, "agreement_percent": [None]}
-    assert low_bit._table([row]).count("| diverged  |") == low_bit._table([row]).count("| –") == 1
+    row = {
+        "models": ["OABN"],
+        "method": "LSQ",
+        "states": 8,
+        "granularity": "per_tensor",
+        "drop": 90,
+        "half_interval": 0,
+    }
+    row |= {"reference_top1_percent": [90], "integer_top1_percent": [0.0], "agreement_percent": [None]}
+    assert low_bit._table([row]).count("| diverged  |") == low_bit._table([row]).count("| -  ") == 1
 
 
 def test_the_picture(low_bit, tmp_path):
@@ -140,7 +147,27 @@ def test_what_each_method_is_asked_for(low_bit):
     assert flags("LSQ", states)[0]["weight_bits"] == "stem=8,.*=3"
     assert flags("tfmot", states)[0]["number_of_clusters"] == "stem=256,.*=8"
     assert [run["epochs"] for run in flags("tfmot", states)] == [1, 2]
-    choices = {"learning_rates": {"float": 1, "LSQ, 8": 2, "LSQ, 4": 3}}
-    rates = [low_bit.rate_for(choices, "LSQ", states) for states in (16, 8, 5, 4, 3)]
-    assert rates == [2, 2, 2, 3, 3]
-    assert low_bit.rate_for(choices, "float", 0) == 1
+
+
+def test_choices(low_bit, monkeypatch):
+    """The best of the grid, distilled if that is better; only what is asked for is measured."""
+    measured = set()
+
+    def fine_tune(record, method, base, states, granularity, rate, distill, split):
+        measured.add((method, states, rate, distill))
+        best = {"ClusterQAT": 0.008, "float": 0.002}.get(method, 0.016 if states == 8 else 0.008)
+        return answers(low_bit, *[1] * (8 + distill if rate == best else 7), *[0] * 5)
+
+    for name, value in {"fine_tune": fine_tune, "base_run": str, "write": lambda record: None}.items():
+        monkeypatch.setattr(low_bit, name, value)
+    record = {"choices": {}}
+    choices = low_bit.Choices(record)
+    assert choices.distill and record["choices"]["distill"]
+    assert [choices.rate("ClusterQAT", states) for states in (16, 8, 5)] == [0.008] * 3
+    assert len(measured) == len(low_bit.LEARNING_RATES) + 1
+    assert [choices.rate("LSQ", states) for states in (16, 8, 5, 4, 3)] == [0.016] * 3 + [0.008] * 2
+    assert choices.rate("float", 0) == 0.002
+    assert {states for method, states, *_ in measured if method == "float"} == {0}
+    assert len(measured) == 4 * len(low_bit.LEARNING_RATES) + 1
+    found = record["choices"]["validation_top1_percent"]
+    assert found["ClusterQAT, 8 states"].keys() == {"0.008"} and len(found["LSQ, 4 states, distilled"]) == 3

@@ -1,4 +1,4 @@
-"""What the command lines share: quiet logs, and errors that give one line: bad input exit status 2, failed work 1 or 3."""
+"""What the command lines share: quiet logs, and errors of one line: bad input exit status 2, failed work 1 or 3."""
 
 import contextlib
 import functools
