@@ -272,6 +272,18 @@ CASES = {
         "--freeze_epochs=3 is more than --epochs=2",
         "",
     ),
+    "two starts of a codebook": (
+        TRAIN,
+        [
+            "--workdir={new}",
+            "--quantize=clusterqat",
+            "--init_from={here}/run",
+            "--ptq_start=codebook",
+            "--cluster_centroids_init=linear",
+        ],
+        "--ptq_start=codebook is for fused networks, and says where centroids start; leave",
+        "--cluster_centroids_init=linear",
+    ),
     "quantization that never sets in": (
         TRAIN,
         ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--ramp_epochs=2.5"],

@@ -13,8 +13,9 @@ from test_quantized_models import SIZE, images, small_repvgg
 from tf_repvgg import tflite
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
-from tf_repvgg.quantization import ptq, quantize_min_max, quantizers
+from tf_repvgg.quantization import cluster_quantize, ptq, quantize_min_max, quantizers
 from tf_repvgg.quantization.k_means import k_means
+from tf_repvgg.quantization.layers import kernel_of
 from tf_repvgg.quantization.ptq import METHODS, Network, Options
 from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
 from tf_repvgg.quantization.ptq.equalize import chain_pairs
@@ -74,7 +75,7 @@ def test_every_method(model, method):
         for column in quantized.codes.reshape(-1, quantized.codes.shape[-1]).T:
             assert len(np.unique(column)) <= 64
         assert len(np.unique(quantized.codes)) > 16
-        assert method == "codebook" or np.max(np.abs(quantized.codes)) <= 31
+        assert method.startswith("codebook") or np.max(np.abs(quantized.codes)) <= 31
     assert np.all(np.isfinite([quantizer.range.numpy() for quantizer in quantizers(found)]))
 
 
@@ -148,12 +149,12 @@ def test_only_what_is_safe_is_equalized():
 
 
 @pytest.mark.parametrize("bits, per_channel", [(2, True), (3, False), (8, False)])
-@pytest.mark.parametrize("method", ["adaround", "adaquant"])
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "codebook_adaquant"])
 def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, monkeypatch):
     """On the calibration objective, given the prefix as it ended; and the network as a whole ends better."""
     batch = smooth_images()
     start, network = (network_of(model, bits, per_channel, batch, iterations=40) for _ in range(2))
-    METHODS["mse"](start)
+    METHODS["codebook" if method == "codebook_adaquant" else "mse"](start)
     module = sys.modules[f"tf_repvgg.quantization.ptq.{method}"]
     monkeypatch.setattr(module, "bias_tune", lambda network: None)  # it moves the biases of the prefix once more
     METHODS[method](network)
@@ -385,13 +386,28 @@ def test_k_means_follows_the_weights():
 
 
 @pytest.mark.parametrize("states, per_channel", [(2, False), (5, True), (256, False)])
-def test_codebook_states(model, states, per_channel):
-    found = ptq.quantize(model, "codebook", 8, per_channel, images(8), number_of_clusters=states)
-    for quantized in kernels_of(found).values():
+@pytest.mark.parametrize("method", ["codebook", "codebook_adaquant"])
+def test_codebook_states(model, method, states, per_channel):
+    options = {"number_of_clusters": {"second": 3, ".*": states}, "iterations": 20}
+    found = ptq.quantize(model, method, 8, per_channel, images(8), **options)
+    for name, quantized in kernels_of(found).items():
+        states = 3 if name == "second" else options["number_of_clusters"][".*"]
         columns = quantized.codes.shape[-1] if per_channel else 1
         for column in quantized.codes.reshape(-1, columns).T:
             assert len(np.unique(column)) <= states
             assert states == 256 or len(np.unique(column)) == states or not np.any(column)  # a dead channel
+
+
+def test_in_float_again(model):
+    """Training goes on from what was found: clusters start where the codebooks are."""
+    found = ptq.quantize(model, "codebook_adaquant", 8, False, images(8), number_of_clusters=5, iterations=20)
+    in_float = ptq.dequantized(model, found)
+    for name, quantized in kernels_of(found).items():
+        np.testing.assert_array_equal(kernel_of(in_float.get_layer(name)), quantized.dequantize())
+        np.testing.assert_array_equal(in_float.get_layer(name).bias, found.get_layer(name).bias)
+        assert type(in_float.get_layer(name)) is type(model.get_layer(name))
+    clustered = cluster_quantize(in_float, 5, activation_bits=None)
+    np.testing.assert_allclose(clustered(images(8)), in_float(images(8)), atol=1e-5)
 
 
 def test_bits_by_pattern(model):
@@ -419,7 +435,8 @@ def test_bad_input(model):
     refuses("image 0 holds infinities or NaN", calibration=[np.full(SIZE, np.nan)])
     refuses("reach 255, as pixels do; they must be normalised", calibration=[np.full(SIZE, 255.0)])
     refuses("percentile is 10", percentile=10)
-    refuses("number_of_clusters is 257", number_of_clusters=257)
+    refuses("numbers of clusters are 257; they must be a whole number from 2 to 256", number_of_clusters=257)
+    refuses("pattern 'secnd' of numbers of clusters matches no layer", number_of_clusters="secnd=4,.*=8")
     refuses("iterations are 0", iterations=0)
     refuses(r"image 0 has shape \(12, 11\)", calibration=[np.zeros(SIZE[:2])])
     refuses("input_range is", input_range=(1.0, -1.0))

@@ -35,6 +35,7 @@ def clustered_run(run_forked, float_run, tmp_path_factory):
         f"--distill_from={float_run}",
         "--quantize=clusterqat",
         "--number_of_clusters=logits=256,.*=8",
+        "--ptq_start=codebook_adaquant",
         "--epochs=2",
         "--ramp_epochs=0.5",
         "--freeze_epochs=0.5",

@@ -5,7 +5,14 @@ from absl import flags
 from tensorflow_model_optimization.python.core.clustering.keras.cluster import strip_clustering
 
 from tf_repvgg import fusion, runs
-from tf_repvgg.quantization import clustering, learned_step_quantize, quantizers, strip_learned_step, tfmot_baseline
+from tf_repvgg.quantization import (
+    clustering,
+    learned_step_quantize,
+    ptq,
+    quantizers,
+    strip_learned_step,
+    tfmot_baseline,
+)
 from tf_repvgg.training import finished_runs
 
 FLAGS = flags.FLAGS
@@ -31,6 +38,12 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_enum(
     "cluster_centroids_init", "kmeans", list(_CENTROIDS_INIT), "Where centroids start; tfmot's own k-means is its ++."
+)
+flags.DEFINE_enum(
+    "ptq_start",
+    None,
+    ["codebook", "codebook_adaquant"],
+    "Method of post-training quantization with whose codebooks, weights and biases training starts, not with k-means'.",
 )
 flags.DEFINE_float(
     "centroid_update_rate",
@@ -62,7 +75,7 @@ flags.DEFINE_float(
     "freeze_epochs", 0.0, "The last so many epochs train with resting clusters and activation ranges.", lower_bound=0
 )
 flags.DEFINE_integer(
-    "calibration_images", 512, "Training images that set the activation ranges to start with.", lower_bound=1
+    "calibration_images", 512, "Training images for activation ranges to start with, and --ptq_start.", lower_bound=1
 )
 
 # What each flag of this file belongs to.
@@ -71,6 +84,7 @@ _USED_BY = {
     "weight_bits": ("lsq",),
     "granularity": ("clusterqat", "lsq", "tfmot_clustering"),
     "cluster_centroids_init": ("clusterqat", "tfmot_clustering"),
+    "ptq_start": ("clusterqat",),
     "centroid_update_rate": ("clusterqat",),
     "centroid_update_steps": ("clusterqat",),
     "train_centroids": ("clusterqat",),
@@ -122,10 +136,7 @@ class FineTuning:
         per_channel = FLAGS.granularity == "per_channel"
         initialization = _CENTROIDS_INIT[FLAGS.cluster_centroids_init]
         aggregation = _AGGREGATIONS[FLAGS.cluster_gradient_aggregation]
-        activations = {
-            "activation_bits": int(FLAGS.activation_bits),
-            "calibration": self._data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator(),
-        }
+        activations = {"activation_bits": int(FLAGS.activation_bits), "calibration": self._calibration()}
         match FLAGS.quantize:
             case "lsq":
                 return learned_step_quantize(self._base, FLAGS.weight_bits, per_channel, **activations)
@@ -138,7 +149,7 @@ class FineTuning:
                 return tfmot_baseline.tfmot_quantize(self._base)
             case "clusterqat":
                 return clustering.cluster_quantize(
-                    self._base,
+                    self._started() if FLAGS.ptq_start else self._base,
                     FLAGS.number_of_clusters,
                     initialization,
                     per_channel,
@@ -151,6 +162,19 @@ class FineTuning:
                     **activations,
                 )
         return self._base
+
+    def _calibration(self):
+        return self._data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator()
+
+    def _started(self):
+        """The network after --ptq_start, in float."""
+        per_channel = FLAGS.granularity == "per_channel"
+        states = {"number_of_clusters": FLAGS.number_of_clusters}
+        images = self._calibration()
+        found = ptq.quantize(
+            self._base, FLAGS.ptq_start, 8, per_channel, images, **states, seed=FLAGS.seed, progress=True
+        )
+        return ptq.dequantized(self._base, found)
 
     def _steps(self, epochs):
         return round(epochs * self._steps_per_epoch)
@@ -190,6 +214,12 @@ def check_used() -> None:
 
 
 def _check_flags():
+    if FLAGS.ptq_start and (FLAGS.batch_norm_statistics or FLAGS.cluster_centroids_init != "kmeans"):
+        other = "batch_norm_statistics" if FLAGS.batch_norm_statistics else "cluster_centroids_init"
+        raise ValueError(
+            f"--ptq_start={FLAGS.ptq_start} is for fused networks, and says where centroids start; "
+            f"leave --{other}={FLAGS[other].value}"
+        )
     if not FLAGS.init_from:
         raise ValueError(f"--quantize={FLAGS.quantize} fine-tunes a trained network; name its workdir by --init_from")
     for name, value in _WITHOUT.items():

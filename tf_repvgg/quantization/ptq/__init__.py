@@ -17,13 +17,15 @@ from collections.abc import Mapping
 import numpy as np
 import tf_keras as keras
 
-from tf_repvgg.quantization.activations import ACTIVATION_BITS
+from tf_repvgg import graph
+from tf_repvgg.quantization.activations import ACTIVATION_BITS, WEIGHTED
 from tf_repvgg.quantization.checks import by_layer, check_fused, checked_images
 from tf_repvgg.quantization.ptq.adaquant import adaquant
 from tf_repvgg.quantization.ptq.adaround import adaround
 from tf_repvgg.quantization.ptq.bias_correct import bias_correct
 from tf_repvgg.quantization.ptq.bias_tune import bias_tune
 from tf_repvgg.quantization.ptq.codebook import codebook
+from tf_repvgg.quantization.ptq.codebook_adaquant import codebook_adaquant
 from tf_repvgg.quantization.ptq.dfq import dfq
 from tf_repvgg.quantization.ptq.dfq_data_free import check_statistics, dfq_data_free
 from tf_repvgg.quantization.ptq.equalize import equalize
@@ -46,6 +48,7 @@ METHODS = {
     "adaquant": adaquant,
     "bias_tune": bias_tune,
     "codebook": codebook,
+    "codebook_adaquant": codebook_adaquant,
 }
 # Without calibration images, one that sets all ranges from statistics, and what may come before it.
 _DATA_FREE, _NEEDS_NONE = dfq_data_free, (dfq_data_free, equalize)
@@ -58,6 +61,7 @@ __all__ = [
     "Options",
     "bits_by_layer",
     "check_data_free",
+    "dequantized",
     "needs_calibration",
     "parse_method",
     "quantize",
@@ -120,6 +124,24 @@ def quantized_network(
     return network
 
 
+def dequantized(model: keras.Model, quantized: keras.Model) -> keras.Model:
+    """A fused model with the kernels and biases of its quantized form, in float: what further training starts from.
+
+    Args:
+      model: fused functional model.
+      quantized: what `quantize` made of it.
+    """
+    names = graph.unique_names(model)
+
+    def replace(layer):
+        if not isinstance(layer, WEIGHTED):
+            return graph.copied(layer)
+        form = quantized.get_layer(names[id(layer)])
+        return graph.copied(layer, [weight.numpy() for weight in form.weights if weight is not form.scale])
+
+    return graph.rebuild(model, replace)
+
+
 def parse_method(text: str) -> list:
     """The functions of "min_max" or "equalize+adaquant".
 
@@ -176,6 +198,4 @@ def _checked_options(options):
         )
     if options.iterations < 1:
         raise ValueError(f"iterations are {options.iterations!r}; they must be 1 or more")
-    if options.number_of_clusters is not None and not 2 <= options.number_of_clusters <= 256:
-        raise ValueError(f"number_of_clusters is {options.number_of_clusters!r}; it must be from 2 to 256")
     return options

@@ -16,7 +16,7 @@ def codebook(network: Network) -> None:
     if not network.has_ranges:
         ranges_min_max(network)
     for name in network.progress(network.layers, "codebooks"):
-        states = network.options.number_of_clusters or 2 ** network.bits[name]
+        states = network.states[name]
         kernel = network.kernel(name)
         importance = np.broadcast_to(_second_moment(network, name, kernel.shape), kernel.shape)
         columns = [kernel.shape[-1], 1][not network.per_channel]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -10,6 +10,7 @@ import tf_keras as keras
 from tqdm import tqdm
 
 from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations, quantizer_before
+from tf_repvgg.quantization.checks import by_layer
 from tf_repvgg.quantization.layers import bias_of, kernel_of, linear, quantized_form
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias
 
@@ -23,7 +24,7 @@ class Options:
     Attributes:
       percentile: of the percentile method: the share of values inside the range, in percent.
       iterations: optimizer steps for each layer, of AdaRound and AdaQuant; bias tuning takes a quarter of that.
-      number_of_clusters: states of a codebook; None for 2^bits.
+      number_of_clusters: states of codebooks, 2 to 256, or by layer like bits; None for 2^bits.
       activation_bits: 8 or 16.
       input_range: lowest and highest value of an image, for methods without calibration images: pixels of 0 and 255,
         normalised.
@@ -33,7 +34,7 @@ class Options:
 
     percentile: float = 99.99
     iterations: int = 500
-    number_of_clusters: int | None = None
+    number_of_clusters: int | str | Mapping[str, int] | None = None
     activation_bits: int = 8
     input_range: tuple[float, float] = (-1.0, 127 / 128)
     seed: int = 0
@@ -56,6 +57,7 @@ class Network:
 
     Attributes:
       layers: {name: float layer with weights}, in execution order.
+      bits, states: {name: weight bits}, {name: states of its codebook}.
       kernels: {name: the quantized kernel set last}.
       statistics: {name of a fused block: its `PreActivationStatistics` or None}, as fusion keeps them.
       divisors: {name: what equalization has divided each output channel of the float layer by}.
@@ -74,6 +76,10 @@ class Network:
         )
         self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED)}
         self.bits = bits
+        if options.number_of_clusters is None:
+            self.states = {name: 2**its_bits for name, its_bits in bits.items()}
+        else:
+            self.states = by_layer(model, options.number_of_clusters, "numbers of clusters", 2, 256)
         self.quantizers = {
             layer.name: layer for layer in self.quantized.layers if isinstance(layer, ActivationQuantizer)
         }

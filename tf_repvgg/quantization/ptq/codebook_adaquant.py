@@ -1,0 +1,59 @@
+"""AdaQuant (Hubara 2020, arXiv:2006.10518) on codebooks: learning weights, centroids and biases, layer by layer."""
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg.quantization.clustering import codebooks
+from tf_repvgg.quantization.ptq.bias_tune import bias_tune
+from tf_repvgg.quantization.ptq.codebook import codebook
+from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.reconstruction import Rounding, reconstruct
+from tf_repvgg.quantization.uniform import QuantizedKernel, at_least
+
+# Of weights and centroids, in mean distances between neighbouring centroids; and of biases.
+_LEARNING_RATE = 1e-2
+
+
+def codebook_adaquant(network: Network) -> None:
+    """Moves weights to any centroid, and centroids, so that each layer reproduces the float layer's outputs.
+
+    Equation 2 of the paper, with a codebook in place of the uniform grid: a weight's gradient passes straight through
+    to it, a centroid's is the mean of those of its weights. Starts from `codebook`; then `bias_tune`, as in the paper.
+    """
+    codebook(network)
+    rate = keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, network.options.iterations)
+    reconstruct(network, _rounding, rate, "codebooks by AdaQuant")
+    bias_tune(network)
+
+
+def _rounding(network, name, bias):
+    kernel, start = network.kernel(name), network.kernels[name]
+    books = _books(start, network.states[name])
+    # Everything in mean distances between neighbours: one learning rate serves all layers, and numbers of states.
+    unit = (books[:, -1] - books[:, 0]) / (network.states[name] - 1)
+    unit = np.where(unit > 0, unit, 1.0).astype(np.float32)
+    weights = tf.Variable(kernel.reshape(-1, kernel.shape[-1]) / unit)
+    centroids = tf.Variable(books / unit[:, np.newaxis])
+    moves = {"is_frozen": tf.constant(False), "assignments": tf.zeros_like(weights, tf.uint8), "aggregation": "mean"}
+
+    def grid():
+        # The optimizer may have moved one centroid past another.
+        return codebooks.on_grid(tf.sort(centroids, axis=-1))
+
+    def quantized():
+        return tf.reshape(codebooks.quantize(weights, grid(), **moves), kernel.shape)
+
+    def result():
+        scale = codebooks.grid_scale(centroids).numpy()
+        codes = np.round(quantized().numpy() / scale).astype(np.int8)
+        return QuantizedKernel(codes, at_least(scale * unit, network.min_scale(name))), bias.numpy()
+
+    return Rounding([weights, centroids], lambda: quantized() * unit, lambda _: 0.0, result)
+
+
+def _books(quantized, states):
+    """The values of a quantized kernel, or of its channels, ascending: [1 or channels, states]."""
+    columns = np.moveaxis(quantized.codes, -1, 0) if len(quantized.scale) > 1 else [quantized.codes]
+    found = [np.unique(column) for column in columns]
+    return np.array([np.pad(codes, [0, states - len(codes)], "edge") for codes in found]) * quantized.scale[:, None]
