@@ -28,7 +28,7 @@ flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by defa
 flags.DEFINE_string("runs", "runs/low_bit", "Folder of the fine-tuning runs.")
 
 CONFIG = "cifar10_fine_tuning"
-LEARNING_RATES = (0.002, 0.008, 0.016)
+LEARNING_RATES = (0.002, 0.008, 0.032)
 HEADLINE = (  # states, granularity, largest drop asked for
     (16, "per_tensor", 0.1),
     (8, "per_tensor", 0.3),
@@ -68,7 +68,9 @@ def _clusters(states):
 
 def _clusterqat(states, granularity, **more):
     own = {"quantize": "clusterqat", "number_of_clusters": _clusters(states), "granularity": granularity}
-    return [own | {"ramp_epochs": 1} | FROZEN_AT_LAST | more]
+    if "batch_norm_statistics" not in more:
+        own |= {"ptq_start": "codebook_adaquant", "calibration_images": 1024}
+    return [own | FROZEN_AT_LAST | more]
 
 
 def _lsq(states, granularity):

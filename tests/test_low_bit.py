@@ -155,7 +155,7 @@ def test_choices(low_bit, monkeypatch):
 
     def fine_tune(record, method, base, states, granularity, rate, distill, split):
         measured.add((method, states, rate, distill))
-        best = {"ClusterQAT": 0.008, "float": 0.002}.get(method, 0.016 if states == 8 else 0.008)
+        best = {"ClusterQAT": 0.008, "float": 0.002}.get(method, 0.032 if states == 8 else 0.008)
         return answers(low_bit, *[1] * (8 + distill if rate == best else 7), *[0] * 5)
 
     for name, value in {"fine_tune": fine_tune, "base_run": str, "write": lambda record: None}.items():
@@ -165,7 +165,7 @@ def test_choices(low_bit, monkeypatch):
     assert choices.distill and record["choices"]["distill"]
     assert [choices.rate("ClusterQAT", states) for states in (16, 8, 5)] == [0.008] * 3
     assert len(measured) == len(low_bit.LEARNING_RATES) + 1
-    assert [choices.rate("LSQ", states) for states in (16, 8, 5, 4, 3)] == [0.016] * 3 + [0.008] * 2
+    assert [choices.rate("LSQ", states) for states in (16, 8, 5, 4, 3)] == [0.032] * 3 + [0.008] * 2
     assert choices.rate("float", 0) == 0.002
     assert {states for method, states, *_ in measured if method == "float"} == {0}
     assert len(measured) == 4 * len(low_bit.LEARNING_RATES) + 1
