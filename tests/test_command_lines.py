@@ -284,6 +284,12 @@ CASES = {
         "--ptq_start=codebook is for fused networks, and says where centroids start; leave",
         "--cluster_centroids_init=linear",
     ),
+    "a start of codebooks for steps": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=lsq", "--init_from={here}/run", "--ptq_start=codebook"],
+        "--ptq_start=codebook does not go with --quantize=lsq; mse, octav, adaquant do",
+        "",
+    ),
     "quantization that never sets in": (
         TRAIN,
         ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--ramp_epochs=2.5"],

@@ -8,7 +8,7 @@ from test_clustering import every_layer, fit
 from test_quantized_models import assert_file_computes_the_model, images, small_repvgg
 
 from tf_repvgg import tflite
-from tf_repvgg.quantization import learned_step_quantize, strip_learned_step
+from tf_repvgg.quantization import QuantizedLayer, learned_step_quantize, ptq, strip_learned_step
 from tf_repvgg.quantization.learned_step import LearnedStep, code_range
 
 
@@ -72,6 +72,22 @@ def test_steps_train(model):
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
+def test_steps_that_post_training_quantization_found(per_channel):
+    """Training starts with its very codes."""
+    model = every_layer()
+    batch = images(8, (8, 8, 3))
+    found = ptq.quantize(model, "adaquant", 3, per_channel, batch, iterations=20)
+    layers = [layer for layer in found.layers if isinstance(layer, QuantizedLayer)]
+    steps = {layer.name: layer.scale.numpy() for layer in layers}
+    trained = learned_step_quantize(ptq.dequantized(model, found), 3, per_channel, steps=steps, calibration=batch)
+    stripped = strip_learned_step(trained)
+    for layer in layers:
+        ours = stripped.get_layer(layer.name).quantized_kernel()
+        np.testing.assert_array_equal(ours.codes, layer.quantized_kernel().codes)
+        np.testing.assert_array_equal(ours.scale, layer.scale)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
 def test_every_kind_of_layer(per_channel):
     model = every_layer()
     batch = images(8, (8, 8, 3))
@@ -88,6 +104,10 @@ def test_bad_input(model):
     transposed = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Conv2DTranspose(2, 3, name="up")])
     with pytest.raises(ValueError, match="'up' is a Conv2DTranspose, whose weights cannot be trained quantized"):
         learned_step_quantize(transposed, 4)
+    with pytest.raises(ValueError, match=r"first step of layer 'second' is \[1. 2.\]; it must be .* of shape \(1,\)"):
+        learned_step_quantize(model, 4, steps={"second": [1, 2]})
+    with pytest.raises(ValueError, match=r"first step of layer 'second' is .* above 0"):
+        learned_step_quantize(model, 4, steps={"second": [np.nan]})
     with pytest.raises(ValueError, match="holds no LearnedStep layers"):
         strip_learned_step(model)
     broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])

@@ -126,6 +126,28 @@ def test_in_training_form(tmp_path, run_forked, digits):
     assert report["files"][0]["agreement_with_trained_model_percent"] >= 99
 
 
+def test_steps_that_train_from_adaquant(float_run, run_forked, tmp_path):
+    result = run_forked(
+        "train/main.py",
+        *FLAGS,
+        f"--workdir={tmp_path}",
+        f"--init_from={float_run}",
+        "--quantize=lsq",
+        "--weight_bits=3",
+        "--ptq_start=adaquant",
+        "--calibration_images=64",
+        "--epochs=1",
+        "--steps_per_epoch=2",
+        "--learning_rate=1e-6",
+    )
+    assert result.status == 0, result.stderr[-3000:]
+    model = keras.models.load_model(tmp_path / runs.MODEL_NAME)
+    codes = [layer.quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
+    # AdaQuant's own grid is symmetric, and in two such steps nothing leaves it.
+    assert min(np.min(found) for found in codes) == -3 and max(np.max(found) for found in codes) == 3
+    assert json.loads((tmp_path / "result.json").read_text())["top1_percent"] > 90
+
+
 def test_killed_and_resumed(float_run, run_forked, tmp_path):
     """The same weights as without interruption: clusters, ranges and counters are in the checkpoint."""
     command = [

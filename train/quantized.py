@@ -6,6 +6,7 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster import s
 
 from tf_repvgg import fusion, runs
 from tf_repvgg.quantization import (
+    QuantizedLayer,
     clustering,
     learned_step_quantize,
     ptq,
@@ -19,6 +20,9 @@ FLAGS = flags.FLAGS
 
 _CENTROIDS_INIT = {"kmeans": None} | {init.name.lower(): init for init in clustering.CentroidInitialization}
 _AGGREGATIONS = {aggregation.name.lower(): aggregation for aggregation in clustering.GradientAggregation}
+
+# Methods of post-training quantization that leave what these ways of training start from.
+_PTQ_STARTS = {"clusterqat": ("codebook", "codebook_adaquant"), "lsq": ("mse", "octav", "adaquant")}
 
 flags.DEFINE_enum(
     "quantize",
@@ -42,8 +46,8 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "ptq_start",
     None,
-    ["codebook", "codebook_adaquant"],
-    "Method of post-training quantization with whose codebooks, weights and biases training starts, not with k-means'.",
+    sorted({name for names in _PTQ_STARTS.values() for name in names}),
+    "Method of post-training quantization whose weights, biases, and codebooks or steps training starts from.",
 )
 flags.DEFINE_float(
     "centroid_update_rate",
@@ -84,7 +88,7 @@ _USED_BY = {
     "weight_bits": ("lsq",),
     "granularity": ("clusterqat", "lsq", "tfmot_clustering"),
     "cluster_centroids_init": ("clusterqat", "tfmot_clustering"),
-    "ptq_start": ("clusterqat",),
+    "ptq_start": ("clusterqat", "lsq"),
     "centroid_update_rate": ("clusterqat",),
     "centroid_update_steps": ("clusterqat",),
     "train_centroids": ("clusterqat",),
@@ -139,7 +143,8 @@ class FineTuning:
         activations = {"activation_bits": int(FLAGS.activation_bits), "calibration": self._calibration()}
         match FLAGS.quantize:
             case "lsq":
-                return learned_step_quantize(self._base, FLAGS.weight_bits, per_channel, **activations)
+                base, steps = self._start()
+                return learned_step_quantize(base, FLAGS.weight_bits, per_channel, steps=steps, **activations)
             case "tfmot_clustering":
                 initialization = initialization or clustering.CentroidInitialization.KMEANS_PLUS_PLUS
                 return tfmot_baseline.tfmot_cluster(
@@ -148,8 +153,9 @@ class FineTuning:
             case "tfmot_quantization":
                 return tfmot_baseline.tfmot_quantize(self._base)
             case "clusterqat":
+                base, _ = self._start()
                 return clustering.cluster_quantize(
-                    self._started() if FLAGS.ptq_start else self._base,
+                    base,
                     FLAGS.number_of_clusters,
                     initialization,
                     per_channel,
@@ -166,15 +172,19 @@ class FineTuning:
     def _calibration(self):
         return self._data.calibration(FLAGS.calibration_images, "train").as_numpy_iterator()
 
-    def _started(self):
-        """The network after --ptq_start, in float."""
-        per_channel = FLAGS.granularity == "per_channel"
-        states = {"number_of_clusters": FLAGS.number_of_clusters}
-        images = self._calibration()
-        found = ptq.quantize(
-            self._base, FLAGS.ptq_start, 8, per_channel, images, **states, seed=FLAGS.seed, progress=True
-        )
-        return ptq.dequantized(self._base, found)
+    def _start(self):
+        """The network to start with, in float, and its weight scales by layer, if there are any: after --ptq_start."""
+        if not FLAGS.ptq_start:
+            return self._base, None
+        if FLAGS.quantize == "lsq":
+            options = {"weight_bits": FLAGS.weight_bits}
+        else:
+            options = {"number_of_clusters": FLAGS.number_of_clusters}
+        options |= {"per_channel": FLAGS.granularity == "per_channel", "activation_bits": int(FLAGS.activation_bits)}
+        options |= {"seed": FLAGS.seed, "progress": True}
+        found = ptq.quantize(self._base, FLAGS.ptq_start, calibration=self._calibration(), **options)
+        scales = {layer.name: layer.scale.numpy() for layer in found.layers if isinstance(layer, QuantizedLayer)}
+        return ptq.dequantized(self._base, found), scales
 
     def _steps(self, epochs):
         return round(epochs * self._steps_per_epoch)
@@ -214,6 +224,11 @@ def check_used() -> None:
 
 
 def _check_flags():
+    fitting = _PTQ_STARTS.get(FLAGS.quantize, ())
+    if FLAGS.ptq_start and FLAGS.ptq_start not in fitting:
+        raise ValueError(
+            f"--ptq_start={FLAGS.ptq_start} does not go with --quantize={FLAGS.quantize}; {', '.join(fitting)} do"
+        )
     if FLAGS.ptq_start and (FLAGS.batch_norm_statistics or FLAGS.cluster_centroids_init != "kmeans"):
         other = "batch_norm_statistics" if FLAGS.batch_norm_statistics else "cluster_centroids_init"
         raise ValueError(

@@ -25,6 +25,13 @@ def check_fused(model: keras.Model) -> None:
             raise ValueError(f"block {layer.name!r} is still in training form; call tf_repvgg.fusion.fuse(model) first")
 
 
+def check_finite(layer, *tensors) -> None:
+    """Raises ValueError if weights of a layer, or more tensors of it, hold infinities or NaN; names it."""
+    for tensor in (*tensors, *layer.weights):
+        if not bool(tf.reduce_all(tf.math.is_finite(tensor))):
+            raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
+
+
 def checked_images(calibration, input_shape) -> list[np.ndarray]:
     """Calibration images as a list of float32 batches of one.
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg.quantization import trainable
-from tf_repvgg.quantization.checks import by_layer
+from tf_repvgg.quantization.checks import by_layer, check_finite
 from tf_repvgg.quantization.layers import bias_of, filled, kernel_of, linear, quantized_form
 
 _SMALLEST_STEP = 1e-8
@@ -18,6 +18,7 @@ def learned_step_quantize(
     weight_bits: int | str | Mapping[str, int] = 8,
     per_channel: bool = False,
     *,
+    steps: Mapping[str, np.ndarray] | None = None,
     activation_bits: int | None = 8,
     range_momentum: float = 0.99,
     calibration: Iterable | None = None,
@@ -28,6 +29,8 @@ def learned_step_quantize(
       model: functional deploy-form model of Conv2D, DepthwiseConv2D and Dense layers.
       weight_bits: 2 to 8, or {pattern of layer names: bits}, also as text: "stem=8,.*=4".
       per_channel: a step for every output channel, or one for the kernel.
+      steps: {layer name: step to start with, of shape [1] or [channels]}, such as the scales of post-training
+        quantization; by default, and for layers that are not in it, those of the paper.
       activation_bits, range_momentum, calibration: as for `tf_repvgg.quantization.cluster_quantize`.
 
     Returns:
@@ -35,13 +38,15 @@ def learned_step_quantize(
 
     Raises:
       ValueError: for a model that is not functional or not fused, bits outside 2..8, patterns that match no layer,
-        layers of other kinds with weights, weights that are not finite, and bad calibration images.
+        layers of other kinds with weights, weights that are not finite, steps of another shape or not above 0, and bad
+        calibration images.
     """
     trainable.check_model(model)
     bits = by_layer(model, weight_bits, "weight bits", 2, 8)
+    steps = steps or {}
     return trainable.wrapped(
         model,
-        lambda layer, name: LearnedStep(layer, bits[name], per_channel),
+        lambda layer, name: LearnedStep(layer, bits[name], per_channel, steps.get(name)),
         activation_bits,
         range_momentum,
         calibration,
@@ -67,35 +72,48 @@ class LearnedStep(keras.layers.Wrapper):
     """A layer whose kernel is codes times a step, both of which train.
 
     Forward: step * round(clip(w / step)). Backward, to the weights: straight through inside the range; to the step:
-    equation 3 of the paper, scaled by 1 / sqrt(weights of the step * largest code) (section 2.2). It starts at
-    2 * mean(|w|) / sqrt(largest code).
+    equation 3 of the paper, scaled by 1 / sqrt(weights of the step * largest code) (section 2.2).
 
     Args:
       layer: Conv2D, DepthwiseConv2D or Dense.
       weight_bits: 2 to 8.
       per_channel: a step for each output channel, or one.
+      first_step: what it starts at, [channels] or [1]; by default 2 * mean(|w|) / sqrt(largest code), as in the paper.
+
+    Raises:
+      ValueError: when it is built, for weights that are not finite, and a first step of another shape or not above 0.
     """
 
     stripped_by = "strip_learned_step"
 
-    def __init__(self, layer, weight_bits=8, per_channel=False, **kwargs):
+    def __init__(self, layer, weight_bits=8, per_channel=False, first_step=None, **kwargs):
         kwargs.setdefault("name", f"learned_step_{layer.name}")
         kwargs.setdefault("dtype", "float32")
         super().__init__(layer, **kwargs)
         self.weight_bits = weight_bits
         self.per_channel = per_channel
+        self._first_step = first_step  # not of the configuration: a saved layer has its step
 
     def build(self, input_shape):
         super().build(input_shape)
+        check_finite(self.layer)
+        start = self._start()
+        self.step = self.add_weight("step", start.shape, tf.float32, keras.initializers.Constant(start))
+
+    def _start(self):
         kernel = np.abs(kernel_of(self.layer))
-        if not np.all(np.isfinite(kernel)):
-            raise ValueError(f"layer {self.layer.name!r} holds infinities or NaN; was training stable?")
         mean = kernel.mean(axis=tuple(range(kernel.ndim - 1))) if self.per_channel else kernel.mean().reshape(1)
+        if self._first_step is not None:
+            step = np.asarray(self._first_step, np.float32)
+            if step.shape != mean.shape or not np.all(step > 0):
+                raise ValueError(
+                    f"the first step of layer {self.layer.name!r} is {step}; it must be above 0, of shape {mean.shape}"
+                )
+            return step
         _, largest = code_range(self.weight_bits)
         # A channel of zeros needs some step.
         mean = np.where(mean > 0, mean, mean.max() if mean.max() > 0 else 1.0)
-        start = keras.initializers.Constant(2 * mean / np.sqrt(largest))
-        self.step = self.add_weight("step", mean.shape, tf.float32, start)
+        return 2 * mean / np.sqrt(largest)
 
     def call(self, inputs):
         outputs = linear(self.layer, inputs, self.quantized_weights())

@@ -10,6 +10,7 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster_config i
     GradientAggregation,
 )
 
+from tf_repvgg.quantization.checks import check_finite
 from tf_repvgg.quantization.clustering import codebooks
 
 _AGGREGATIONS = {GradientAggregation.SUM: "sum", GradientAggregation.AVG: "mean"}
@@ -89,13 +90,6 @@ class CodebookTraining:
             "cluster_centroids_init": initialization and CentroidInitialization(initialization),
             "cluster_gradient_aggregation": GradientAggregation(config["cluster_gradient_aggregation"]),
         }
-
-
-def check_finite(layer, *tensors) -> None:
-    """Raises ValueError if weights of a layer hold infinities or NaN; names it."""
-    for tensor in (*tensors, *layer.weights):
-        if not bool(tf.reduce_all(tf.math.is_finite(tensor))):
-            raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
 
 
 class MovingCodebook:

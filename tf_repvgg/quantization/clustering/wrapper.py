@@ -4,7 +4,8 @@ import tensorflow as tf
 import tf_keras as keras
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_wrapper import ClusterWeights
 
-from tf_repvgg.quantization.clustering.moving_codebook import CodebookTraining, MovingCodebook, check_finite
+from tf_repvgg.quantization.checks import check_finite
+from tf_repvgg.quantization.clustering.moving_codebook import CodebookTraining, MovingCodebook
 from tf_repvgg.quantization.layers import bias_of, filled, has_quantized_form, quantized_form
 
 

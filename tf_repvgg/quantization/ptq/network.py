@@ -10,7 +10,7 @@ import tf_keras as keras
 from tqdm import tqdm
 
 from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations, quantizer_before
-from tf_repvgg.quantization.checks import by_layer
+from tf_repvgg.quantization.checks import by_layer, check_finite
 from tf_repvgg.quantization.layers import bias_of, kernel_of, linear, quantized_form
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias
 
@@ -90,8 +90,7 @@ class Network:
         self._runs = {}
         self.expected = None if images is None else self.float_outputs()
         for layer in self.layers.values():
-            if not all(np.all(np.isfinite(values)) for values in layer.get_weights()):
-                raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
+            check_finite(layer)
 
     @property
     def free_ranges(self) -> list[str]:
