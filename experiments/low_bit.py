@@ -68,13 +68,16 @@ def _clusters(states):
 
 def _clusterqat(states, granularity, **more):
     own = {"quantize": "clusterqat", "number_of_clusters": _clusters(states), "granularity": granularity}
-    if "batch_norm_statistics" not in more:
-        own |= {"ptq_start": "codebook_adaquant", "calibration_images": 1024}
     return [own | FROZEN_AT_LAST | more]
 
 
-def _lsq(states, granularity):
-    return [{"quantize": "lsq", "weight_bits": _bits(states), "granularity": granularity} | FROZEN_AT_LAST]
+def _lsq(states, granularity, **more):
+    return [{"quantize": "lsq", "weight_bits": _bits(states), "granularity": granularity} | FROZEN_AT_LAST | more]
+
+
+def _from_ptq(make_runs, method):
+    """Starting from a method of post-training quantization, on more images than ranges alone need."""
+    return functools.partial(make_runs, ptq_start=method, calibration_images=1024)
 
 
 def _tfmot(states, granularity):
@@ -93,9 +96,11 @@ def _tfmot(states, granularity):
 FROZEN_AT_LAST = {"freeze_epochs": 0.3}
 METHODS = {
     "float": Method(lambda states, granularity: [{"quantize": "float"}]),
-    "ClusterQAT": Method(_clusterqat),
+    "ClusterQAT": Method(_from_ptq(_clusterqat, "codebook_adaquant")),
     "LSQ": Method(_lsq),
     "tfmot": Method(_tfmot, rate=0.05),
+    "ClusterQAT from k-means": Method(_clusterqat),
+    "LSQ from AdaQuant": Method(_from_ptq(_lsq, "adaquant")),
     **{
         f"ClusterQAT in training form, statistics {statistics}": Method(
             functools.partial(_clusterqat, batch_norm_statistics=statistics)
@@ -103,7 +108,8 @@ METHODS = {
         for statistics in ("frozen", "running")
     },
 }
-FORMS = [name for name in METHODS if name.startswith("ClusterQAT")]
+FORMS = ["ClusterQAT from k-means", *(name for name in METHODS if "training form" in name)]
+STARTS = ("ClusterQAT", "ClusterQAT from k-means", "LSQ", "LSQ from AdaQuant")
 
 
 class Result:
@@ -291,6 +297,8 @@ def measure(record):
         add("edges", ["OABN"], "ClusterQAT", states, granularity, edges=256)
     for model, states in itertools.product(OTHERS, (8, 4)):
         add("others", [model], "ClusterQAT", states, "per_tensor")
+    for states, method in itertools.product((8, 4), STARTS):
+        add("starts", ["OABN"], method, states, "per_tensor")
     for model, states, method in itertools.product(("OABN", "BN"), (8, 4), FORMS):
         add("forms", [model], method, states, "per_tensor")
 
@@ -300,7 +308,8 @@ PARTS = {
     "peers": "The same steps by other methods, one model",
     "edges": "Stem and classifier with 256 states, the other layers with fewer",
     "others": "ClusterQAT without OABN",
-    "forms": "The fused network trained, or its branches",
+    "starts": "From post-training quantization (codebook_adaquant, adaquant), or from weights as they are",
+    "forms": "The fused network trained from its weights as they are, or its branches",
 }
 
 
