@@ -28,7 +28,7 @@ flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by defa
 flags.DEFINE_string("runs", "runs/low_bit", "Folder of the fine-tuning runs.")
 
 CONFIG = "cifar10_fine_tuning"
-LEARNING_RATES = (0.002, 0.008, 0.032)
+LEARNING_RATES = (0.002, 0.008, 0.032, 0.128)
 HEADLINE = (  # states, granularity, largest drop asked for
     (16, "per_tensor", 0.1),
     (8, "per_tensor", 0.3),
