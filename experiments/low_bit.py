@@ -119,7 +119,7 @@ class Result:
       is_right: bool [images], of the integer file, or of the float network.
       top1: in percent; 0 if training diverged, which then is right of no image.
       fidelity: of the integer file to the model that was trained: "agreement_percent" of their classes, and
-        "trained_model_top1_percent"; empty for float.
+        "trained_model_top1_percent"; empty for float, None after training that diverged.
     """
 
     def __init__(self, is_right, fidelity=None):
@@ -181,10 +181,11 @@ def fine_tune(record, method, base, states, granularity, rate, distill, split="t
     try:
         if not path.exists():
             _train_and_export(workdir, trainings, base, distill, split)
-        result = Result.of_export(path.parent, json.loads(path.read_text(encoding="utf-8")))
+        report = json.loads(path.read_text(encoding="utf-8"))
+        result, machine = Result.of_export(path.parent, report), report["machine"]
     except Diverged:
-        result = Result.of_diverged(split)
-    record["fine_tunings"][name] = made_from | {"machine": runs.machine()} | result.as_record()
+        result, machine = Result.of_diverged(split), runs.machine()
+    record["fine_tunings"][name] = made_from | {"machine": machine} | result.as_record()
     write(record)
     return result
 
@@ -231,13 +232,12 @@ class Choices:
         )
         self._write = functools.partial(write, record)
         self._validation = record["choices"]["validation_top1_percent"] = {}
-        rate, distilled = self._best_rate("ClusterQAT", 8, True)
-        _, plain = self._best_rate("ClusterQAT", 8, False, [rate])
-        self.distill = record["choices"]["distill"] = distilled > plain
+        best = {distill: self._best_rate("ClusterQAT", 8, distill)[1] for distill in (False, True)}
+        self.distill = record["choices"]["distill"] = chosen(best)
 
-    def _best_rate(self, method, states, distill, rates=LEARNING_RATES):
+    def _best_rate(self, method, states, distill):
         """The learning rate, and the top-1 that it gives."""
-        found = {rate: self._tune(method, states=states, rate=rate, distill=distill).top1 for rate in rates}
+        found = {rate: self._tune(method, states=states, rate=rate, distill=distill).top1 for rate in LEARNING_RATES}
         name = f"{method}, {states} states" + (", distilled" if distill else "")
         self._validation[name] = {str(rate): round(top1, 2) for rate, top1 in found.items()}
         self._write()
@@ -341,7 +341,7 @@ def _table(rows):
             row["method"],
             row["states"],
             row["granularity"].replace("_", " "),
-            " / ".join(f"{top1:.2f}" for top1 in row["reference_top1_percent"]),
+            " / ".join(map(_percent, row["reference_top1_percent"])),
             " / ".join(map(_percent, row["integer_top1_percent"])),
             f"{row['drop']:.2f} ± {row['half_interval']:.2f}",
             " / ".join(map(_percent, row["agreement_percent"])),

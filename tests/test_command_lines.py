@@ -269,7 +269,7 @@ CASES = {
     "frozen longer than trained": (
         TRAIN,
         ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--freeze_epochs=3"],
-        "--freeze_epochs=3 is more than --epochs=2",
+        "--ramp_epochs=0 and --freeze_epochs=3 are more than --epochs=2",
         "",
     ),
     "two starts of a codebook": (
@@ -281,8 +281,8 @@ CASES = {
             "--ptq_start=codebook",
             "--cluster_centroids_init=linear",
         ],
-        "--ptq_start=codebook is for fused networks, and says where centroids start; leave",
-        "--cluster_centroids_init=linear",
+        "--cluster_centroids_init=linear does not go with --ptq_start=codebook, which says where centroids start",
+        "leave one out",
     ),
     "a start of codebooks for steps": (
         TRAIN,
@@ -292,9 +292,28 @@ CASES = {
     ),
     "quantization that never sets in": (
         TRAIN,
-        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--ramp_epochs=2.5"],
-        "--ramp_epochs=2.5 is more than --epochs=2",
+        [
+            "--workdir={new}",
+            "--quantize=clusterqat",
+            "--init_from={here}/run",
+            "--epochs=2",
+            "--ramp_epochs=1.5",
+            "--freeze_epochs=0.6",
+        ],
+        "--ramp_epochs=1.5 and --freeze_epochs=0.6 are more than --epochs=2",
         "",
+    ),
+    "nothing to mix": (
+        TRAIN,
+        [
+            "--workdir={new}",
+            "--quantize=clusterqat",
+            "--init_from={here}/run",
+            "--ptq_start=codebook",
+            "--ramp_epochs=1",
+        ],
+        "--ramp_epochs=1.0 does not go with --ptq_start=codebook",
+        "leave one out",
     ),
     "export: output is a file": (
         EXPORT,

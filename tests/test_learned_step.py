@@ -106,8 +106,11 @@ def test_bad_input(model):
         learned_step_quantize(transposed, 4)
     with pytest.raises(ValueError, match=r"first step of layer 'second' is \[1. 2.\]; it must be .* of shape \(1,\)"):
         learned_step_quantize(model, 4, steps={"second": [1, 2]})
-    with pytest.raises(ValueError, match=r"first step of layer 'second' is .* above 0"):
-        learned_step_quantize(model, 4, steps={"second": [np.nan]})
+    for bad in (0.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"first step of layer 'second' is .* above 0"):
+            learned_step_quantize(model, 4, steps={"second": [bad]})
+    with pytest.raises(ValueError, match="steps are given for 'secnd'; there are layers first, second, logits"):
+        learned_step_quantize(model, 4, steps={"secnd": [1.0]})
     with pytest.raises(ValueError, match="holds no LearnedStep layers"):
         strip_learned_step(model)
     broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])

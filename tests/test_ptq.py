@@ -408,6 +408,8 @@ def test_in_float_again(model):
         assert type(in_float.get_layer(name)) is type(model.get_layer(name))
     clustered = cluster_quantize(in_float, 5, activation_bits=None)
     np.testing.assert_allclose(clustered(images(8)), in_float(images(8)), atol=1e-5)
+    with pytest.raises(ValueError, match="layer 'first' is not quantized in '"):
+        ptq.dequantized(model, model)
 
 
 def test_bits_by_pattern(model):

@@ -37,7 +37,6 @@ def clustered_run(run_forked, float_run, tmp_path_factory):
         "--number_of_clusters=logits=256,.*=8",
         "--ptq_start=codebook_adaquant",
         "--epochs=2",
-        "--ramp_epochs=0.5",
         "--freeze_epochs=0.5",
     )
     assert result.status == 0, result.stderr[-3000:]
@@ -148,7 +147,15 @@ def test_steps_that_train_from_adaquant(float_run, run_forked, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["top1_percent"] > 90
 
 
-def test_killed_and_resumed(float_run, run_forked, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--train_centroids", "--centroid_update_steps=3", "--ramp_epochs=2.5"],
+        ["--ptq_start=codebook_adaquant", "--calibration_images=32"],
+    ],
+    ids=["trained centroids", "from PTQ"],
+)
+def test_killed_and_resumed(float_run, run_forked, tmp_path, options):
     """The same weights as without interruption: clusters, ranges and counters are in the checkpoint."""
     command = [
         "train/main.py",
@@ -157,10 +164,8 @@ def test_killed_and_resumed(float_run, run_forked, tmp_path):
         "--quantize=clusterqat",
         "--epochs=3",
         "--steps_per_epoch=8",
-        "--train_centroids",
-        "--centroid_update_steps=3",
-        "--ramp_epochs=2.5",
         "--deterministic",
+        *options,
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_forked(*command, f"--workdir={whole}").status == 0
@@ -168,7 +173,8 @@ def test_killed_and_resumed(float_run, run_forked, tmp_path):
     kill = {"folder": str(folder), "event": 12, "seconds": 0}
     assert run_forked(*command, f"--workdir={killed}", kill=kill).status != 0
     assert list(folder.glob("ckpt-*")) and not (killed / runs.MODEL_NAME).exists()
-    assert run_forked(*command, f"--workdir={killed}").status == 0
+    resumed = run_forked(*command, f"--workdir={killed}")
+    assert resumed.status == 0 and "AdaQuant" not in resumed.stderr
     ours, theirs = (keras.models.load_model(path / runs.MODEL_NAME).get_weights() for path in (whole, killed))
     for mine, its in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(mine, its)

@@ -174,8 +174,8 @@ def make_model(data, image_shape, precision="float32"):
     )
 
 
-def make_trainer(data, tuning=None):
-    """The compiled model at its start: that of the flags, or of `quantized.FineTuning`."""
+def make_trainer(data, tuning=None, teacher=None):
+    """The compiled model at its start: that of the flags, or of `quantized.FineTuning`; taught by a model if given."""
     if FLAGS.early_epochs and FLAGS.early_crop > min(data.preprocessing.size):
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
@@ -186,8 +186,7 @@ def make_trainer(data, tuning=None):
         trainer = make_model(data, (None, None, data.channels), FLAGS.precision)
         if FLAGS.init_from:
             runs.copy_weights(runs.load_model(FLAGS.init_from), trainer)
-    if FLAGS.distill_from:
-        teacher = distillation.load_teacher(FLAGS.distill_from, data)
+    if teacher:
         trainer = distillation.Distilled(trainer, teacher, FLAGS.distill_weight, FLAGS.distill_temperature)
     if FLAGS.merged_weight_decay:
         optimization.penalize_merged_kernels(trainer, FLAGS.merged_weight_decay)
@@ -203,7 +202,7 @@ def make_trainer(data, tuning=None):
             optimizer=FLAGS.optimizer,
         ),
         optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
-        loss_weights=1 - FLAGS.distill_weight if FLAGS.distill_from else None,
+        loss_weights=1 - FLAGS.distill_weight if teacher else None,
         metrics=[optimization.top1()],
     )
     return trainer
@@ -262,9 +261,13 @@ def main(_):
         data = make_data()
         trains = not (FLAGS.evaluate_only or run.is_complete)
         if trains:
-            tuning = quantized.FineTuning(data, steps_per_epoch(data)) if FLAGS.quantize else None
+            teacher = distillation.load_teacher(FLAGS.distill_from, data) if FLAGS.distill_from else None
+            tuning = None
+            if FLAGS.quantize:
+                goes_on = bool(callbacks.checkpoints(run.checkpoints_path))
+                tuning = quantized.FineTuning(data, steps_per_epoch(data), goes_on)
             model = None if tuning else make_model(data, data.image_shape)
-            trainer = make_trainer(data, tuning)
+            trainer = make_trainer(data, tuning, teacher)
             run.start(FLAGS, data)  # after everything that can refuse
             average = callbacks.AverageWeights(trainer, FLAGS.ema) if FLAGS.ema else None
             averages = {"averages": average.averages} if average else {}

@@ -99,6 +99,11 @@ _USED_BY = {
     "freeze_epochs": ("clusterqat", "lsq"),
     "calibration_images": ("clusterqat", "lsq"),
 }
+_NOT_FROM_PTQ = {
+    "batch_norm_statistics": "which is for fused networks",
+    "cluster_centroids_init": "which says where centroids start",
+    "ramp_epochs": "after which weights start at their centroids, so that there is nothing to mix",
+}
 # Flags of train/main.py that mean nothing here, with the value that they must have.
 _WITHOUT = {"ema": 0.0, "early_epochs": 0, "merged_weight_decay": 0.0, "precision": "float32"}
 
@@ -109,6 +114,7 @@ class FineTuning:
     Args:
       data: `tf_repvgg.data.ClassificationData` of the training.
       steps_per_epoch: of the training.
+      goes_on: whether a checkpoint will be restored, so that it does not matter where weights start.
 
     Attributes:
       model: what is to be trained.
@@ -118,7 +124,7 @@ class FineTuning:
       FileNotFoundError: if --init_from names no finished run.
     """
 
-    def __init__(self, data, steps_per_epoch):
+    def __init__(self, data, steps_per_epoch, goes_on=False):
         _check_flags()
         model = finished_runs.load_matching(FLAGS.init_from, data, "run")
         if quantizers(model):
@@ -134,6 +140,7 @@ class FineTuning:
         self._base = fusion.fuse(model) if has_blocks and not FLAGS.batch_norm_statistics else model
         self._data = data
         self._steps_per_epoch = steps_per_epoch
+        self._starts_from_ptq = FLAGS.ptq_start and not goes_on
         self.model = self._prepared()
 
     def _prepared(self):
@@ -174,7 +181,7 @@ class FineTuning:
 
     def _start(self):
         """The network to start with, in float, and its weight scales by layer, if there are any: after --ptq_start."""
-        if not FLAGS.ptq_start:
+        if not self._starts_from_ptq:
             return self._base, None
         if FLAGS.quantize == "lsq":
             options = {"weight_bits": FLAGS.weight_bits}
@@ -218,9 +225,11 @@ def check_used() -> None:
         if flag.value != flag.default and FLAGS.quantize not in users:
             asked = f"--quantize={FLAGS.quantize}" if FLAGS.quantize else "no --quantize"
             raise ValueError(f"--{name}={flag.value} has no effect with {asked}; it is for {', '.join(users)}")
-    for name in ("ramp_epochs", "freeze_epochs"):
-        if FLAGS[name].value > FLAGS.epochs:
-            raise ValueError(f"--{name}={FLAGS[name].value:g} is more than --epochs={FLAGS.epochs}")
+    if FLAGS.ramp_epochs + FLAGS.freeze_epochs > FLAGS.epochs:
+        raise ValueError(
+            f"--ramp_epochs={FLAGS.ramp_epochs:g} and --freeze_epochs={FLAGS.freeze_epochs:g} are more than "
+            f"--epochs={FLAGS.epochs}"
+        )
 
 
 def _check_flags():
@@ -229,12 +238,11 @@ def _check_flags():
         raise ValueError(
             f"--ptq_start={FLAGS.ptq_start} does not go with --quantize={FLAGS.quantize}; {', '.join(fitting)} do"
         )
-    if FLAGS.ptq_start and (FLAGS.batch_norm_statistics or FLAGS.cluster_centroids_init != "kmeans"):
-        other = "batch_norm_statistics" if FLAGS.batch_norm_statistics else "cluster_centroids_init"
-        raise ValueError(
-            f"--ptq_start={FLAGS.ptq_start} is for fused networks, and says where centroids start; "
-            f"leave --{other}={FLAGS[other].value}"
-        )
+    for name, why in _NOT_FROM_PTQ.items():
+        if FLAGS.ptq_start and FLAGS[name].value != FLAGS[name].default:
+            raise ValueError(
+                f"--{name}={FLAGS[name].value} does not go with --ptq_start={FLAGS.ptq_start}, {why}; leave one out"
+            )
     if not FLAGS.init_from:
         raise ValueError(f"--quantize={FLAGS.quantize} fine-tunes a trained network; name its workdir by --init_from")
     for name, value in _WITHOUT.items():

@@ -38,12 +38,14 @@ def learned_step_quantize(
 
     Raises:
       ValueError: for a model that is not functional or not fused, bits outside 2..8, patterns that match no layer,
-        layers of other kinds with weights, weights that are not finite, steps of another shape or not above 0, and bad
-        calibration images.
+        layers of other kinds with weights, weights that are not finite, steps of no layer, of another shape, or not
+        above 0, and bad calibration images.
     """
     trainable.check_model(model)
     bits = by_layer(model, weight_bits, "weight bits", 2, 8)
     steps = steps or {}
+    if unknown := steps.keys() - bits.keys():
+        raise ValueError(f"steps are given for {sorted(unknown)[0]!r}; there are layers {', '.join(bits)}")
     return trainable.wrapped(
         model,
         lambda layer, name: LearnedStep(layer, bits[name], per_channel, steps.get(name)),
@@ -105,7 +107,7 @@ class LearnedStep(keras.layers.Wrapper):
         mean = kernel.mean(axis=tuple(range(kernel.ndim - 1))) if self.per_channel else kernel.mean().reshape(1)
         if self._first_step is not None:
             step = np.asarray(self._first_step, np.float32)
-            if step.shape != mean.shape or not np.all(step > 0):
+            if step.shape != mean.shape or not np.all((step > 0) & np.isfinite(step)):
                 raise ValueError(
                     f"the first step of layer {self.layer.name!r} is {step}; it must be above 0, of shape {mean.shape}"
                 )

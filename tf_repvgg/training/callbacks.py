@@ -192,7 +192,7 @@ class Resume(keras.callbacks.Callback):
     @property
     def latest(self) -> Path | None:
         """Folder of the last checkpoint; None if there is none."""
-        return next(iter(self._checkpoints()), None)
+        return next(iter(checkpoints(self._directory)), None)
 
     def on_epoch_begin(self, epoch, logs=None):
         continues = epoch == self.first_epoch
@@ -224,11 +224,12 @@ class Resume(keras.callbacks.Callback):
         with runs.written_whole(self._directory / f"ckpt-{int(self.model.optimizer.iterations.numpy())}") as folder:
             self._state.write(str(folder / "state"))
             (folder / "position.json").write_text(json.dumps(position) + "\n", encoding="utf-8")
-        for old in self._checkpoints()[2:]:
+        for old in checkpoints(self._directory)[2:]:
             shutil.rmtree(old)
         self._saved = time.monotonic()
 
-    def _checkpoints(self):
-        """Folders of the checkpoints, the latest first."""
-        folders = [path for path in self._directory.glob("ckpt-*") if path.is_dir()]
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("ckpt-")), reverse=True)
+
+def checkpoints(directory) -> list[Path]:
+    """Folders of the checkpoints that `Resume` has left in a directory, the latest first."""
+    folders = [path for path in Path(directory).glob("ckpt-*") if path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("ckpt-")), reverse=True)

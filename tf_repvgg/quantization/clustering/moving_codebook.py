@@ -32,9 +32,10 @@ class CodebookTraining:
       centroid_update_rate: share of the way to the mean of its weights that a centroid moves, 0 (not at all) to 1.
       centroid_update_steps: training steps from one such move to the next.
       train_centroids: whether the optimizer moves centroids too, by tfmot's gradient.
-      ramp_steps: training steps in which quantization sets in: a layer computes with a mixture of its latent weights
-        and their centroids, the share of centroids growing evenly from 0 to 1 (alpha-blending, arXiv:1903.01061, with
-        a linear schedule, and straight-through gradients all along). Elsewhere, in evaluation say, it is 1 at once.
+      ramp_steps: steps (calls, of a layer that is called more than once) in which quantization sets in: in training, a
+        layer computes with a mixture of its latent weights and their centroids, the share of centroids growing evenly
+        from 0 to 1 (alpha-blending, arXiv:1903.01061, with a linear schedule, and gradients that pass straight through
+        to the weights all along). Elsewhere, in evaluation say, it is 1 at once.
 
     Raises:
       ValueError: for values out of range.
@@ -154,7 +155,7 @@ class MovingCodebook:
         )
 
     def in_training(self, weights):
-        """What a training step computes with: `quantized`, or while the ramp lasts a mixture; differentiable alike."""
+        """What a training step computes with: `quantized`, or a mixture while the ramp lasts; differentiable too."""
         found = self.quantized(weights)
         if not self._training.ramp_steps:
             return found

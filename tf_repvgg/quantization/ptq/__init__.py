@@ -20,6 +20,7 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import ACTIVATION_BITS, WEIGHTED
 from tf_repvgg.quantization.checks import by_layer, check_fused, checked_images
+from tf_repvgg.quantization.layers import QuantizedLayer
 from tf_repvgg.quantization.ptq.adaquant import adaquant
 from tf_repvgg.quantization.ptq.adaround import adaround
 from tf_repvgg.quantization.ptq.bias_correct import bias_correct
@@ -130,13 +131,21 @@ def dequantized(model: keras.Model, quantized: keras.Model) -> keras.Model:
     Args:
       model: fused functional model.
       quantized: what `quantize` made of it.
+
+    Raises:
+      ValueError: if it is not, and for a model that is not fused.
     """
+    check_fused(model)
     names = graph.unique_names(model)
+    forms = {layer.name: layer for layer in quantized.layers if isinstance(layer, QuantizedLayer)}
 
     def replace(layer):
         if not isinstance(layer, WEIGHTED):
             return graph.copied(layer)
-        form = quantized.get_layer(names[id(layer)])
+        name = names[id(layer)]
+        if name not in forms:
+            raise ValueError(f"layer {name!r} is not quantized in {quantized.name!r}; was that made of another model?")
+        form = forms[name]
         return graph.copied(layer, [weight.numpy() for weight in form.weights if weight is not form.scale])
 
     return graph.rebuild(model, replace)

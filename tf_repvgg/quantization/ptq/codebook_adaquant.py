@@ -32,7 +32,7 @@ def _rounding(network, name, bias):
     books = _books(start, network.states[name])
     # Everything in mean distances between neighbours: one learning rate serves all layers, and numbers of states.
     unit = (books[:, -1] - books[:, 0]) / (network.states[name] - 1)
-    unit = np.where(unit > 0, unit, 1.0).astype(np.float32)
+    unit = np.where(unit > 0, unit, np.max(unit) or 1.0).astype(np.float32)  # a dead channel needs some too
     weights = tf.Variable(kernel.reshape(-1, kernel.shape[-1]) / unit)
     centroids = tf.Variable(books / unit[:, np.newaxis])
     moves = {"is_frozen": tf.constant(False), "assignments": tf.zeros_like(weights, tf.uint8), "aggregation": "mean"}
