@@ -29,7 +29,8 @@ def codebook_adaquant(network: Network) -> None:
 
 def _rounding(network, name, bias):
     kernel, start = network.kernel(name), network.kernels[name]
-    books = _books(start, network.states[name])
+    flat = start.dequantize().reshape(-1, kernel.shape[-1])
+    books = codebooks.initial_centroids(flat, network.states[name], len(start.scale) > 1).numpy()  # its few values
     # Everything in mean distances between neighbours: one learning rate serves all layers, and numbers of states.
     unit = (books[:, -1] - books[:, 0]) / (network.states[name] - 1)
     unit = np.where(unit > 0, unit, np.max(unit) or 1.0).astype(np.float32)  # a dead channel needs some too
@@ -50,10 +51,3 @@ def _rounding(network, name, bias):
         return QuantizedKernel(codes, at_least(scale * unit, network.min_scale(name))), bias.numpy()
 
     return Rounding([weights, centroids], lambda: quantized() * unit, lambda _: 0.0, result)
-
-
-def _books(quantized, states):
-    """The values of a quantized kernel, or of its channels, ascending: [1 or channels, states]."""
-    columns = np.moveaxis(quantized.codes, -1, 0) if len(quantized.scale) > 1 else [quantized.codes]
-    found = [np.unique(column) for column in columns]
-    return np.array([np.pad(codes, [0, states - len(codes)], "edge") for codes in found]) * quantized.scale[:, None]
