@@ -35,7 +35,7 @@ def assign(weights, centroids):
     """Index of the nearest centroid of each weight: int32 like the weights; ties go to the smaller centroid."""
     borders = _borders(centroids)
     if centroids.shape[-1] <= _FEW_STATES:
-        return _assign_few(weights, borders)
+        return _assign_few(weights, tf.transpose(borders))
     if centroids.shape[0] == 1:
         found = tf.searchsorted(borders[0], tf.reshape(weights, [-1]))
         return tf.reshape(found, tf.shape(weights))
@@ -69,13 +69,13 @@ def quantize(weights, centroids, is_frozen, assignments, aggregation=None):
         )
 
         def gradient(upstream):
-            to_weights = tf.where(is_frozen, 0.0, upstream)
+            to_weights = tf.cond(is_frozen, lambda: tf.zeros_like(upstream), lambda: upstream)
             if aggregation is None:
                 return to_weights, None
             indices = tf.where(is_frozen, tf.cast(assignments, tf.int32), assign(weights, centroids))
-            total = _of_clusters(upstream, indices, centroids)
+            total = _sums(upstream, indices, centroids)
             if aggregation == "mean":
-                total = tf.math.divide_no_nan(total, _of_clusters(tf.ones_like(weights), indices, centroids))
+                total = tf.math.divide_no_nan(total, _sums(tf.ones_like(weights), indices, centroids))
             return to_weights, total
 
         return found, gradient
@@ -86,7 +86,7 @@ def quantize(weights, centroids, is_frozen, assignments, aggregation=None):
 def nearest(weights, centroids):
     """The centroid nearest to each weight, of the shape of the weights; no gradient."""
     if centroids.shape[-1] <= _FEW_STATES:
-        return _nearest_few(weights, centroids)
+        return _nearest_few(weights, tf.transpose(centroids))
     return look_up(centroids, assign(weights, centroids))
 
 
@@ -98,29 +98,33 @@ def lloyd_step(weights, centroids, rate):
     cluster with the next largest.
     """
     indices = assign(weights, centroids)
-    count, total, squares = (
-        _of_clusters(values, indices, centroids) for values in (tf.ones_like(weights), weights, tf.square(weights))
-    )
-    mean = tf.math.divide_no_nan(total, count)
-    inertia = tf.maximum(squares - total * mean, 0.0)
-    smallest, largest = (
-        sign * _of_clusters(sign * weights, indices, centroids, tf.math.unsorted_segment_max) for sign in (-1, 1)
-    )
+    count = _sums(tf.ones_like(weights), indices, centroids)
+    mean = tf.math.divide_no_nan(_sums(weights, indices, centroids), count)
+    moved = centroids + rate * (mean - centroids)
+    is_empty = count == 0
+
+    def revived():
+        number = tf.maximum(tf.cumsum(tf.cast(is_empty, tf.int32), axis=-1) - 1, 0)
+        return tf.where(is_empty, tf.gather(_seeds(weights, indices, count, mean), number, batch_dims=1), moved)
+
+    return tf.sort(tf.cond(tf.reduce_any(is_empty), revived, lambda: moved), axis=-1)
+
+
+def _seeds(weights, indices, count, mean):
+    """Where clusters without weights start anew, the first of them first; see `lloyd_step`."""
+    inertia = _sums(tf.square(weights - look_up(mean, indices)), indices, mean)
+    smallest = -_of_clusters(-weights, indices, mean, tf.math.unsorted_segment_max, tf.reduce_max)
+    largest = _of_clusters(weights, indices, mean, tf.math.unsorted_segment_max, tf.reduce_max)
     side = tf.where(largest - mean >= mean - smallest, 1.0, -1.0)
     seeds = mean + side * tf.sqrt(tf.math.divide_no_nan(inertia, count))
-    is_empty = count == 0
-    by_inertia = tf.argsort(inertia, axis=-1, direction="DESCENDING")
-    number = tf.maximum(tf.cumsum(tf.cast(is_empty, tf.int32), axis=-1) - 1, 0)
-    source = tf.gather(by_inertia, number, batch_dims=1)
-    moved = tf.where(is_empty, tf.gather(seeds, source, batch_dims=1), centroids + rate * (mean - centroids))
-    return tf.sort(moved, axis=-1)
+    return tf.gather(seeds, tf.argsort(inertia, axis=-1, direction="DESCENDING"), batch_dims=1)
 
 
 def inertia_and_counts(weights, centroids):
     """Squared distance of the weights to their centroids, a sum, and weights per cluster [1 or channels, states]."""
     indices = assign(weights, centroids)
     distance = tf.reduce_sum(tf.square(weights - look_up(centroids, indices)))
-    return distance, _of_clusters(tf.ones_like(weights), indices, centroids)
+    return distance, _sums(tf.ones_like(weights), indices, centroids)
 
 
 def initial_centroids(weights, states, per_channel, initialization=None):
@@ -140,26 +144,36 @@ def _borders(centroids):
     return (centroids[:, 1:] + centroids[:, :-1]) / 2
 
 
+# By state first, [states, channels or 1], so that what a row of weights is compared with lies side by side in memory.
 @tf.function(jit_compile=True)
 def _nearest_few(weights, centroids):
-    found = tf.broadcast_to(centroids[:, 0], tf.shape(weights))
-    borders = _borders(centroids)
-    for state in range(1, centroids.shape[-1]):
-        found = tf.where(weights > borders[:, state - 1], centroids[:, state], found)
+    found = tf.broadcast_to(centroids[0], tf.shape(weights))
+    borders = (centroids[1:] + centroids[:-1]) / 2
+    for state in range(1, centroids.shape[0]):
+        found = tf.where(weights > borders[state - 1], centroids[state], found)
     return found
 
 
 @tf.function(jit_compile=True)
 def _assign_few(weights, borders):
     found = tf.zeros_like(weights, tf.int32)
-    for border in range(borders.shape[-1]):
-        found += tf.cast(weights > borders[:, border], tf.int32)
+    for border in range(borders.shape[0]):
+        found += tf.cast(weights > borders[border], tf.int32)
     return found
 
 
-def _of_clusters(values, indices, centroids, reduce=tf.math.unsorted_segment_sum):
-    """Sums, or another reduction, of values [rows, channels] over each cluster, in the shape of the centroids."""
-    channels, states = centroids.shape
-    segments = indices if channels == 1 else indices + states * tf.range(channels)
+def _sums(values, indices, centroids):
+    return _of_clusters(values, indices, centroids, tf.math.unsorted_segment_sum, tf.reduce_sum)
+
+
+def _of_clusters(values, indices, centroids, reduce, combine):
+    """A reduction of values [rows, channels] over each cluster, in the shape of the centroids.
+
+    By channel first, even where the channels share a codebook: additions in a row to the same few sums would each wait
+    for the one before, which takes ten times as long.
+    """
+    channels, states = values.shape[-1], centroids.shape[-1]
+    segments = indices + states * tf.range(channels)
     found = reduce(tf.reshape(values, [-1]), tf.reshape(segments, [-1]), channels * states)
-    return tf.reshape(found, [channels, states])
+    found = tf.reshape(found, [channels, states])
+    return found if centroids.shape[0] == channels else combine(found, axis=0, keepdims=True)
