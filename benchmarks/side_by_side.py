@@ -13,7 +13,6 @@ import tensorflow as tf
 from tqdm import tqdm
 
 _MEMORY_STEPS = 5
-_PROCESSES = 5
 
 
 def training_step(model, images, labels):
@@ -55,13 +54,13 @@ def ratios(found, reference):
     return {name: tuple(round(float(q), 4) for q in np.percentile(r, [50, 25, 75])) for name, r in of_rounds.items()}
 
 
-def peak_memory(words):
+def peak_memory(words, processes=5):
     """Peak resident MiB of a process that runs this program with --memory_of=words, which calls `print_peak_memory`.
 
     The median of a few processes, as they differ by some percent.
     """
     command = [sys.executable, sys.argv[0], f"--memory_of={words}"]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(_PROCESSES)]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(processes)]
     return statistics.median(float(run.stdout) for run in runs)
 
 
