@@ -4,6 +4,7 @@ Times are ratios to plain fine-tuning of the fused network within this run, roun
 one of which ours moves its centroids. Peak memory is the median of three processes per method. Takes about 45 minutes.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from tf_repvgg.training import optimization
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rounds", 8, "Rounds in which every method takes its turn.", lower_bound=3)
 flags.DEFINE_list("states", ["4", "8", "16"], "Clusters; those of memory are the first.")
-flags.DEFINE_string("output", None, "JSON file to write, such as results/cluster_step.json.")
+flags.DEFINE_multi_enum("variant", ["cifar-s", "A0"], ["cifar-s", "A0"], "Networks to measure.")
+flags.DEFINE_string(
+    "output", None, "JSON file to write, such as results/cluster_step.json; what it says of other networks stays."
+)
 flags.DEFINE_string("memory_of", None, "Internal: CASE/METHOD/STATES whose peak memory this process measures.")
 
 CASES = {
@@ -105,11 +109,13 @@ def main(_):
         side_by_side.print_peak_memory(make_step(case, name, int(states)))
         return
     all_states = [int(word) for word in FLAGS.states]
-    report = {"machine": runs.machine(), "rounds": FLAGS.rounds, "cases": {}}
-    for case in CASES:
+    output = FLAGS.output and Path(FLAGS.output)
+    report = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else {}
+    for case in (case for case, (variant, *_) in CASES.items() if variant in FLAGS.variant):
         rows = {states: measure(case, states) for states in all_states}
         memory = measure_memory(case, all_states[0])
-        report["cases"][case] = {"times": rows, "peak_memory_mib_and_ratio": memory}
+        found = {"times": rows, "peak_memory_mib_and_ratio": memory}
+        report[case] = {"machine": runs.machine(), "rounds": FLAGS.rounds} | found
         table = [
             [name]
             + [
@@ -122,8 +128,8 @@ def main(_):
         headers = ["", *(f"time, {states} states" for states in all_states), f"memory, {all_states[0]} states"]
         print(f"\n{case}: ratios to {REFERENCE}")
         print(tabulate(table, headers, tablefmt="github", disable_numparse=True), flush=True)
-        if FLAGS.output:
-            runs.write_json(Path(FLAGS.output), report)
+        if output:
+            runs.write_json(output, report)
 
 
 if __name__ == "__main__":
