@@ -236,7 +236,7 @@ class Choices:
         self.distill = record["choices"]["distill"] = chosen(best)
 
     def _best_rate(self, method, states, distill):
-        """The best learning rate and its top-1: of the grid's two middle rates, and the one beyond the better of them."""
+        """The best learning rate and its top-1: of the grid's two middle rates and the one beyond the better."""
 
         def top1(rate):
             return self._tune(method, states=states, rate=rate, distill=distill).top1
