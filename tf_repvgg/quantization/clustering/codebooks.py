@@ -170,7 +170,7 @@ def _of_clusters(values, indices, centroids, reduce, combine):
     """A reduction of values [rows, channels] over each cluster, in the shape of the centroids.
 
     By channel first, even where the channels share a codebook: additions in a row to the same few sums would each wait
-    for the one before, which takes ten times as long.
+    for the one before, which takes several times as long.
     """
     channels, states = values.shape[-1], centroids.shape[-1]
     segments = indices + states * tf.range(channels)
