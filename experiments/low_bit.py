@@ -292,6 +292,10 @@ def measure(record):
         }
         if asked is not None:
             row |= {"asked": asked, "is_met": bool(drop - half <= asked)}
+        if part == "peers":
+            ours = [tested(model, "ClusterQAT", states, granularity) for model in models]
+            ahead, half = drop_and_interval(ours, results)
+            row |= {"clusterqat_ahead": round(ahead, 3), "clusterqat_ahead_half_interval": round(half, 3)}
         record[part].append(row)
         write(record)
 
@@ -342,7 +346,7 @@ def write(record):
 
 
 def _table(rows):
-    has_goal = "asked" in rows[0]
+    has_goal, has_peers = "asked" in rows[0], "clusterqat_ahead" in rows[0]
     cells = [
         [
             ", ".join(row["models"]),
@@ -354,12 +358,19 @@ def _table(rows):
             f"{row['drop']:.2f} ± {row['half_interval']:.2f}",
             " / ".join(map(_percent, row["agreement_percent"])),
             *([f"{row['asked']:.1f}", "yes" if row["is_met"] else "no"] if has_goal else []),
+            *([_ahead(row)] if has_peers else []),
         ]
         for row in rows
     ]
     headers = ["model", "method", "states", "weights", "float", "integer", "drop", "agrees"]
-    headers += ["asked", "met"] if has_goal else []
+    headers += ["asked", "met"] if has_goal else ["ClusterQAT ahead"] if has_peers else []
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def _ahead(row):
+    if row["method"] == "ClusterQAT":
+        return ""
+    return f"{row['clusterqat_ahead']:.2f} ± {row['clusterqat_ahead_half_interval']:.2f}"
 
 
 def _percent(value):

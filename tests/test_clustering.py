@@ -93,6 +93,25 @@ def test_empty_clusters_start_anew():
     assert distance < 10 and np.all(counts > 0)
 
 
+@pytest.mark.parametrize("states, per_channel", [(4, False), (4, True), (40, False), (40, True)])
+def test_layers_of_all_shapes_share_a_graph(states, per_channel):
+    """Variables, too, which would bring their shape along; and it is to compute what its functions compute."""
+    generator = np.random.default_rng(0)
+    for rows, channels in ((50, 3), (90, 7), (60, 1), (50, 8)):
+        weights = tf.Variable(generator.standard_normal([rows, channels]).astype("float32"))
+        book = generator.standard_normal([channels if per_channel else 1, states]).astype("float32")
+        centroids, ascending = tf.Variable(book), tf.constant(np.sort(book))
+        numbers = generator.integers(0, states, [rows, channels]).astype("uint8")
+        assignments = tf.Variable(numbers, trainable=False)
+        for is_true in (False, True):
+            found = codebooks.quantize(weights, ascending, tf.constant(is_true), assignments)
+            held = codebooks.look_up(ascending, tf.cast(assignments, tf.int32))
+            np.testing.assert_array_equal(found, held if is_true else codebooks.nearest(weights, ascending))
+            moved = codebooks.lloyd_step_if(tf.constant(is_true), weights, centroids, 0.5)
+            expected = codebooks.lloyd_step(tf.convert_to_tensor(weights), ascending, 0.5) if is_true else centroids
+            np.testing.assert_allclose(moved, expected, rtol=1e-6)
+
+
 def test_gradients():
     weights = tf.constant([[-1.0], [-0.9], [2.0], [5.0]])
     centroids = tf.constant([[-1.0, 1.0, 4.0]])

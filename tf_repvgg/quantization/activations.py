@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
+from tf_repvgg.quantization.shared_graphs import shared_graph
 
 WEIGHTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 ACTIVATION_BITS = (8, 16)
@@ -123,7 +124,7 @@ class ActivationQuantizer(keras.layers.Layer):
     def call(self, inputs, training=None):
         values = tf.cast(inputs, tf.float32)
         if (training or self.calibration_momentum is not None) and self.fixed_range is None:
-            tf.cond(self.is_frozen, lambda: None, lambda: self._follow(tf.stop_gradient(values)))
+            self._follow(tf.stop_gradient(values))
         minimum, maximum = self.bounds()
         outputs = tf.quantization.fake_quant_with_min_max_vars(
             values,
@@ -135,11 +136,9 @@ class ActivationQuantizer(keras.layers.Layer):
         return tf.cast(outputs, inputs.dtype)
 
     def _follow(self, values):
-        minimum = 0.0 if self.nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
-        batch = tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
         momentum = self.momentum if self.calibration_momentum is None else self.calibration_momentum
-        moved = momentum * self.range + (1 - momentum) * batch
-        self.range.assign(tf.where(tf.math.is_nan(self.range), batch, moved))
+        shares = tf.constant([momentum, 1 - momentum], tf.float32)
+        self.range.assign(_followed(self.is_frozen, self.range, values, shares, self.nonnegative))
 
     def get_config(self):
         return {
@@ -149,6 +148,18 @@ class ActivationQuantizer(keras.layers.Layer):
             "nonnegative": self.nonnegative,
             "bits": self.bits,
         }
+
+
+@shared_graph
+def _followed(is_frozen, running, values, shares, nonnegative):
+    """The running range after a batch; shares are that of the range before and the batch's."""
+
+    def moved():
+        minimum = 0.0 if nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
+        batch = tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
+        return tf.where(tf.math.is_nan(running), batch, shares[0] * running + shares[1] * batch)
+
+    return tf.cond(is_frozen, lambda: running, moved)
 
 
 def quantizers(model: keras.Model) -> list[ActivationQuantizer]:

@@ -5,11 +5,14 @@ order. Clusters are then intervals whose borders are the midpoints between neigh
 as weights times states, and no loop runs over channels.
 """
 
+import functools
+
 import numpy as np
 import tensorflow as tf
 from tensorflow_model_optimization.python.core.clustering.keras import clustering_centroids
 
 from tf_repvgg.quantization.k_means import k_means
+from tf_repvgg.quantization.shared_graphs import shared_graph
 
 LARGEST_CODE = 127
 # Comparing with one border after the other, fused into one pass, beats a binary search up to about so many states.
@@ -33,9 +36,11 @@ def on_grid(centroids):
 
 def assign(weights, centroids):
     """Index of the nearest centroid of each weight: int32 like the weights; ties go to the smaller centroid."""
+    states = centroids.shape[-1]
+    if states <= _FEW_STATES:
+        numbers = tf.broadcast_to(tf.range(states, dtype=tf.float32), tf.shape(centroids))
+        return tf.cast(_chosen(weights, centroids, numbers), tf.int32)
     borders = _borders(centroids)
-    if centroids.shape[-1] <= _FEW_STATES:
-        return _assign_few(weights, tf.transpose(borders))
     if centroids.shape[0] == 1:
         found = tf.searchsorted(borders[0], tf.reshape(weights, [-1]))
         return tf.reshape(found, tf.shape(weights))
@@ -64,12 +69,10 @@ def quantize(weights, centroids, is_frozen, assignments, aggregation=None):
 
     @tf.custom_gradient
     def function(weights, centroids):
-        found = tf.cond(
-            is_frozen, lambda: look_up(centroids, tf.cast(assignments, tf.int32)), lambda: nearest(weights, centroids)
-        )
+        found = _shared(_held_or_nearest, centroids)(is_frozen, weights, centroids, assignments)
 
         def gradient(upstream):
-            to_weights = tf.cond(is_frozen, lambda: tf.zeros_like(upstream), lambda: upstream)
+            to_weights = _zero_where(is_frozen, upstream)
             if aggregation is None:
                 return to_weights, None
             indices = tf.where(is_frozen, tf.cast(assignments, tf.int32), assign(weights, centroids))
@@ -83,11 +86,33 @@ def quantize(weights, centroids, is_frozen, assignments, aggregation=None):
     return function(weights, centroids)
 
 
+def _held_or_nearest(is_frozen, weights, centroids, assignments):
+    def held():
+        return look_up(centroids, tf.cast(assignments, tf.int32))
+
+    return tf.cond(is_frozen, held, lambda: nearest(weights, centroids))
+
+
+@shared_graph
+def _zero_where(is_frozen, upstream):
+    # A choice, and no product: not frozen, it costs no pass over them.
+    return tf.cond(is_frozen, lambda: tf.zeros_like(upstream), lambda: upstream)
+
+
 def nearest(weights, centroids):
     """The centroid nearest to each weight, of the shape of the weights; no gradient."""
     if centroids.shape[-1] <= _FEW_STATES:
-        return _nearest_few(weights, tf.transpose(centroids))
+        return _chosen(weights, centroids, centroids)
     return look_up(centroids, assign(weights, centroids))
+
+
+def lloyd_step_if(is_due, weights, centroids, rate):
+    """`lloyd_step` of centroids in any order where it is due, bool tensor; else the centroids as they are."""
+    return _shared(_lloyd_step_if, centroids)(is_due, weights, centroids, tf.constant(rate, tf.float32))
+
+
+def _lloyd_step_if(is_due, weights, centroids, rate):
+    return tf.cond(is_due, lambda: lloyd_step(weights, tf.sort(centroids, axis=-1), rate), lambda: centroids)
 
 
 def lloyd_step(weights, centroids, rate):
@@ -140,25 +165,32 @@ def initial_centroids(weights, states, per_channel, initialization=None):
     return tf.constant([np.pad(centroids, [0, states - len(centroids)], "edge") for centroids in found], tf.float32)
 
 
+def _shared(function, centroids):
+    """The graph of a function for all layers with as many states, and a codebook per tensor or per channel."""
+    return _graph_of(function, centroids.shape[-1], centroids.shape[0] == 1)
+
+
+@functools.cache
+def _graph_of(function, states, is_per_tensor):  # each with a graph of its own
+    return shared_graph(function)
+
+
 def _borders(centroids):
     return (centroids[:, 1:] + centroids[:, :-1]) / 2
 
 
-# By state first, [states, channels or 1], so that what a row of weights is compared with lies side by side in memory.
-@tf.function(jit_compile=True)
-def _nearest_few(weights, centroids):
-    found = tf.broadcast_to(centroids[0], tf.shape(weights))
-    borders = (centroids[1:] + centroids[:-1]) / 2
-    for state in range(1, centroids.shape[0]):
-        found = tf.where(weights > borders[state - 1], centroids[state], found)
-    return found
+def _chosen(weights, centroids, values):
+    """Of values [1 or channels, states] those of the nearest centroids, of the shape of the weights."""
+    # By state first, so that what a row of weights is compared with lies side by side in memory.
+    return _chosen_of_few(weights, tf.transpose(_borders(centroids)), tf.transpose(values))
 
 
+# XLA compiles it once for each shape; one function, whether the values are the centroids or their numbers.
 @tf.function(jit_compile=True)
-def _assign_few(weights, borders):
-    found = tf.zeros_like(weights, tf.int32)
-    for border in range(borders.shape[0]):
-        found += tf.cast(weights > borders[border], tf.int32)
+def _chosen_of_few(weights, borders, values):
+    found = tf.broadcast_to(values[0], tf.shape(weights))
+    for state, border in enumerate(tf.unstack(borders), 1):
+        found = tf.where(weights > border, values[state], found)
     return found
 
 
@@ -172,8 +204,8 @@ def _of_clusters(values, indices, centroids, reduce, combine):
     By channel first, even where the channels share a codebook: additions in a row to the same few sums would each wait
     for the one before, which takes several times as long.
     """
-    channels, states = values.shape[-1], centroids.shape[-1]
+    channels, states = tf.shape(values)[-1], centroids.shape[-1]
     segments = indices + states * tf.range(channels)
     found = reduce(tf.reshape(values, [-1]), tf.reshape(segments, [-1]), channels * states)
     found = tf.reshape(found, [channels, states])
-    return found if centroids.shape[0] == channels else combine(found, axis=0, keepdims=True)
+    return combine(found, axis=0, keepdims=True) if centroids.shape[0] == 1 else found

@@ -169,11 +169,7 @@ class MovingCodebook:
         is_due = (self._steps % self._training.centroid_update_steps == 0) & ~self.is_frozen
         rate = self._training.centroid_update_rate
         if rate or self._training.train_centroids:  # at rate 0, only clusters without weights start anew
-
-            def move():
-                self.centroids.assign(codebooks.lloyd_step(weights, self._sorted(), rate))
-
-            tf.cond(is_due, move, lambda: None)
+            self.centroids.assign(codebooks.lloyd_step_if(is_due, weights, self.centroids, rate))
 
     def freeze(self, weights, frozen=True):
         """Fixes which centroid each weight has, and where centroids are; or lets all move again. In effect at once."""
