@@ -108,8 +108,8 @@ METHODS = {
         for statistics in ("frozen", "running")
     },
 }
-FORMS = ["ClusterQAT from k-means", *(name for name in METHODS if "training form" in name)]
-STARTS = ("ClusterQAT", "ClusterQAT from k-means", "LSQ", "LSQ from AdaQuant")
+# What is compared on validation data only, with the methods that it explains.
+VARIANTS = [name for name in METHODS if " from " in name or "training form" in name]
 
 
 class Result:
@@ -227,33 +227,46 @@ class Choices:
     """
 
     def __init__(self, record):
-        self._tune = functools.partial(
-            fine_tune, record, base=base_run("cifar10_oabn_validation"), granularity="per_tensor", split="validation"
-        )
+        self._tune = functools.partial(fine_tune, record, base=base_run("cifar10_oabn_validation"), split="validation")
         self._write = functools.partial(write, record)
         self._validation = record["choices"]["validation_top1_percent"] = {}
-        best = {distill: self._best_rate("ClusterQAT", 8, distill)[1] for distill in (False, True)}
+        best = {distill: max(self._of_grid("ClusterQAT", 8, distill).values()) for distill in (False, True)}
         self.distill = record["choices"]["distill"] = chosen(best)
 
-    def _best_rate(self, method, states, distill):
-        """The best learning rate and its top-1: of the grid's two middle rates and the one beyond the better."""
-
-        def top1(rate):
-            return self._tune(method, states=states, rate=rate, distill=distill).top1
-
-        lowest, low, high, highest = LEARNING_RATES
-        found = {rate: top1(rate) for rate in (low, high)}
-        beyond = lowest if chosen(found) == low else highest
-        found[beyond] = top1(beyond)
-        name = f"{method}, {states} states" + (", distilled" if distill else "")
-        self._validation[name] = {str(rate): round(top1, 2) for rate, top1 in found.items()}
+    def _measured(self, rates, method, states, distill, granularity="per_tensor"):
+        """{rate: top-1}, which the record then tells of, too."""
+        found = {
+            rate: self._tune(method, states=states, rate=rate, distill=distill, granularity=granularity).top1
+            for rate in rates
+        }
+        words = [method, f"{states} states, {granularity.replace('_', ' ')}" if states else "", "distilled" * distill]
+        of_name = self._validation.setdefault(", ".join(filter(None, words)), {})
+        of_name |= {str(rate): round(top1, 2) for rate, top1 in found.items()}
         self._write()
-        return chosen(found), max(found.values())
+        return found
 
-    def rate(self, method, states):
-        """The learning rate of a method: that for 8 states serves all from 5 on, that for 4 the others."""
+    def _of_grid(self, method, states, distill):
+        """{rate: top-1} per tensor: of the grid's two middle rates and the one beyond the better."""
+        lowest, low, high, highest = LEARNING_RATES
+        found = self._measured((low, high), method, states, distill)
+        beyond = lowest if chosen(found) == low else highest
+        return found | self._measured([beyond], method, states, distill)
+
+    def rate(self, method, states, granularity):
+        """The learning rate of a method: that for 8 states serves all from 5 on, that for 4 the others.
+
+        Per channel, weights err less, so that it is the rate that is best per tensor or the one below.
+        """
         states = 0 if method == "float" else 8 if states > 4 else 4
-        return self._best_rate(method, states, self.distill)[0]
+        best = chosen(self._of_grid(method, states, self.distill))
+        if granularity == "per_tensor":
+            return best
+        below = LEARNING_RATES[max(LEARNING_RATES.index(best) - 1, 0)]
+        return chosen(self._measured((below, best), method, states, self.distill, granularity))
+
+    def compare(self, method, states):
+        """Measures a method per tensor at the grid's two middle rates."""
+        self._measured(LEARNING_RATES[1:3], method, states, self.distill)
 
 
 def drop_and_interval(references, results):
@@ -269,7 +282,7 @@ def measure(record):
 
     @functools.cache
     def tested(model, method, states=0, granularity="per_tensor", edges=None):
-        rate = choices.rate(method, states)
+        rate = choices.rate(method, states, granularity)
         return fine_tune(record, method, bases[model], states, granularity, rate, choices.distill, edges=edges)
 
     def add(part, models, method, states, granularity, edges=None, asked=None):
@@ -286,7 +299,7 @@ def measure(record):
             "integer_top1_percent": [round(r.top1, 2) for r in results],
             "drop": round(drop, 3),
             "half_interval": round(half, 3),
-            "learning_rate": METHODS[method].rate * choices.rate(method, states),
+            "learning_rate": METHODS[method].rate * choices.rate(method, states, granularity),
             "agreement_percent": [r.fidelity["agreement_percent"] for r in results],
             "trained_model_top1_percent": [r.fidelity["trained_model_top1_percent"] for r in results],
         }
@@ -308,11 +321,8 @@ def measure(record):
         add("edges", ["OABN"], "ClusterQAT", states, granularity, edges=256)
     for model, states in itertools.product(OTHERS, (8, 4)):
         add("others", [model], "ClusterQAT", states, "per_tensor")
-    # With 8 states, methods hardly differ.
-    for method in STARTS:
-        add("starts", ["OABN"], method, 4, "per_tensor")
-    for model, method in itertools.product(("OABN", "BN"), FORMS):
-        add("forms", [model], method, 4, "per_tensor")
+    for method, states in itertools.product(VARIANTS, (8, 4)):
+        choices.compare(method, states)
 
 
 PARTS = {
@@ -320,8 +330,6 @@ PARTS = {
     "peers": "The same steps by other methods, one model",
     "edges": "Stem and classifier with 256 states, the other layers with fewer",
     "others": "ClusterQAT without OABN",
-    "starts": "From post-training quantization (codebook_adaquant, adaquant), or from weights as they are",
-    "forms": "The fused network trained from its weights as they are, or its branches",
 }
 
 
@@ -331,16 +339,22 @@ def write(record):
         "`python experiments/low_bit.py`: three epochs of fine-tuning, 8-bit activations, top-1 in percent of the",
         "integer file in LiteRT on all 10,000 test images. Drop: in points, against the same network fine-tuned in",
         "float for the same steps; with its paired 95 % interval. Agrees: percent of images on which the file finds",
-        "the class that the trained model finds in TensorFlow; LiteRT's kernels are XNNPACK's, its default. Images:",
-        "JPEG re-encodings (quality 75) of CIFAR-10 where --data_dir points at the project's shared copy.",
+        "the class that the trained model finds in TensorFlow, and what its top-1 gains on the model's in points;",
+        "LiteRT's kernels are XNNPACK's, its default. ClusterQAT starts from codebooks that codebook_adaquant learns",
+        "layer by layer on 1,024 images, LSQ and tfmot as their authors have them start. Images: JPEG re-encodings",
+        "(quality 75) of CIFAR-10 where --data_dir points at the project's shared copy.",
     ]
     for part, title in PARTS.items():
         if record[part]:
             page += ["", f"## {title}", "", _table(record[part])]
     if choices := record["choices"].get("validation_top1_percent"):
         rows = [[name, *(_percent(found.get(str(rate))) for rate in LEARNING_RATES)] for name, found in choices.items()]
-        page += ["", "## Chosen on validation data: learning rates, distillation and the form that is trained", ""]
-        page += ["SGD at these rates; tfmot by AdamW, at a twentieth of them.", ""]
+        page += ["", "## On validation data: learning rates and distillation, which are chosen here, and variants", ""]
+        page += [
+            "OABN model, top-1 in percent on 5,000 held-out images. SGD at these rates; tfmot by AdamW, at a twentieth",
+            "of them. What is chosen with 8 states serves all from 5 on, and what is chosen on OABN the other models.",
+            "",
+        ]
         page.append(tabulate(rows, ["", *map(str, LEARNING_RATES)], tablefmt="github", disable_numparse=True))
     write_results(ROOT / "results", "low_bit", record, "\n".join(page))
 
@@ -357,14 +371,21 @@ def _table(rows):
             " / ".join(map(_percent, row["integer_top1_percent"])),
             f"{row['drop']:.2f} ± {row['half_interval']:.2f}",
             " / ".join(map(_percent, row["agreement_percent"])),
+            _gains(row),
             *([f"{row['asked']:.1f}", "yes" if row["is_met"] else "no"] if has_goal else []),
             *([_ahead(row)] if has_peers else []),
         ]
         for row in rows
     ]
-    headers = ["model", "method", "states", "weights", "float", "integer", "drop", "agrees"]
+    headers = ["model", "method", "states", "weights", "float", "integer", "drop", "agrees", "gains"]
     headers += ["asked", "met"] if has_goal else ["ClusterQAT ahead"] if has_peers else []
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def _gains(row):
+    """Of each integer file on the trained model, in points."""
+    pairs = zip(row["integer_top1_percent"], row["trained_model_top1_percent"], strict=True)
+    return " / ".join("-" if trained is None else f"{top1 - trained:+.2f}" for top1, trained in pairs)
 
 
 def _ahead(row):

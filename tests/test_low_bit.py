@@ -1,5 +1,6 @@
 """The experiment on few states: intervals, the record it goes on from, and what each method is asked for."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -117,8 +118,9 @@ def test_what_diverged_is_right_of_no_image(low_bit, monkeypatch, tmp_path):
         "drop": 90,
         "half_interval": 0,
     }
-    row |= {"reference_top1_percent": [90], "integer_top1_percent": [0.0], "agreement_percent": [None]}
-    assert low_bit._table([row]).count("| diverged  |") == low_bit._table([row]).count("| -  ") == 1
+    row |= {"reference_top1_percent": [90], "integer_top1_percent": [0.0]}
+    row |= {"agreement_percent": [None], "trained_model_top1_percent": [None]}
+    assert (low_bit._table([row]).count("| diverged  |"), low_bit._table([row]).count("| -  ")) == (1, 2)
 
 
 def test_the_picture(low_bit, tmp_path):
@@ -155,21 +157,43 @@ def test_choices(low_bit, monkeypatch, gain):
     measured = set()
 
     def fine_tune(record, method, base, states, granularity, rate, distill, split):
-        measured.add((method, states, rate, distill))
+        measured.add((method, states, granularity, rate, distill))
         best = {"ClusterQAT": 0.008, "float": 0.002}.get(method, 0.032 if states == 8 else 0.008)
+        if granularity == "per_channel":
+            best = {"ClusterQAT": 0.002}.get(method, best)
         return answers(low_bit, *[1] * (8 + gain * distill if rate == best else 6), *[0] * 5)
+
+    def rates(method, states, granularity="per_tensor"):
+        return {rate for *asked, rate, _ in measured if asked == [method, states, granularity]}
 
     for name, value in {"fine_tune": fine_tune, "base_run": str, "write": lambda record: None}.items():
         monkeypatch.setattr(low_bit, name, value)
     record = {"choices": {}}
     choices = low_bit.Choices(record)
     assert choices.distill == record["choices"]["distill"] == (gain > 0)
-    assert [choices.rate("ClusterQAT", states) for states in (16, 8, 5)] == [0.008] * 3
-    assert {rate for *_, rate, _ in measured} == {0.002, 0.008, 0.032} and len(measured) == 2 * 3
-    assert [choices.rate("LSQ", states) for states in (16, 8, 5, 4, 3)] == [0.032] * 3 + [0.008] * 2
-    assert choices.rate("float", 0) == 0.002
+    assert [choices.rate("ClusterQAT", states, "per_tensor") for states in (16, 8, 5)] == [0.008] * 3
+    assert rates("ClusterQAT", 8) == {0.002, 0.008, 0.032} and len(measured) == 2 * 3
+    assert [choices.rate("LSQ", states, "per_tensor") for states in (16, 8, 5, 4, 3)] == [0.032] * 3 + [0.008] * 2
+    assert choices.rate("float", 0, "per_tensor") == 0.002
     assert {states for method, states, *_ in measured if method == "float"} == {0}
-    assert {rate for method, states, rate, _ in measured if (method, states) == ("LSQ", 8)} == {0.008, 0.032, 0.128}
+    assert rates("LSQ", 8) == {0.008, 0.032, 0.128}
     assert len(measured) == 5 * 3
+    assert [choices.rate(method, 16, "per_channel") for method in ("ClusterQAT", "LSQ")] == [0.002, 0.032]
+    assert rates("ClusterQAT", 8, "per_channel") == {0.002, 0.008} and rates("LSQ", 8, "per_channel") == {0.008, 0.032}
+    choices.compare("a variant", 8)
+    assert rates("a variant", 8) == {0.008, 0.032}
     found = record["choices"]["validation_top1_percent"]
-    assert ("LSQ, 4 states, distilled" in found) == (gain > 0) and len(found["ClusterQAT, 8 states"]) == 3
+    assert ("LSQ, 4 states, per tensor, distilled" in found) == (gain > 0)
+    assert len(found["ClusterQAT, 8 states, per tensor"]) == 3
+
+
+def test_files_compute_what_was_trained(low_bit):
+    """Of ClusterQAT and LSQ on all 10,000 test images, as far as results/low_bit.json has them."""
+    record = json.loads((ROOT / "results" / "low_bit.json").read_text(encoding="utf-8"))
+    rows = [row for part in low_bit.PARTS for row in record[part] if row["method"] in ("ClusterQAT", "LSQ")]
+    assert rows
+    for row in rows:
+        facts = (row["integer_top1_percent"], row["agreement_percent"], row["trained_model_top1_percent"])
+        for top1, agreement, trained in zip(*facts, strict=True):
+            assert agreement >= (99.5 if row["states"] >= 8 else 99.0), row
+            assert abs(top1 - trained) <= 0.15, row
