@@ -14,11 +14,12 @@ _TICKS = (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 def _points(rows, method, granularity, model):
-    """(states, drops of a model), by states."""
+    """(states, drops of a model), by states, of what did not diverge."""
     found = {
         row["states"]: row["reference_top1_percent"][0] - row["integer_top1_percent"][0]
         for row in rows
-        if row["method"] == method and row["granularity"] == granularity and row["models"][0] == model
+        if (row["method"], row["granularity"], row["models"][0]) == (method, granularity, model)
+        and row["integer_top1_percent"][0] > 0
     }
     return sorted(found), [found[states] for states in sorted(found)]
 

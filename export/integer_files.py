@@ -52,7 +52,7 @@ def read_flags():
 
 def check_trained_codes():
     """Refuses flags that would quantize what training has quantized."""
-    for name in ("weight_bits", "granularity", "ptq", "layer_bits", "number_of_clusters", "activation_bits"):
+    for name in ("weight_bits", "granularity", "layer_bits", *PTQ_FLAGS):
         if FLAGS[name].value != FLAGS[name].default:
             raise ValueError(
                 f"--{name}={FLAGS[name].value} does not go with a model that was trained quantized; leave it"

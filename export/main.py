@@ -172,7 +172,9 @@ def write_predictions(path, labels, classes):
 
 def calibrated_on(reference):
     """In words, where activation ranges come from."""
-    if reference != "trained_model" and not ptq.needs_calibration(FLAGS.ptq):
+    if reference == "trained_model":
+        return "as trained"
+    if not ptq.needs_calibration(FLAGS.ptq):
         return "statistics of the normalizations, no images"
     return f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}"
 

@@ -142,11 +142,11 @@ CASES = {
         "size=(8, 8)",
         "size=(12, 12)",
     ),
-    "teacher that is fused already": (
+    "teacher that is not finite": (
         TRAIN,
-        ["--workdir={new}", "--distill_from={here}/fused_run"],
-        "contains no re-parameterized block",
-        "",
+        ["--workdir={new}", "--distill_from={here}/nan_branches_run"],
+        "nan_branches_run' cannot be fused",
+        "was its training stable?",
     ),
     "temperature of zero": (
         TRAIN,
@@ -266,6 +266,29 @@ CASES = {
         "--weight_bits=3 has no effect with --quantize=clusterqat; it is for lsq",
         "",
     ),
+    "bits of clusters, as by default": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--weight_bits=4"],
+        "--weight_bits=4 has no effect with --quantize=clusterqat; it is for lsq",
+        "",
+    ),
+    "gradient of centroids that do not train": (
+        TRAIN,
+        [
+            "--workdir={new}",
+            "--quantize=clusterqat",
+            "--init_from={here}/run",
+            "--cluster_gradient_aggregation=avg",
+        ],
+        "--cluster_gradient_aggregation=avg has no effect without --train_centroids",
+        "",
+    ),
+    "fine-tuning what is not finite": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=float", "--init_from={here}/nan_branches_run"],
+        "nan_branches_run' cannot be fused",
+        "was its training stable?",
+    ),
     "frozen longer than trained": (
         TRAIN,
         ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--epochs=2", "--freeze_epochs=3"],
@@ -348,7 +371,16 @@ def here(tmp_path_factory, digits):
     content = (folder / "model.keras").read_bytes()
     (folder / "truncated.keras").write_bytes(content[: len(content) // 2])
     facts = {"dataset": "digits", "size": [8, 8], "mean": 128.0, "std": 128.0, "validation_held_out": False}
-    for name in ("run", "truncated_run", "fused_run", "nan_run", "quantized_run", "other_classes_run", "damaged_run"):
+    for name in (
+        "run",
+        "truncated_run",
+        "fused_run",
+        "nan_run",
+        "nan_branches_run",
+        "quantized_run",
+        "other_classes_run",
+        "damaged_run",
+    ):
         (folder / name).mkdir()
         (folder / name / runs.INPUT_NAME).write_text(json.dumps(facts))
     shutil.copy(folder / "model.keras", folder / "run")
@@ -368,6 +400,9 @@ def here(tmp_path_factory, digits):
     broken = keras.models.clone_model(fused)
     broken.get_layer("stem").bias.assign(np.full(16, np.nan))
     broken.save(folder / "nan_run" / runs.MODEL_NAME)
+    broken = keras.models.clone_model(model)
+    broken.weights[0].assign(np.full(broken.weights[0].shape, np.nan))
+    broken.save(folder / "nan_branches_run" / runs.MODEL_NAME)
     images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1))
     ptq.quantize(fused, calibration=images).save(folder / "quantized_run" / runs.MODEL_NAME)
     build_repvgg("digits", (8, 8, 1), 3).save(folder / "other_classes_run" / runs.MODEL_NAME)

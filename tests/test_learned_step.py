@@ -111,7 +111,7 @@ def test_bad_input(model):
             learned_step_quantize(model, 4, steps={"second": [bad]})
     with pytest.raises(ValueError, match="steps are given for 'secnd'; there are layers first, second, logits"):
         learned_step_quantize(model, 4, steps={"secnd": [1.0]})
-    with pytest.raises(ValueError, match="holds no LearnedStep layers"):
+    with pytest.raises(ValueError, match="holds nothing that strip_learned_step strips"):
         strip_learned_step(model)
     broken = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="broken")])
     broken.get_layer("broken").set_weights([np.full([3, 2], np.nan), np.zeros(2)])

@@ -69,7 +69,7 @@ def test_its_file_is_the_trained_model(clustered_run, run_forked, digits):
 
 
 def test_the_float_reference(float_run, run_forked, tmp_path):
-    """The same steps without quantization; its run exports like any other, and can be quantized further."""
+    """The same steps without quantization; its run exports like any other, can be quantized further, and teaches."""
     command = ("train/main.py", *FLAGS, f"--workdir={tmp_path}", f"--init_from={float_run}", "--quantize=float")
     result = run_forked(*command, "--epochs=1")
     assert result.status == 0, result.stderr[-3000:]
@@ -79,6 +79,8 @@ def test_the_float_reference(float_run, run_forked, tmp_path):
     assert report["float_fused_top1_percent"] > 93
     assert "float_training_form_top1_percent" not in report
     assert report["files"][0]["agreement_with_float_percent"] > 95
+    command = ("train/main.py", *FLAGS, f"--workdir={tmp_path / 'student'}", f"--distill_from={tmp_path}")
+    assert run_forked(*command, "--epochs=1", "--steps_per_epoch=1").status == 0
 
 
 def test_tfmot_in_two_runs(float_run, run_forked, tmp_path):

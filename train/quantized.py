@@ -34,9 +34,11 @@ flags.DEFINE_enum(
     "matter then.",
 )
 flags.DEFINE_string(
-    "number_of_clusters", "8", "States of each layer's codebook, 2 to 256; by layer name: 'stem=256,logits=256,.*=8'."
+    "number_of_clusters",
+    None,
+    "States of each layer's codebook, 2 to 256, by default 8; by layer name: 'stem=256,logits=256,.*=8'.",
 )
-flags.DEFINE_string("weight_bits", "4", "Of LSQ's grids, 2 to 8; by layer name: 'stem=8,logits=8,.*=4'.")
+flags.DEFINE_string("weight_bits", None, "Of LSQ's grids, 2 to 8, by default 4; by layer name: 'stem=8,logits=8,.*=4'.")
 flags.DEFINE_enum(
     "granularity", "per_tensor", ["per_tensor", "per_channel"], "A codebook or grid for each layer, or output channel."
 )
@@ -82,6 +84,8 @@ flags.DEFINE_integer(
     "calibration_images", 512, "Training images for activation ranges to start with, and --ptq_start.", lower_bound=1
 )
 
+# Not the flags' own, so that one that is given, at this value too, can be refused where it has no effect.
+_NUMBER_OF_CLUSTERS, _WEIGHT_BITS = "8", "4"
 # What each flag of this file belongs to.
 _USED_BY = {
     "number_of_clusters": ("clusterqat", "tfmot_clustering"),
@@ -127,17 +131,18 @@ class FineTuning:
     def __init__(self, data, steps_per_epoch, goes_on=False):
         _check_flags()
         model = finished_runs.load_matching(FLAGS.init_from, data, "run")
+        self._number_of_clusters = FLAGS.number_of_clusters or _NUMBER_OF_CLUSTERS
+        self._weight_bits = FLAGS.weight_bits or _WEIGHT_BITS
         if quantizers(model):
             raise ValueError(
                 f"--init_from={FLAGS.init_from} is quantized already; name the float run that it came from"
             )
-        has_blocks = fusion.needs_fusing(model)
-        if FLAGS.batch_norm_statistics and not has_blocks:
+        if FLAGS.batch_norm_statistics and not fusion.needs_fusing(model):
             raise ValueError(
                 f"--batch_norm_statistics={FLAGS.batch_norm_statistics} is for networks in training form, but that of "
                 f"--init_from={FLAGS.init_from} is fused; leave it"
             )
-        self._base = fusion.fuse(model) if has_blocks and not FLAGS.batch_norm_statistics else model
+        self._base = model if FLAGS.batch_norm_statistics else finished_runs.fused(model, FLAGS.init_from, "run")
         self._data = data
         self._steps_per_epoch = steps_per_epoch
         self._starts_from_ptq = FLAGS.ptq_start and not goes_on
@@ -151,11 +156,11 @@ class FineTuning:
         match FLAGS.quantize:
             case "lsq":
                 base, steps = self._start()
-                return learned_step_quantize(base, FLAGS.weight_bits, per_channel, steps=steps, **activations)
+                return learned_step_quantize(base, self._weight_bits, per_channel, steps=steps, **activations)
             case "tfmot_clustering":
                 initialization = initialization or clustering.CentroidInitialization.KMEANS_PLUS_PLUS
                 return tfmot_baseline.tfmot_cluster(
-                    self._base, FLAGS.number_of_clusters, initialization, per_channel, aggregation
+                    self._base, self._number_of_clusters, initialization, per_channel, aggregation
                 )
             case "tfmot_quantization":
                 return tfmot_baseline.tfmot_quantize(self._base)
@@ -163,7 +168,7 @@ class FineTuning:
                 base, _ = self._start()
                 return clustering.cluster_quantize(
                     base,
-                    FLAGS.number_of_clusters,
+                    self._number_of_clusters,
                     initialization,
                     per_channel,
                     aggregation,
@@ -184,9 +189,9 @@ class FineTuning:
         if not self._starts_from_ptq:
             return self._base, None
         if FLAGS.quantize == "lsq":
-            options = {"weight_bits": FLAGS.weight_bits}
+            options = {"weight_bits": self._weight_bits}
         else:
-            options = {"number_of_clusters": FLAGS.number_of_clusters}
+            options = {"number_of_clusters": self._number_of_clusters}
         options |= {"per_channel": FLAGS.granularity == "per_channel", "activation_bits": int(FLAGS.activation_bits)}
         options |= {"seed": FLAGS.seed, "progress": True}
         found = ptq.quantize(self._base, FLAGS.ptq_start, calibration=self._calibration(), **options)
@@ -243,6 +248,11 @@ def _check_flags():
             raise ValueError(
                 f"--{name}={FLAGS[name].value} does not go with --ptq_start={FLAGS.ptq_start}, {why}; leave one out"
             )
+    aggregation = FLAGS["cluster_gradient_aggregation"]
+    if FLAGS.quantize == "clusterqat" and aggregation.value != aggregation.default and not FLAGS.train_centroids:
+        raise ValueError(
+            f"--cluster_gradient_aggregation={aggregation.value} has no effect without --train_centroids; add that"
+        )
     if not FLAGS.init_from:
         raise ValueError(f"--quantize={FLAGS.quantize} fine-tunes a trained network; name its workdir by --init_from")
     for name, value in _WITHOUT.items():

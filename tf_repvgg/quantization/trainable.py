@@ -92,7 +92,9 @@ def wrapped(
         return call
 
     def make_quantizer(**options):
-        return ActivationQuantizer(range_momentum, **options) if activation_bits else lambda tensor: tensor
+        if activation_bits is None:
+            return lambda tensor: tensor
+        return ActivationQuantizer(range_momentum, **options)
 
     found = quantize_activations(model, replace, make_quantizer, classes, activation_bits)
     if calibration is not None:
@@ -122,7 +124,7 @@ def stripped(model: keras.Model, wrapper_class: type) -> keras.Model:
     Raises:
       ValueError: if there is no such wrapper.
     """
-    check_wrapped(model, wrapper_class)
+    wrappers_of(model, wrapper_class)
     found = graph.rebuild(
         model, lambda layer: layer.stripped() if isinstance(layer, wrapper_class) else graph.copied(layer)
     )
@@ -130,11 +132,13 @@ def stripped(model: keras.Model, wrapper_class: type) -> keras.Model:
     return found
 
 
-def check_wrapped(model: keras.Model, wrapper_class: type) -> list:
+def wrappers_of(model: keras.Model, wrapper_class: type) -> list:
     """The wrappers of the model; raises ValueError if there are none."""
     found = [layer for layer in model._flatten_layers() if isinstance(layer, wrapper_class)]
     if not found:
-        raise ValueError(f"model {model.name!r} holds no {wrapper_class.__name__} layers; was it made for training?")
+        raise ValueError(
+            f"model {model.name!r} holds nothing that {wrapper_class.stripped_by} strips; was it made for training?"
+        )
     return found
 
 

@@ -3,7 +3,6 @@
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import fusion
 from tf_repvgg.training import finished_runs
 
 
@@ -16,12 +15,12 @@ def load_teacher(path, data) -> keras.Model:
 
     Raises:
       FileNotFoundError: if there is no finished run.
-      ValueError: if the teacher expects other images, knows other classes, or is fused already.
+      ValueError: if the teacher expects other images, knows other classes, or has weights that are not finite.
     """
     teacher = finished_runs.load_matching(path, data, "teacher")
     any_size = keras.models.clone_model(teacher, keras.Input((None, None, data.channels)))
     any_size.set_weights(teacher.get_weights())
-    return fusion.fuse(any_size)
+    return finished_runs.fused(any_size, path, "teacher")
 
 
 class Distilled(keras.Model):

@@ -2,7 +2,7 @@
 
 import tf_keras as keras
 
-from tf_repvgg import runs
+from tf_repvgg import fusion, runs
 from tf_repvgg.data import Preprocessing
 
 
@@ -33,6 +33,20 @@ def load_matching(path, data, role: str) -> keras.Model:
             f"trains on {data.channels} channels by {data.preprocessing}; use the same input for both"
         )
     return model
+
+
+def fused(model: keras.Model, path, role: str) -> keras.Model:
+    """The model of `load_matching` with every block as one convolution; one that is fused already, as it is.
+
+    Raises:
+      ValueError: if its weights are not finite.
+    """
+    if not fusion.needs_fusing(model):
+        return model
+    try:
+        return fusion.fuse(model)
+    except ArithmeticError as error:
+        raise ValueError(f"{role} {str(path)!r} cannot be fused: {error}; was its training stable?") from None
 
 
 def check_fits(model: keras.Model, data) -> None:

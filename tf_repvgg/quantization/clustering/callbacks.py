@@ -6,7 +6,7 @@ import tf_keras as keras
 
 from tf_repvgg.quantization.clustering import codebooks
 from tf_repvgg.quantization.clustering.wrapper import Clustered
-from tf_repvgg.quantization.trainable import check_wrapped
+from tf_repvgg.quantization.trainable import wrappers_of
 
 
 class FreezeClusters(keras.callbacks.Callback):
@@ -51,28 +51,28 @@ class ClusterLog(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        check_wrapped(model, Clustered)
+        wrappers_of(model, Clustered)
         self._writer = tf.summary.create_file_writer(self._log_dir)
 
     def on_train_batch_end(self, batch, logs=None):
         step = int(self.model.optimizer.iterations.numpy())
         if step % self._every == 0:
             with self._writer.as_default(step=step):
-                for wrapper in check_wrapped(self.model, Clustered):
+                for wrapper in wrappers_of(self.model, Clustered):
                     self._look_at(wrapper, step)
 
     def on_train_end(self, logs=None):
         self._writer.flush()
 
     def _look_at(self, wrapper, step):
-        for name, (weights, centroids) in wrapper.clusters().items():
+        for name, (weights, centroids, indices) in wrapper.clusters().items():
             place = f"clusters/{wrapper.layer.name}_{name}"
-            inertia, counts = codebooks.inertia_and_counts(weights, centroids)
+            inertia, counts = codebooks.inertia_and_counts(weights, centroids, indices)
             tf.summary.scalar(f"{place}/inertia", inertia)
             tf.summary.scalar(f"{place}/empty_clusters", np.count_nonzero(counts == 0))
             for state, centroid in enumerate(np.mean(centroids, axis=0)):
                 tf.summary.scalar(f"{place}/centroid_{state}", centroid)
-            assignments = codebooks.assign(weights, centroids).numpy().astype(np.uint8)
+            assignments = indices.numpy().astype(np.uint8)
             if place in self._before:
                 step_before, before = self._before[place]
                 moves = np.count_nonzero(assignments != before) / (step - step_before)

@@ -2,7 +2,7 @@
 
 Weights are [rows, channels]; centroids [channels, states], or [1, states] where all channels share them, in ascending
 order. Clusters are then intervals whose borders are the midpoints between neighbours, so that nothing here is as large
-as weights times states, and no loop runs over channels.
+as weights times states, and in a training step no loop runs over channels.
 """
 
 import functools
@@ -145,9 +145,8 @@ def _seeds(weights, indices, count, mean):
     return tf.gather(seeds, tf.argsort(inertia, axis=-1, direction="DESCENDING"), batch_dims=1)
 
 
-def inertia_and_counts(weights, centroids):
+def inertia_and_counts(weights, centroids, indices):
     """Squared distance of the weights to their centroids, a sum, and weights per cluster [1 or channels, states]."""
-    indices = assign(weights, centroids)
     distance = tf.reduce_sum(tf.square(weights - look_up(centroids, indices)))
     return distance, _sums(tf.ones_like(weights), indices, centroids)
 

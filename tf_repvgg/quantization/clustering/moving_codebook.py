@@ -57,7 +57,8 @@ class CodebookTraining:
             )
         for name, known in _ENUMERATIONS.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, known):
+            is_default = value is None and name == "cluster_centroids_init"
+            if not (isinstance(value, known) or is_default):
                 raise ValueError(f"{name} is {value!r}; known: {', '.join(map(str, known))}")
         if not 0 <= self.centroid_update_rate <= 1:
             raise ValueError(f"centroid_update_rate is {self.centroid_update_rate!r}; it must be from 0 to 1")
@@ -133,12 +134,19 @@ class MovingCodebook:
         return tf.convert_to_tensor(self._is_frozen)
 
     def grid(self):
-        """Centroids as they are multiplied with, [1 or channels, states]: int8 codes times `scale`, ascending."""
-        return codebooks.on_grid(self._sorted())
+        """Centroids as they are multiplied with, [1 or channels, states]: int8 codes times `scale`.
 
-    def _sorted(self):
+        Ascending; but while clusters rest, each stays the one that its weights were assigned to.
+        """
         # The optimizer may have moved one centroid past another.
-        return tf.sort(self.centroids, axis=-1)
+        centroids = tf.where(self.is_frozen, self.centroids, tf.sort(self.centroids, axis=-1))
+        return codebooks.on_grid(centroids)
+
+    def assignments(self, weights):
+        """Index of the centroid of each weight, int32 [rows, channels]; while clusters rest, the one that it keeps."""
+        if self._is_frozen.numpy():
+            return tf.cast(self._assignments, tf.int32)
+        return codebooks.assign(weights, self.grid())
 
     def scale(self):
         """The step of the grid, [1 or channels]."""
@@ -172,7 +180,11 @@ class MovingCodebook:
             self.centroids.assign(codebooks.lloyd_step_if(is_due, weights, self.centroids, rate))
 
     def freeze(self, weights, frozen=True):
-        """Fixes which centroid each weight has, and where centroids are; or lets all move again. In effect at once."""
+        """Fixes which centroid each weight has, or lets it change again; in effect at once.
+
+        Meanwhile no step of Lloyd's algorithm moves centroids; the optimizer still does, if it trains them.
+        """
         if frozen and not self._is_frozen.numpy():
-            self._assignments.assign(tf.cast(codebooks.assign(weights, self.grid()), tf.uint8))
+            self._assignments.assign(tf.cast(self.assignments(weights), tf.uint8))
+            self.centroids.assign(tf.sort(self.centroids, axis=-1))
         self._is_frozen.assign(frozen)

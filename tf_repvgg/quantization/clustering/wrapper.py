@@ -17,8 +17,8 @@ class Clustered:
     def freeze(self, frozen=True):
         """Fixes which centroid each weight has, or lets it change again; in effect at once.
 
-        Frozen, latent weights do not train, and centroids rest too, unless the optimizer moves them
-        (`train_centroids`).
+        Frozen, latent weights have no gradient, and what the optimizer's momentum and weight decay do to them has no
+        effect. Centroids rest too, unless the optimizer moves them (`train_centroids`).
         """
         for name, codebook in self._codebooks.items():
             codebook.freeze(self._latent(name), frozen)
@@ -29,8 +29,15 @@ class Clustered:
             check_finite(self.layer, self._latent(name), codebook.centroids)
 
     def clusters(self):
-        """{weight: (latent weights [rows, channels], grid centroids [1 or channels, states])}, to look at."""
-        return {name: (self._latent(name), codebook.grid()) for name, codebook in self._codebooks.items()}
+        """{weight: (latent weights [rows, channels], grid centroids [1 or channels, states], indices)}, to look at.
+
+        The indices, int32 like the weights, say which centroid each weight has.
+        """
+        latent = {name: self._latent(name) for name in self._codebooks}
+        return {
+            name: (latent[name], codebook.grid(), codebook.assignments(latent[name]))
+            for name, codebook in self._codebooks.items()
+        }
 
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
