@@ -1,6 +1,6 @@
 """Few weight states on CIFAR-10: ClusterQAT, and beside it LSQ and tfmot, fine-tuned for three epochs each.
 
-python experiments/low_bit.py --data_dir=...  takes about 9 hours; starts from the checkpoints in results/checkpoints
+python experiments/low_bit.py --data_dir=...  takes about 10 hours; starts from the checkpoints in results/checkpoints
 where they are. Learning rates, from the same grid for every method, and whether to distill are chosen on held-out
 images with a model that has not seen them; then all is trained on the 50,000 images and tested once. Leaves
 results/low_bit.json and results/low_bit.md, as far as it came, and in the end results/low_bit.png. Resumable at any

@@ -636,6 +636,8 @@ def test_bad_input(model):
     refuses("no pattern of numbers of clusters matches layer 'second'", clusters="first=4")
     refuses("pattern 'first' of numbers of clusters comes too late", clusters=".*=8,first=4")
     refuses("cluster_gradient_aggregation is 'sum'; known: .*SUM", cluster_gradient_aggregation="sum")
+    refuses("cluster_gradient_aggregation is None; known: .*SUM", cluster_gradient_aggregation=None)
+    refuses("activation bits are 0; known: 8, 16", activation_bits=0)
     refuses("cluster_centroids_init is 'linear'; known: .*LINEAR", cluster_centroids_init="linear")
     refuses("centroid_update_rate is 1.5; it must be from 0 to 1", centroid_update_rate=1.5)
     refuses("centroid_update_steps is 0; it must be a whole number above 0", centroid_update_steps=0)

@@ -61,6 +61,7 @@ def test_its_file_is_the_trained_model(clustered_run, run_forked, digits):
     assert entry["agreement_with_trained_model_percent"] >= 99
     assert abs(entry["top1_percent"] - report["trained_model_top1_percent"]) <= 0.6  # two of 360 images
     assert "quantized, as trained" in result.stdout
+    assert report["calibration"] == "as trained"
     model = keras.models.load_model(clustered_run / runs.MODEL_NAME)
     codes = [layer.quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
     file = (clustered_run / "export" / entry["file"]).read_bytes()

@@ -252,10 +252,10 @@ def main(_):
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(FLAGS.seed)
     with cli.bad_input_exits():
+        quantized.settle_flags()
         run = runs.Run(FLAGS.workdir)
         # The test split may be looked at whatever a run has held out.
         run.check_config(FLAGS, but=["validation"] if FLAGS.evaluate_only and not FLAGS.validation else [])
-        quantized.check_used()
         if not FLAGS.evaluate_only:
             run.claim()
         data = make_data()

@@ -85,7 +85,7 @@ flags.DEFINE_integer(
 )
 
 # Not the flags' own, so that one that is given, at this value too, can be refused where it has no effect.
-_NUMBER_OF_CLUSTERS, _WEIGHT_BITS = "8", "4"
+_DEFAULTS = {"number_of_clusters": "8", "weight_bits": "4"}
 # What each flag of this file belongs to.
 _USED_BY = {
     "number_of_clusters": ("clusterqat", "tfmot_clustering"),
@@ -131,8 +131,6 @@ class FineTuning:
     def __init__(self, data, steps_per_epoch, goes_on=False):
         _check_flags()
         model = finished_runs.load_matching(FLAGS.init_from, data, "run")
-        self._number_of_clusters = FLAGS.number_of_clusters or _NUMBER_OF_CLUSTERS
-        self._weight_bits = FLAGS.weight_bits or _WEIGHT_BITS
         if quantizers(model):
             raise ValueError(
                 f"--init_from={FLAGS.init_from} is quantized already; name the float run that it came from"
@@ -156,11 +154,11 @@ class FineTuning:
         match FLAGS.quantize:
             case "lsq":
                 base, steps = self._start()
-                return learned_step_quantize(base, self._weight_bits, per_channel, steps=steps, **activations)
+                return learned_step_quantize(base, FLAGS.weight_bits, per_channel, steps=steps, **activations)
             case "tfmot_clustering":
                 initialization = initialization or clustering.CentroidInitialization.KMEANS_PLUS_PLUS
                 return tfmot_baseline.tfmot_cluster(
-                    self._base, self._number_of_clusters, initialization, per_channel, aggregation
+                    self._base, FLAGS.number_of_clusters, initialization, per_channel, aggregation
                 )
             case "tfmot_quantization":
                 return tfmot_baseline.tfmot_quantize(self._base)
@@ -168,7 +166,7 @@ class FineTuning:
                 base, _ = self._start()
                 return clustering.cluster_quantize(
                     base,
-                    self._number_of_clusters,
+                    FLAGS.number_of_clusters,
                     initialization,
                     per_channel,
                     aggregation,
@@ -189,9 +187,9 @@ class FineTuning:
         if not self._starts_from_ptq:
             return self._base, None
         if FLAGS.quantize == "lsq":
-            options = {"weight_bits": self._weight_bits}
+            options = {"weight_bits": FLAGS.weight_bits}
         else:
-            options = {"number_of_clusters": self._number_of_clusters}
+            options = {"number_of_clusters": FLAGS.number_of_clusters}
         options |= {"per_channel": FLAGS.granularity == "per_channel", "activation_bits": int(FLAGS.activation_bits)}
         options |= {"seed": FLAGS.seed, "progress": True}
         found = ptq.quantize(self._base, FLAGS.ptq_start, calibration=self._calibration(), **options)
@@ -223,13 +221,20 @@ class FineTuning:
         return strip_clustering(plain) if FLAGS.quantize == "tfmot_clustering" else plain
 
 
-def check_used() -> None:
-    """Raises ValueError for a flag of this file that --quantize, or its absence, leaves without effect."""
+def settle_flags() -> None:
+    """Gives flags the defaults that they have with this --quantize.
+
+    Raises:
+      ValueError: for a flag of this file that --quantize, or its absence, leaves without effect.
+    """
     for name, users in _USED_BY.items():
         flag = FLAGS[name]
         if flag.value != flag.default and FLAGS.quantize not in users:
             asked = f"--quantize={FLAGS.quantize}" if FLAGS.quantize else "no --quantize"
             raise ValueError(f"--{name}={flag.value} has no effect with {asked}; it is for {', '.join(users)}")
+    for name, value in _DEFAULTS.items():
+        if FLAGS[name].value is None and FLAGS.quantize in _USED_BY[name]:
+            FLAGS[name].value = value
     if FLAGS.ramp_epochs + FLAGS.freeze_epochs > FLAGS.epochs:
         raise ValueError(
             f"--ramp_epochs={FLAGS.ramp_epochs:g} and --freeze_epochs={FLAGS.freeze_epochs:g} are more than "

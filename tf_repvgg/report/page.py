@@ -88,8 +88,7 @@ def _settings(runs):
 def _setting(run, name):
     """A flag's value; empty where it means nothing for the run."""
     value = run.settings.get(name, "")
-    is_moot = name == "number_of_clusters" and "quantize" not in run.settings
-    return "" if is_moot or value == "0.0" else value
+    return "" if value == "0.0" else value
 
 
 def _histograms(runs):

@@ -14,9 +14,9 @@ from tf_repvgg.quantization.checks import check_finite
 from tf_repvgg.quantization.clustering import codebooks
 
 _AGGREGATIONS = {GradientAggregation.SUM: "sum", GradientAggregation.AVG: "mean"}
-_ENUMERATIONS = {
-    "cluster_centroids_init": CentroidInitialization,
-    "cluster_gradient_aggregation": GradientAggregation,
+_KNOWN = {
+    "cluster_centroids_init": (None, *CentroidInitialization),
+    "cluster_gradient_aggregation": tuple(GradientAggregation),
 }
 
 
@@ -55,10 +55,9 @@ class CodebookTraining:
             raise ValueError(
                 f"number_of_clusters is {self.number_of_clusters!r}; it must be a whole number from 2 to 256"
             )
-        for name, known in _ENUMERATIONS.items():
+        for name, known in _KNOWN.items():
             value = getattr(self, name)
-            is_default = value is None and name == "cluster_centroids_init"
-            if not (isinstance(value, known) or is_default):
+            if value not in known:
                 raise ValueError(f"{name} is {value!r}; known: {', '.join(map(str, known))}")
         if not 0 <= self.centroid_update_rate <= 1:
             raise ValueError(f"centroid_update_rate is {self.centroid_update_rate!r}; it must be from 0 to 1")
