@@ -119,7 +119,7 @@ def test_what_diverged_is_right_of_no_image(low_bit, monkeypatch, tmp_path):
         "half_interval": 0,
     }
     row |= {"reference_top1_percent": [90], "integer_top1_percent": [0.0]}
-    row |= {"agreement_percent": [None], "trained_model_top1_percent": [None]}
+    row |= {"agreement_percent": [None], "trained_model_top1_percent": [None], "learning_rates": [1.0]}
     assert (low_bit._table([row]).count("| diverged  |"), low_bit._table([row]).count("| -  ")) == (1, 2)
 
 
@@ -159,8 +159,6 @@ def test_choices(low_bit, monkeypatch, gain):
     def fine_tune(record, method, base, states, granularity, rate, distill, split):
         measured.add((method, states, granularity, rate, distill))
         best = {"ClusterQAT": 0.008, "float": 0.002}.get(method, 0.032 if states == 8 else 0.008)
-        if granularity == "per_channel":
-            best = {"ClusterQAT": 0.002}.get(method, best)
         return answers(low_bit, *[1] * (8 + gain * distill if rate == best else 6), *[0] * 5)
 
     def rates(method, states, granularity="per_tensor"):
@@ -171,17 +169,15 @@ def test_choices(low_bit, monkeypatch, gain):
     record = {"choices": {}}
     choices = low_bit.Choices(record)
     assert choices.distill == record["choices"]["distill"] == (gain > 0)
-    assert [choices.rate("ClusterQAT", states, "per_tensor") for states in (16, 8, 5)] == [0.008] * 3
+    assert [choices.rate("ClusterQAT", states) for states in (16, 8, 5)] == [0.008] * 3
     assert rates("ClusterQAT", 8) == {0.002, 0.008, 0.032} and len(measured) == 2 * 3
-    assert [choices.rate("LSQ", states, "per_tensor") for states in (16, 8, 5, 4, 3)] == [0.032] * 3 + [0.008] * 2
-    assert choices.rate("float", 0, "per_tensor") == 0.002
+    assert [choices.rate("LSQ", states) for states in (16, 8, 5, 4, 3)] == [0.032] * 3 + [0.008] * 2
+    assert choices.rate("float", 0) == 0.002
     assert {states for method, states, *_ in measured if method == "float"} == {0}
     assert rates("LSQ", 8) == {0.008, 0.032, 0.128}
     assert len(measured) == 5 * 3
-    assert [choices.rate(method, 16, "per_channel") for method in ("ClusterQAT", "LSQ")] == [0.002, 0.032]
-    assert rates("ClusterQAT", 8, "per_channel") == {0.002, 0.008} and rates("LSQ", 8, "per_channel") == {0.008, 0.032}
-    choices.compare("a variant", 8)
-    assert rates("a variant", 8) == {0.008, 0.032}
+    choices.compare("a variant", 8, "per_channel")
+    assert rates("a variant", 8, "per_channel") == {0.008, 0.032}
     found = record["choices"]["validation_top1_percent"]
     assert ("LSQ, 4 states, per tensor, distilled" in found) == (gain > 0)
     assert len(found["ClusterQAT, 8 states, per tensor"]) == 3
