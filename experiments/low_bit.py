@@ -318,7 +318,7 @@ def measure(record):
         add("headline", MODELS, "ClusterQAT", states, granularity, asked=asked)
     for states, granularity in itertools.product((16, 8, 4), GRANULARITIES):
         for method in ("ClusterQAT", "LSQ", "tfmot"):
-            add("peers", ["OABN"], method, states, granularity)
+            add("peers", MODELS, method, states, granularity)
     for states, granularity in itertools.product((8, 4), GRANULARITIES):
         add("edges", ["OABN"], "ClusterQAT", states, granularity, edges=256)
     for model, states in itertools.product(OTHERS, (8, 4)):
@@ -331,7 +331,7 @@ def measure(record):
 
 PARTS = {
     "headline": "ClusterQAT of every layer: two OABN models, one fine-tuning each",
-    "peers": "The same steps by other methods, one model",
+    "peers": "The same steps by other methods",
     "edges": "Stem and classifier with 256 states, the other layers with fewer",
     "others": "ClusterQAT without OABN",
 }
@@ -357,8 +357,8 @@ def write(record):
         page += [
             "OABN model, top-1 in percent on 5,000 held-out images. SGD at these rates; tfmot by AdamW, at a twentieth",
             "of them. What is chosen per tensor serves per channel too, where ClusterQAT alone was looked at; what is",
-            "chosen with 8 states serves all from 5 on; what is chosen on OABN the other models, or the next rate below",
-            "where it diverges.",
+            "chosen with 8 states serves all from 5 on; what is chosen on OABN the other models too, or the next rate",
+            "below where that diverges.",
             "",
         ]
         page.append(tabulate(rows, ["", *map(str, LEARNING_RATES)], tablefmt="github", disable_numparse=True))

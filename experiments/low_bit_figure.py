@@ -14,12 +14,12 @@ _TICKS = (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 def _points(rows, method, granularity, model):
-    """(states, drops of a model), by states, of what did not diverge."""
+    """(states, drops), by states, of what did not diverge; the mean where there are models of more seeds."""
     found = {
-        row["states"]: row["reference_top1_percent"][0] - row["integer_top1_percent"][0]
+        row["states"]: row["drop"]
         for row in rows
         if (row["method"], row["granularity"], row["models"][0]) == (method, granularity, model)
-        and row["integer_top1_percent"][0] > 0
+        and min(row["integer_top1_percent"]) > 0
     }
     return sorted(found), [found[states] for states in sorted(found)]
 
@@ -37,7 +37,7 @@ def draw(record, path) -> None:
         for granularity, line in _LINES.items():
             label = f"{method}, {granularity.replace('_', ' ')}"
             methods.plot(*_points(rows, method, granularity, "OABN"), line, marker="o", color=colour, label=label)
-    methods.set_title("by method, OABN model", fontsize=10)
+    methods.set_title("by method, OABN models", fontsize=10)
     for model in dict.fromkeys(row["models"][0] for row in rows):
         models.plot(*_points(rows, "ClusterQAT", "per_tensor", model), marker="o", label=model)
     models.set_title("ClusterQAT per tensor, by model", fontsize=10)
@@ -48,7 +48,7 @@ def draw(record, path) -> None:
         axis.invert_xaxis()
         axis.set_xlabel("weight states of every layer")
         axis.grid(alpha=0.2)
-        axis.legend(fontsize=8, loc="lower left")
+        axis.legend(fontsize=8, loc="lower left", handlelength=3)
     # Linear around zero, where most of it is, and logarithmic where methods fail.
     methods.set_yscale("symlog", linthresh=1)
     methods.set_yticks(_TICKS, [str(tick) for tick in _TICKS])

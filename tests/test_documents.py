@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "BUILD.md")
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
+CHECKPOINTS = sorted((ROOT / "results" / "checkpoints").iterdir())
 # Of programs that are not ours: absl, TensorBoard, LiteRT's benchmark_model.
 OTHERS = {"flagfile", "help", "logdir", "graph", "num_threads"}
 
@@ -73,3 +74,12 @@ def test_configs_are_understood(run_forked, tmp_path):
     outcome = run_forked(tmp_path / "parsing.py", *(path.relative_to(ROOT) for path in CONFIGS))
     assert outcome.status == 0, outcome.stderr[-3000:]
     assert len(outcome.stdout.splitlines()) == len(CONFIGS) > 10
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.name)
+def test_committed_runs_have_the_flags_of_their_configs(run_forked, tmp_path, path):
+    """Experiments start from them by their configs; flags are compared before data are looked for."""
+    flags = (f"--flagfile=configs/{path.name}.flags", f"--workdir={path}", f"--data_dir={tmp_path}")
+    outcome = run_forked("train/main.py", *flags, "--evaluate_only")
+    assert outcome.status != 0 and str(tmp_path) in outcome.stderr
+    assert "other values" not in outcome.stderr

@@ -130,7 +130,7 @@ def test_the_picture(low_bit, tmp_path):
 
     def row(method, states, granularity, drop, model="OABN"):
         facts = {"method": method, "states": states, "granularity": granularity, "models": [model]}
-        return facts | {"reference_top1_percent": [88.0], "integer_top1_percent": [88.0 - drop]}
+        return facts | {"drop": drop, "integer_top1_percent": [88.0 - drop]}
 
     record = {"headline": [row("ClusterQAT", states, "per_tensor", 8 / states) for states in (4, 16, 8)]}
     record |= {"peers": [row("LSQ", 4, "per_channel", 1.0)], "others": [row("ClusterQAT", 4, "per_tensor", 50.0, "BN")]}
@@ -181,6 +181,27 @@ def test_choices(low_bit, monkeypatch, gain):
     found = record["choices"]["validation_top1_percent"]
     assert ("LSQ, 4 states, per tensor, distilled" in found) == (gain > 0)
     assert len(found["ClusterQAT, 8 states, per tensor"]) == 3
+
+
+def test_what_is_measured(low_bit, monkeypatch):
+    """Every row, with the chosen learning rate, or the first below it that does not diverge."""
+
+    def fine_tune(record, method, base, states, granularity, rate, distill, split="test", edges=None):
+        diverges = "qarepvgg" in base and rate > 0.01
+        right = 0 if diverges else 8 if method == "float" else 7 if rate == 0.032 else 6
+        fidelity = {"agreement_percent": 100.0, "trained_model_top1_percent": 70.0}
+        return low_bit.Result(np.arange(9) < right, fidelity)
+
+    for name, value in {"fine_tune": fine_tune, "base_run": str, "write": lambda record: None}.items():
+        monkeypatch.setattr(low_bit, name, value)
+    record = {"choices": {}} | {part: [] for part in low_bit.PARTS}
+    low_bit.measure(record)
+    assert {part: len(record[part]) for part in low_bit.PARTS} == {"headline": 8, "peers": 18, "edges": 4, "others": 6}
+    assert all(len(row["integer_top1_percent"]) == 2 for row in record["headline"] + record["peers"])
+    rates = {row["models"][0]: row["learning_rates"] for row in record["others"]}
+    assert rates == {"BN": [0.032], "QARepVGG": [0.008], "no identity branch": [0.032]}
+    assert {row["learning_rates"][0] for row in record["peers"] if row["method"] == "tfmot"} == {0.05 * 0.032}
+    assert {row["clusterqat_ahead"] for row in record["peers"]} == {0}
 
 
 def test_files_compute_what_was_trained(low_bit):
