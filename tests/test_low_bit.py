@@ -123,6 +123,22 @@ def test_what_diverged_is_right_of_no_image(low_bit, monkeypatch, tmp_path):
     assert (low_bit._table([row]).count("| diverged  |"), low_bit._table([row]).count("| -  ")) == (1, 2)
 
 
+def test_methods_side_by_side(low_bit):
+    """Only where all have been measured."""
+
+    def row(method, states, top1, **more):
+        return {"method": method, "states": states, "granularity": "per_tensor", "integer_top1_percent": top1} | more
+
+    rows = [
+        row("ours", 8, [87.5, 0.0]),
+        row("LSQ", 8, [87.0, 86.0], clusterqat_ahead=-2.5, clusterqat_ahead_half_interval=0.25),
+    ]
+    header, _, line = low_bit._comparison([*rows, row("ours", 4, [80.0])]).splitlines()
+    cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (header, line)]
+    assert cells[0] == ["states", "weights", "ours", "LSQ", "ahead of LSQ"]
+    assert cells[1] == ["8", "per tensor", "87.50 / diverged", "87.00 / 86.00", "-2.50 ± 0.25"]
+
+
 def test_the_picture(low_bit, tmp_path):
     """Drawn of whatever rows there are; drops reach the figure's bottom."""
     import low_bit_figure
@@ -202,6 +218,8 @@ def test_what_is_measured(low_bit, monkeypatch):
     assert rates == {"BN": [0.032], "QARepVGG": [0.008], "no identity branch": [0.032]}
     assert {row["learning_rates"][0] for row in record["peers"] if row["method"] == "tfmot"} == {0.05 * 0.032}
     assert {row["clusterqat_ahead"] for row in record["peers"]} == {0}
+    found = record["choices"]["validation_top1_percent"]
+    assert set(found["ClusterQAT with trained centroids, 16 states, per channel"]) == {"0.008", "0.032"}
 
 
 def test_files_compute_what_was_trained(low_bit):
