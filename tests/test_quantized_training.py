@@ -94,7 +94,8 @@ def test_tfmot_in_two_runs(float_run, run_forked, tmp_path):
         result = run_forked(*command, "--epochs=1")
         assert result.status == 0, result.stderr[-3000:]
     clustered = keras.models.load_model(tmp_path / "clustering" / runs.MODEL_NAME)
-    assert max(len(np.unique(layer.kernel)) for layer in clustered.layers if hasattr(layer, "kernel")) == 8
+    # Of some, by the machine, none is nearest to any weight in the end.
+    assert 4 <= max(len(np.unique(layer.kernel)) for layer in clustered.layers if hasattr(layer, "kernel")) <= 8
     result = run_forked("export/main.py", f"--workdir={tmp_path / 'quantization'}")
     assert result.status == 0, result.stderr[-3000:]
     report = json.loads((tmp_path / "quantization" / "export" / "export.json").read_text())
