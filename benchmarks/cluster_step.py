@@ -63,6 +63,7 @@ METHODS = {
 # processor time and with 5 GB, it had not made five steps.
 LEFT_OUT = {"RepVGG-A0, 224x224, batch 8": ["tfmot's ClusterWeights, per channel"]}
 _STEPS_PER_TURN = 10
+_MEMORY_STEPS = 2 * _STEPS_PER_TURN
 _PROCESSES = 3
 
 
@@ -107,7 +108,7 @@ def measure_memory(case, states):
 def main(_):
     if FLAGS.memory_of:
         case, name, states = FLAGS.memory_of.rsplit("/", 2)
-        side_by_side.print_peak_memory(make_step(case, name, int(states)))
+        side_by_side.print_peak_memory(make_step(case, name, int(states)), _MEMORY_STEPS)
         return
     all_states = [int(word) for word in FLAGS.states]
     output = FLAGS.output and Path(FLAGS.output)

@@ -1,5 +1,6 @@
 """Training steps of several models measured side by side, so that a busy machine slows all of them alike."""
 
+import gc
 import re
 import resource
 import statistics
@@ -64,8 +65,9 @@ def peak_memory(words, processes=5):
     return statistics.median(float(run.stdout) for run in runs)
 
 
-def print_peak_memory(step):
-    for _ in range(_MEMORY_STEPS):
+def print_peak_memory(step, steps=_MEMORY_STEPS):
+    gc.collect()  # what step was made from: models in reference cycles, which would stay for as long as it happens
+    for _ in range(steps):
         step()
     print(_peak_kib() / 1024)
 

@@ -111,21 +111,12 @@ class ActivationQuantizer(keras.layers.Layer):
         Nudged here and not by TensorFlow's operation: where zero falls between two codes, that and the converter take
         different ones.
         """
-        minimum, maximum = tf.unstack(self.range)
-        if self.bits == 16:
-            largest = tf.maximum(-minimum, maximum)
-            largest = tf.where(largest < _DEAD_WIDTH, _NOMINAL_WIDTH, largest)
-            return -largest, largest
-        width = tf.where(maximum - minimum < _DEAD_WIDTH, _NOMINAL_WIDTH, maximum - minimum)
-        scale = width / 255
-        zero_code = tf.round(-minimum / scale)
-        return -zero_code * scale, (255 - zero_code) * scale
+        return _bounds(self.range, self.bits)
 
     def call(self, inputs, training=None):
         values = tf.cast(inputs, tf.float32)
-        if (training or self.calibration_momentum is not None) and self.fixed_range is None:
-            self._follow(tf.stop_gradient(values))
-        minimum, maximum = self.bounds()
+        follows = (training or self.calibration_momentum is not None) and self.fixed_range is None
+        minimum, maximum = self._follow(tf.stop_gradient(values)) if follows else self.bounds()
         outputs = tf.quantization.fake_quant_with_min_max_vars(
             values,
             tf.stop_gradient(minimum),
@@ -133,12 +124,17 @@ class ActivationQuantizer(keras.layers.Layer):
             num_bits=self.bits,
             narrow_range=self.bits == 16,
         )
+        if training:
+            outputs = _straight_through(outputs, values, minimum, maximum)
         return tf.cast(outputs, inputs.dtype)
 
     def _follow(self, values):
         momentum = self.momentum if self.calibration_momentum is None else self.calibration_momentum
         shares = tf.constant([momentum, 1 - momentum], tf.float32)
-        self.range.assign(_followed(self.is_frozen, self.range, values, shares, self.nonnegative))
+        follow = shared_graph(_followed, (), (2,), None, (2,))
+        followed, bounds = follow(self.is_frozen, self.range, values, shares, self.nonnegative, self.bits)
+        self.range.assign(followed)
+        return bounds
 
     def get_config(self):
         return {
@@ -150,16 +146,44 @@ class ActivationQuantizer(keras.layers.Layer):
         }
 
 
-@shared_graph
-def _followed(is_frozen, running, values, shares, nonnegative):
-    """The running range after a batch; shares are that of the range before and the batch's."""
+def _straight_through(outputs, values, minimum, maximum):
+    """The outputs, whose gradient to the values is 1 inside the range and 0 outside.
+
+    TensorFlow's gradients of fake quantization, and of a ReLU before it, would keep the values for as long as outputs;
+    this one is of both, and keeps a byte for each.
+    """
+    is_after_relu = not tf.executing_eagerly() and values.op.type == "Relu"
+    is_inside = ((values > 0.0) if is_after_relu else (values >= minimum)) & (values <= maximum)
+
+    @tf.custom_gradient
+    def function(_):
+        return outputs, lambda upstream: tf.where(is_inside, upstream, 0.0)
+
+    return function(values.op.inputs[0] if is_after_relu else values)
+
+
+def _followed(is_frozen, running, values, shares, nonnegative, bits):
+    """The running range after a batch, and its bounds; shares are that of the range before and the batch's."""
 
     def moved():
         minimum = 0.0 if nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
         batch = tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
         return tf.where(tf.math.is_nan(running), batch, shares[0] * running + shares[1] * batch)
 
-    return tf.cond(is_frozen, lambda: running, moved)
+    followed = tf.cond(is_frozen, lambda: running, moved)
+    return followed, _bounds(followed, bits)
+
+
+def _bounds(running, bits):
+    minimum, maximum = tf.unstack(running)
+    if bits == 16:
+        largest = tf.maximum(-minimum, maximum)
+        largest = tf.where(largest < _DEAD_WIDTH, _NOMINAL_WIDTH, largest)
+        return -largest, largest
+    width = tf.where(maximum - minimum < _DEAD_WIDTH, _NOMINAL_WIDTH, maximum - minimum)
+    scale = width / 255
+    zero_code = tf.round(-minimum / scale)
+    return -zero_code * scale, (255 - zero_code) * scale
 
 
 def quantizers(model: keras.Model) -> list[ActivationQuantizer]:

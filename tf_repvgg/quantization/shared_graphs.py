@@ -10,16 +10,17 @@ import functools
 import tensorflow as tf
 
 
-def shared_graph(function):
-    """The function as a graph that is the same for tensors of all shapes.
+@functools.cache
+def shared_graph(function, *shapes):
+    """The function as one graph for tensors of these shapes, each a tuple, with None where sizes differ by layer.
 
-    Arguments that are no tensors have graphs of their own, value by value.
+    None alone is any shape. Arguments after the tensors have graphs of their own, value by value.
     """
-    graph = tf.function(function, reduce_retracing=True, experimental_attributes={"_noinline": True})
+    graph = tf.function(function, experimental_attributes={"_noinline": True})
 
-    @functools.wraps(function)
     def call(*arguments):
-        # Of a variable, the graph would keep the shape that it saw first.
-        return graph(*(tf.convert_to_tensor(value) if tf.is_tensor(value) else value for value in arguments))
+        tensors = [tf.convert_to_tensor(value) for value in arguments[: len(shapes)]]
+        specs = [tf.TensorSpec(shape, tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)]
+        return graph.get_concrete_function(*specs, *arguments[len(shapes) :])(*tensors)
 
     return call

@@ -5,8 +5,6 @@ order. Clusters are then intervals whose borders are the midpoints between neigh
 as weights times states, and in a training step no loop runs over channels.
 """
 
-import functools
-
 import numpy as np
 import tensorflow as tf
 from tensorflow_model_optimization.python.core.clustering.keras import clustering_centroids
@@ -17,6 +15,7 @@ from tf_repvgg.quantization.shared_graphs import shared_graph
 LARGEST_CODE = 127
 # Comparing with one border after the other, fused into one pass, beats a binary search up to about so many states.
 _FEW_STATES = 32
+_WEIGHTS = (None, None)  # shape
 
 
 def grid_scale(centroids):
@@ -32,6 +31,20 @@ def on_grid(centroids):
     """Centroids rounded to int8 codes times `grid_scale`; the gradient passes as if they were not."""
     scale = grid_scale(centroids)[:, tf.newaxis]
     return tf.clip_by_value(tf.round(centroids / scale), -LARGEST_CODE, LARGEST_CODE) * scale, lambda upstream: upstream
+
+
+def ordered_on_grid(is_frozen, centroids):
+    """`on_grid` of centroids in ascending order, while frozen, bool tensor, in the one they are in; and `grid_scale`.
+
+    One graph has both: each on its own, TensorFlow may rearrange the division, and the last bit would differ.
+    """
+    return shared_graph(_ordered_on_grid, (), _shape(centroids))(is_frozen, centroids)
+
+
+def _ordered_on_grid(is_frozen, centroids):
+    # The optimizer may have moved one centroid past another.
+    ordered = tf.where(is_frozen, centroids, tf.sort(centroids, axis=-1))
+    return on_grid(ordered), grid_scale(ordered)
 
 
 def assign(weights, centroids):
@@ -69,10 +82,11 @@ def quantize(weights, centroids, is_frozen, assignments, aggregation=None):
 
     @tf.custom_gradient
     def function(weights, centroids):
-        found = _shared(_held_or_nearest, centroids)(is_frozen, weights, centroids, assignments)
+        choose = shared_graph(_held_or_nearest, (), _WEIGHTS, _shape(centroids), _WEIGHTS)
+        found = choose(is_frozen, weights, centroids, assignments)
 
         def gradient(upstream):
-            to_weights = _zero_where(is_frozen, upstream)
+            to_weights = shared_graph(_zero_where, (), _WEIGHTS)(is_frozen, upstream)
             if aggregation is None:
                 return to_weights, None
             indices = tf.where(is_frozen, tf.cast(assignments, tf.int32), assign(weights, centroids))
@@ -93,7 +107,6 @@ def _held_or_nearest(is_frozen, weights, centroids, assignments):
     return tf.cond(is_frozen, held, lambda: nearest(weights, centroids))
 
 
-@shared_graph
 def _zero_where(is_frozen, upstream):
     # A choice, and no product: not frozen, it costs no pass over them.
     return tf.cond(is_frozen, lambda: tf.zeros_like(upstream), lambda: upstream)
@@ -108,7 +121,8 @@ def nearest(weights, centroids):
 
 def lloyd_step_if(is_due, weights, centroids, rate):
     """`lloyd_step` of centroids in any order where it is due, bool tensor; else the centroids as they are."""
-    return _shared(_lloyd_step_if, centroids)(is_due, weights, centroids, tf.constant(rate, tf.float32))
+    step = shared_graph(_lloyd_step_if, (), _WEIGHTS, _shape(centroids), ())
+    return step(is_due, weights, centroids, tf.constant(rate, tf.float32))
 
 
 def _lloyd_step_if(is_due, weights, centroids, rate):
@@ -164,14 +178,9 @@ def initial_centroids(weights, states, per_channel, initialization=None):
     return tf.constant([np.pad(centroids, [0, states - len(centroids)], "edge") for centroids in found], tf.float32)
 
 
-def _shared(function, centroids):
-    """The graph of a function for all layers with as many states, and a codebook per tensor or per channel."""
-    return _graph_of(function, centroids.shape[-1], centroids.shape[0] == 1)
-
-
-@functools.cache
-def _graph_of(function, states, is_per_tensor):  # each with a graph of its own
-    return shared_graph(function)
+def _shape(centroids):
+    """For `shared_graph`: layers may differ in the number of channels, not in that of states."""
+    return (1 if centroids.shape[0] == 1 else None, centroids.shape[-1])
 
 
 def _borders(centroids):

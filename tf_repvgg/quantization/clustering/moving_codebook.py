@@ -137,9 +137,7 @@ class MovingCodebook:
 
         Ascending; but while clusters rest, each stays the one that its weights were assigned to.
         """
-        # The optimizer may have moved one centroid past another.
-        centroids = tf.where(self.is_frozen, self.centroids, tf.sort(self.centroids, axis=-1))
-        return codebooks.on_grid(centroids)
+        return codebooks.ordered_on_grid(self.is_frozen, self.centroids)[0]
 
     def assignments(self, weights):
         """Index of the centroid of each weight, int32 [rows, channels]; while clusters rest, the one that it keeps."""
@@ -149,7 +147,7 @@ class MovingCodebook:
 
     def scale(self):
         """The step of the grid, [1 or channels]."""
-        return codebooks.grid_scale(self.centroids)
+        return codebooks.ordered_on_grid(self.is_frozen, self.centroids)[1]
 
     def quantized(self, weights):
         """The centroid of each weight; differentiable in both."""
