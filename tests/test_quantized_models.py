@@ -95,6 +95,30 @@ def test_gradient_passes_inside_the_range_only():
     np.testing.assert_array_equal(tape.gradient(outputs, values), [0, 1, 1, 1, 0])
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_gradient_after_relu(bits, training):
+    """In a graph, where training keeps no more of values that pass a ReLU than where gradients pass."""
+    quantizer = ActivationQuantizer(nonnegative=True, bits=bits)
+    quantizer.build((None,))
+    quantizer.set_range(0, 2)
+    quantizer.freeze()
+    values = tf.constant([-1.0, -0.003, 0.0, 0.003, 1.99, 2.5])
+
+    @tf.function
+    def step(values):
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            outputs = quantizer(tf.nn.relu(2 * values), training=training)
+        return outputs, tape.gradient(outputs, values)
+
+    outputs, gradient = step(values / 2)
+    np.testing.assert_array_equal(outputs, quantizer(tf.nn.relu(values)))
+    np.testing.assert_array_equal(gradient, [0, 0, 0, 2, 2, 0])
+    kept = {operation.type for operation in step.get_concrete_function(values).graph.get_operations()}
+    assert ("ReluGrad" in kept) is not training
+
+
 def test_running_range():
     quantizer = ActivationQuantizer(momentum=0.75)
     assert np.all(np.isnan(quantizer(np.ones(3, "float32"))))  # no range yet: nobody takes that for a result
