@@ -2,7 +2,7 @@
 
 Times are ratios to plain fine-tuning of the fused network within this run, round by round. Turns are of ten steps, in
 one of which ours moves its centroids. Peak memory is the median of three processes per method. The CIFAR model
-alone (--variant=cifar-s) takes 20 minutes.
+alone (--variant=cifar-s) takes 25 minutes.
 """
 
 import json
@@ -26,8 +26,9 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("rounds", 8, "Rounds in which every method takes its turn.", lower_bound=3)
 flags.DEFINE_list("states", ["4", "8", "16"], "Clusters; those of memory are the first.")
 flags.DEFINE_multi_enum("variant", ["cifar-s", "A0"], ["cifar-s", "A0"], "Networks to measure.")
+flags.DEFINE_multi_enum("measure", ["time", "memory"], ["time", "memory"], "What to measure of them.")
 flags.DEFINE_string(
-    "output", None, "JSON file to write, such as results/cluster_step.json; what it says of other networks stays."
+    "output", None, "JSON file to write, such as results/cluster_step.json; what it says and is not measured stays."
 )
 flags.DEFINE_string("memory_of", None, "Internal: CASE/METHOD/STATES whose peak memory this process measures.")
 
@@ -111,27 +112,32 @@ def main(_):
         side_by_side.print_peak_memory(make_step(case, name, int(states)), _MEMORY_STEPS)
         return
     all_states = [int(word) for word in FLAGS.states]
-    output = FLAGS.output and Path(FLAGS.output)
-    report = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else {}
     for case in (case for case, (variant, *_) in CASES.items() if variant in FLAGS.variant):
-        rows = {states: measure(case, states) for states in all_states}
-        memory = measure_memory(case, all_states[0])
-        found = {"times": rows, "peak_memory_mib_and_ratio": memory}
-        report[case] = {"machine": runs.machine(), "rounds": FLAGS.rounds} | found
-        table = [
-            [name]
-            + [
-                "{:.3f} ({:.3f} .. {:.3f})".format(of[name]["step_time"], *of[name]["step_time_quartiles"])
-                for of in rows.values()
-            ]
-            + [f"{memory[name][1]:.3f}"]
-            for name in memory
-        ]
-        headers = ["", *(f"time, {states} states" for states in all_states), f"memory, {all_states[0]} states"]
-        print(f"\n{case}: ratios to {REFERENCE}")
-        print(tabulate(table, headers, tablefmt="github", disable_numparse=True), flush=True)
-        if output:
+        found = {"machine": runs.machine()}
+        if "time" in FLAGS.measure:
+            found |= {"rounds": FLAGS.rounds, "times": {str(states): measure(case, states) for states in all_states}}
+        if "memory" in FLAGS.measure:
+            found["peak_memory_mib_and_ratio"] = measure_memory(case, all_states[0])
+        print(f"\n{case}: ratios to {REFERENCE}\n{_table(case, found)}", flush=True)
+        if FLAGS.output:
+            output = Path(FLAGS.output)
+            report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+            report[case] = report.get(case, {}) | found
             runs.write_json(output, report)
+
+
+def _table(case, found):
+    columns = {
+        f"time, {states} states": {
+            name: "{:.3f} ({:.3f} .. {:.3f})".format(row["step_time"], *row["step_time_quartiles"])
+            for name, row in of.items()
+        }
+        for states, of in found.get("times", {}).items()
+    }
+    if memory := found.get("peak_memory_mib_and_ratio"):
+        columns[f"memory, {FLAGS.states[0]} states"] = {name: f"{ratio:.3f}" for name, (_, ratio) in memory.items()}
+    rows = [[name, *(column[name] for column in columns.values())] for name in methods_of(case)]
+    return tabulate(rows, ["", *columns], tablefmt="github", disable_numparse=True)
 
 
 if __name__ == "__main__":
