@@ -1,8 +1,8 @@
 """Functions on tensors whose graph all layers of a training step share, in place of a copy of it per layer.
 
 Copies cost memory: as Python objects, in TensorFlow's optimizer of graphs and in its executor. With 4 states per
-tensor, training the CIFAR model took 1.19 times the memory of plain fine-tuning with copies, 1.11 times without
-(benchmarks/cluster_step.py).
+tensor, training the CIFAR model took 1.19 times the memory of plain fine-tuning with copies
+(benchmarks/cluster_step.py says what it takes now).
 """
 
 import functools
