@@ -105,6 +105,8 @@ METHODS = {
         _from_ptq(_clusterqat, "codebook_adaquant", train_centroids=True, cluster_gradient_aggregation="avg")
     ),
     "ClusterQAT resting for an epoch": Method(_from_ptq(_clusterqat, "codebook_adaquant", freeze_epochs=1.0)),
+    "ClusterQAT, seed 1": Method(_from_ptq(_clusterqat, "codebook_adaquant", seed=1)),
+    "ClusterQAT, seed 2": Method(_from_ptq(_clusterqat, "codebook_adaquant", seed=2)),
     **{
         f"ClusterQAT in training form, statistics {statistics}": Method(
             functools.partial(_clusterqat, batch_norm_statistics=statistics)
@@ -116,6 +118,8 @@ METHODS = {
 # and, with 16 states per channel, where ClusterQAT is behind, what might help it.
 VARIANTS = [name for name in METHODS if " from " in name or "training form" in name]
 REMEDIES = ["ClusterQAT from k-means", "ClusterQAT with trained centroids", "ClusterQAT resting for an epoch"]
+# The same training again; over these, the rate for 16 states per channel is chosen.
+SEEDS = ["ClusterQAT", "ClusterQAT, seed 1", "ClusterQAT, seed 2"]
 
 
 class Result:
@@ -262,8 +266,15 @@ class Choices:
         beyond = lowest if chosen(found) == low else highest
         return found | self._measured([beyond], method, states, distill)
 
-    def rate(self, method, states):
-        """The learning rate of a method: that for 8 states serves all from 5 on, that for 4 the others."""
+    def rate(self, method, states, granularity):
+        """The learning rate of a method: that for 8 states per tensor serves all from 5 on, that for 4 the others.
+
+        With 16 states per channel, ClusterQAT has one of its own. Behind the others there on test images, it was looked
+        at with more seeds on validation data, where it diverges with one of three at the rate of 8 states per tensor.
+        """
+        if (method, states, granularity) == ("ClusterQAT", 16, "per_channel"):
+            found = [self._measured(LEARNING_RATES[1:3], seed, states, self.distill, granularity) for seed in SEEDS]
+            return chosen({rate: sum(of_seed[rate] for of_seed in found) for rate in found[0]})
         states = 0 if method == "float" else 8 if states > 4 else 4
         return chosen(self._of_grid(method, states, self.distill))
 
@@ -284,18 +295,19 @@ def measure(record):
     bases = {name: base_run(config) for name, config in (MODELS | OTHERS).items()}
 
     @functools.cache
-    def tested(model, method, states=0, granularity="per_tensor", edges=None):
-        """The result, and its learning rate: the chosen one, or the first below it that does not diverge."""
-        chosen_rate = choices.rate(method, states)
-        for rate in sorted((rate for rate in LEARNING_RATES if rate <= chosen_rate), reverse=True):
+    def tested(model, method, states=0, granularity="per_tensor", edges=None, highest=None):
+        """The result, and its learning rate: the highest, by default the chosen one, that does not diverge."""
+        highest = highest or choices.rate(method, states, granularity)
+        for rate in sorted((rate for rate in LEARNING_RATES if rate <= highest), reverse=True):
             result = fine_tune(record, method, bases[model], states, granularity, rate, choices.distill, edges=edges)
             if not result.has_diverged:
                 break
         return result, METHODS[method].rate * rate
 
-    def add(part, models, method, states, granularity, edges=None, asked=None):
+    def add(part, models, method, states, granularity, edges=None, rate=None, asked=None):
         references = [tested(model, "float")[0] for model in models]
-        results, rates = zip(*(tested(model, method, states, granularity, edges) for model in models), strict=True)
+        found = (tested(model, method, states, granularity, edges, rate) for model in models)
+        results, rates = zip(*found, strict=True)
         drop, half = drop_and_interval(references, results)
         row = {
             "models": list(models),
@@ -325,6 +337,8 @@ def measure(record):
     for states, granularity in itertools.product((16, 8, 4), GRANULARITIES):
         for method in ("ClusterQAT", "LSQ", "tfmot"):
             add("peers", MODELS, method, states, granularity)
+    common_rate = choices.rate("ClusterQAT", 8, "per_tensor")
+    add("common_rate", MODELS, "ClusterQAT", 16, "per_channel", rate=common_rate)
     for states, granularity in itertools.product((8, 4), GRANULARITIES):
         add("edges", ["OABN"], "ClusterQAT", states, granularity, edges=256)
     for model, states in itertools.product(OTHERS, (8, 4)):
@@ -340,6 +354,7 @@ def measure(record):
 PARTS = {
     "headline": "ClusterQAT of every layer: two OABN models, one fine-tuning each",
     "peers": "The same steps by other methods",
+    "common_rate": "ClusterQAT with 16 states per channel at its rate for 8 per tensor, which was tested first",
     "edges": "Stem and classifier with 256 states, the other layers with fewer",
     "others": "ClusterQAT without OABN",
 }
@@ -369,7 +384,8 @@ def write(record):
             "OABN model, top-1 in percent on 5,000 held-out images. SGD at these rates; tfmot by AdamW, at a twentieth",
             "of them. What is chosen per tensor serves per channel too, where ClusterQAT alone was looked at; what is",
             "chosen with 8 states serves all from 5 on; what is chosen on OABN the other models too, or the next rate",
-            "below where that diverges.",
+            "below where that diverges. ClusterQAT with 16 states per channel was tested at that rate first, and then",
+            "had the better one over three seeds, of which one diverges at the other.",
             "",
         ]
         page.append(tabulate(rows, ["", *map(str, LEARNING_RATES)], tablefmt="github", disable_numparse=True))
