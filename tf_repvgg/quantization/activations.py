@@ -43,7 +43,8 @@ class ActivationQuantizer(keras.layers.Layer):
 
     Forward: with [minimum, maximum] moved by less than half a step so that zero is a code,
     `scale * round(clip(x) / scale)`, rounding ties up. Of 16 bits the range is symmetric around zero. Pseudo-gradient:
-    1 inside the range, 0 outside.
+    1 inside the range, 0 outside. In a graph that trains, it goes around a ReLU just before, to the ReLU's input; to
+    its output this layer then has no gradient.
     In training the range follows that of the batches, which the same step already uses:
     `range = momentum * range + (1 - momentum) * range of the batch`; the first batch sets it.
 
