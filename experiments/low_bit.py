@@ -115,7 +115,7 @@ METHODS = {
     },
 }
 # What is compared on validation data only, with the methods that it explains: where training starts and in which form,
-# and, with 16 states per channel, where ClusterQAT is behind, what might help it.
+# and, with 16 states per channel, where ClusterQAT was behind at the rate for 8 per tensor, what might help it.
 VARIANTS = [name for name in METHODS if " from " in name or "training form" in name]
 REMEDIES = ["ClusterQAT from k-means", "ClusterQAT with trained centroids", "ClusterQAT resting for an epoch"]
 # The same training again; over these, the rate for 16 states per channel is chosen.
