@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from tf_repvgg import fusion, runs
+from tf_repvgg import fusion, provenance, storage
 from tf_repvgg.models import build_repvgg
 from tf_repvgg.quantization import ptq
 
@@ -36,12 +36,12 @@ def main(_):
         "iterations": FLAGS.iterations,
         "minutes": round((time.monotonic() - started) / 60, 2),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "machine": runs.machine(),
+        "machine": provenance.machine(),
     }
     for name in ("minutes", "peak_memory_mib"):
         print(f"{name.replace('_', ' ')}: {record[name]}")
     if FLAGS.output:
-        runs.write_json(Path(FLAGS.output), record)
+        storage.write_json(Path(FLAGS.output), record)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from absl import app, flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import fusion, runs
+from tf_repvgg import fusion, provenance, storage
 from tf_repvgg.models import build_repvgg
 from tf_repvgg.quantization import cluster_quantize
-from tf_repvgg.quantization.clustering import CentroidInitialization
-from tf_repvgg.quantization.tfmot_baseline import tfmot_cluster
+from tf_repvgg.quantization.qat.clustering import CentroidInitialization
+from tf_repvgg.quantization.qat.tfmot_baseline import tfmot_cluster
 from tf_repvgg.training import optimization
 
 FLAGS = flags.FLAGS
@@ -113,7 +113,7 @@ def main(_):
         return
     all_states = [int(word) for word in FLAGS.states]
     for case in (case for case, (variant, *_) in CASES.items() if variant in FLAGS.variant):
-        found = {"machine": runs.machine()}
+        found = {"machine": provenance.machine()}
         if "time" in FLAGS.measure:
             found |= {"rounds": FLAGS.rounds, "times": {str(states): measure(case, states) for states in all_states}}
         if "memory" in FLAGS.measure:
@@ -123,7 +123,7 @@ def main(_):
             output = Path(FLAGS.output)
             report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
             report[case] = report.get(case, {}) | found
-            runs.write_json(output, report)
+            storage.write_json(output, report)
 
 
 def _table(case, found):

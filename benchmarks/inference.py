@@ -21,7 +21,7 @@ from absl import app, flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import fusion, native_output, runs, tflite
+from tf_repvgg import fusion, native_output, provenance, storage, tflite
 from tf_repvgg.models import build_repvgg
 from tf_repvgg.tflite import targets
 from tf_repvgg.tflite.isolated import Isolated, interleaved_times
@@ -81,7 +81,7 @@ def by_tensorflow(model, images=None):
         converter.representative_dataset = lambda: ([image[np.newaxis]] for image in images)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter.inference_input_type = converter.inference_output_type = tf.int8
-    with native_output.hidden():
+    with native_output.hide():
         return converter.convert()
 
 
@@ -206,7 +206,7 @@ def main(_):
     except ValueError as error:  # the tool's own failure is no reason to lose what was measured before
         compared = {"skipped": str(error)}
     report = {
-        "machine": runs.machine(),
+        "machine": provenance.machine(),
         "variant": FLAGS.variant,
         "image_size": FLAGS.image_size,
         "threads": FLAGS.threads,
@@ -218,7 +218,7 @@ def main(_):
     }
     print_tables(report)
     if FLAGS.output:
-        runs.write_json(Path(FLAGS.output), report)
+        storage.write_json(Path(FLAGS.output), report)
 
 
 if __name__ == "__main__":

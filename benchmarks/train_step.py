@@ -11,7 +11,7 @@ from absl import app, flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import runs
+from tf_repvgg import provenance, storage
 from tf_repvgg.models import build_repvgg, complexity
 from tf_repvgg.training import optimization
 
@@ -73,7 +73,7 @@ def main(_):
         _, step = make_trainer(*FLAGS.memory_of.rsplit("/", 1))
         side_by_side.print_peak_memory(step)
         return
-    report = {"machine": runs.machine(), "rounds": FLAGS.rounds, "cases": {}}
+    report = {"machine": provenance.machine(), "rounds": FLAGS.rounds, "cases": {}}
     for case in CASES:
         report["cases"][case] = rows = measure(case)
         print(f"\n{case}")
@@ -98,7 +98,7 @@ def main(_):
             )
         )
     if FLAGS.output:
-        runs.write_json(Path(FLAGS.output), report)
+        storage.write_json(Path(FLAGS.output), report)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ images. Resumable; leaves results/clip_limit.json and results/clip_limit.md.
 
 import numpy as np
 from absl import app, flags
-from commands import ROOT, export, train
-from tables import GRANULARITIES, write_results
+from harness.commands import ROOT, export, train
+from harness.tables import write_results
 from tabulate import tabulate
 
-from tf_repvgg import runs
+from tf_repvgg import provenance
+from tf_repvgg.quantization.uniform import GRANULARITIES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
@@ -106,7 +107,7 @@ CIFAR-10 where --data_dir points at the project's shared copy.
         "epochs": FLAGS.epochs,
         "early_epochs": FLAGS.early_epochs,
         "split": "validation",
-        "machine": runs.machine(),
+        "machine": provenance.machine(),
         "chosen": chosen,
         "rows": rows,
     }

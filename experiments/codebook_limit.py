@@ -12,11 +12,11 @@ import json
 import clip_limit
 import numpy as np
 from absl import app, flags
-from commands import ROOT, train
-from tables import write_results
+from harness.commands import ROOT, train
+from harness.tables import write_results
 from tabulate import tabulate
 
-from tf_repvgg import runs
+from tf_repvgg import provenance
 
 FLAGS = flags.FLAGS  # those of clip_limit.py
 
@@ -95,7 +95,7 @@ def main(_):
         "early_epochs": FLAGS.early_epochs,
         "fine_tuning": FINE_TUNING,
         "split": "validation",
-        "machine": runs.machine(),
+        "machine": provenance.machine(),
         "trainings": json.loads(path.read_text(encoding="utf-8"))["trainings"] if path.exists() else [],
     }
     for k in CANDIDATES:

@@ -9,11 +9,11 @@ import importlib.util
 import time
 
 from absl import logging
-from commands import ROOT, export, train
-from tables import bits_table
-from weight_distributions import draw
+from harness.commands import ROOT, export, train
+from harness.tables import bits_table
+from harness.weight_figure import draw
 
-from tf_repvgg import report, runs
+from tf_repvgg import report, runs, storage
 from tf_repvgg.data import ClassificationData, Preprocessing
 
 FOLDER = "runs/demo"
@@ -71,7 +71,7 @@ def main():
             for name, config in MODELS.items()
         },
     }
-    runs.write_json(ROOT / FOLDER / "report.json", record)
+    storage.write_json(ROOT / FOLDER / "report.json", record)
     write_page(ROOT / FOLDER / "report.html", exported["BN"]["input"])
     images = exported["BN"]["images"]
     print(f"\nTop-1 in percent on all {images} test images, in the LiteRT interpreter,")

@@ -11,15 +11,15 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 from absl import app, flags
-from commands import ROOT, export, train
-from tables import GRANULARITIES, write_results
+from harness.commands import ROOT, export, train
+from harness.tables import write_results
 from tabulate import tabulate
 
-from tf_repvgg import fusion, runs
+from tf_repvgg import fusion, graph, provenance, runs
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.layers.batch_norm import scale_and_shift
-from tf_repvgg.quantization.uniform import quantize_min_max
+from tf_repvgg.quantization.uniform import GRANULARITIES, quantize_min_max
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
@@ -71,7 +71,7 @@ def running_variances(model):
     found = {}
     for block in model.layers:
         if isinstance(block, ReparameterizedBlock):
-            norms = [layer for layer in block._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+            norms = graph.find_layers(block, keras.layers.BatchNormalization)
             variances = np.concatenate([norm.moving_variance.numpy() for norm in norms])
             epsilon = norms[0].epsilon
             found[block.name] = {
@@ -211,7 +211,7 @@ Share of running variances below epsilon:
 def main(_):
     found = {name: measure(config) for name, config in MODELS.items()}
     text = page(found)
-    record = {name: FLAGS[name].value for name in SCHEDULE} | {"machine": runs.machine(), "models": found}
+    record = {name: FLAGS[name].value for name in SCHEDULE} | {"machine": provenance.machine(), "models": found}
     write_results(ROOT / FLAGS.results, "int8_collapse", record, text)
     print(text)
 

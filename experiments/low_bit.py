@@ -14,14 +14,15 @@ import itertools
 import json
 from typing import NamedTuple
 
-import low_bit_figure
 import numpy as np
 from absl import app, flags
-from commands import ROOT, Diverged, export, train
-from tables import write_results
+from harness.commands import ROOT, Diverged, export, train
+from harness.low_bit import figure
+from harness.tables import write_results
 from tabulate import tabulate
 
-from tf_repvgg import runs
+from tf_repvgg import provenance, runs
+from tf_repvgg.quantization.uniform import GRANULARITIES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
@@ -42,7 +43,6 @@ HEADLINE = (  # states, granularity, largest drop asked for
 MODELS = {"OABN": "cifar10_oabn", "OABN, seed 1": "cifar10_oabn_seed1"}
 OTHERS = {"BN": "cifar10_bn", "QARepVGG": "cifar10_qarepvgg", "no identity branch": "cifar10_no_identity"}
 IMAGES = {"test": 10_000, "validation": 5_000}
-GRANULARITIES = ("per_tensor", "per_channel")
 _TWO_SIDED_95 = 1.96
 
 
@@ -198,7 +198,7 @@ def fine_tune(record, method, base, states, granularity, rate, distill, split="t
         report = json.loads(path.read_text(encoding="utf-8"))
         result, machine = Result.of_export(path.parent, report), report["machine"]
     except Diverged:
-        result, machine = Result.of_diverged(split), runs.machine()
+        result, machine = Result.of_diverged(split), provenance.machine()
     record["fine_tunings"][name] = made_from | {"machine": machine} | result.as_record()
     write(record)
     return result
@@ -449,7 +449,7 @@ def main(_):
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"fine_tunings": {}}
     record = {"choices": {}} | {part: [] for part in PARTS} | {"fine_tunings": earlier["fine_tunings"]}
     measure(record)
-    low_bit_figure.draw(record, ROOT / "results" / "low_bit.png")
+    figure.draw(record, ROOT / "results" / "low_bit.png")
     print((ROOT / "results" / "low_bit.md").read_text(encoding="utf-8"))
 
 

@@ -6,8 +6,8 @@ they are. Leaves results/min_max.json and results/min_max.md.
 """
 
 from absl import app, flags
-from commands import ROOT, export, train
-from tables import bits_table, write_results
+from harness.commands import ROOT, export, train
+from harness.tables import bits_table, write_results
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")

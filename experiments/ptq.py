@@ -16,16 +16,17 @@ import os
 import sys
 
 from absl import app, flags
-from ai_edge import ALGORITHMS, INSTALL
-from ai_edge import BITS as AI_EDGE_BITS
-from commands import ROOT, train
-from ptq_cells import AI_EDGE, Cell, Settings, float_top1_percent, measure, path_of, read, start_worker
-from ptq_tables import comparable, page
-from tables import GRANULARITIES, write_results
+from harness.commands import ROOT, train
+from harness.ptq.ai_edge import ALGORITHMS, INSTALL
+from harness.ptq.ai_edge import BITS as AI_EDGE_BITS
+from harness.ptq.cells import AI_EDGE, Cell, Settings, float_top1_percent, measure, path_of, read, start_worker
+from harness.ptq.page import comparable, page
+from harness.tables import write_results
 from tqdm import tqdm
 
-from tf_repvgg import cli, runs
+from tf_repvgg import cli, provenance, runs, storage
 from tf_repvgg.quantization.ptq import Options, parse_method
+from tf_repvgg.quantization.uniform import GRANULARITIES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with the dataset; by default TFDS's own.")
@@ -95,7 +96,7 @@ def main(_):
         FLAGS.calibration_images, FLAGS.test_images, FLAGS.iterations = 32, 200, 4
         FLAGS.cells, FLAGS.results = "runs/ptq_smoke/cells", "runs/ptq_smoke"
     settings = Settings(FLAGS.data_dir, FLAGS.calibration_images, FLAGS.test_images, FLAGS.iterations)
-    workdirs, record = {}, {"models": {}, "machine": runs.machine(), "workers": FLAGS.workers}
+    workdirs, record = {}, {"models": {}, "machine": provenance.machine(), "workers": FLAGS.workers}
     for model in FLAGS.models:
         workdirs[model], trained = workdir_of(model)
         record["models"][model] = {"training": trained, "cells": []}
@@ -127,7 +128,7 @@ def main(_):
                 continue
             found[path] = future.result()
             path.parent.mkdir(parents=True, exist_ok=True)
-            runs.write_json(path, found[path])
+            storage.write_json(path, found[path])
             write()
     write()
     print(page(record))

@@ -6,11 +6,11 @@ the same way first. Resumable; leaves results/recipes.json and results/recipes.m
 """
 
 from absl import app, flags
-from commands import ROOT, train
-from tables import write_results
+from harness.commands import ROOT, train
+from harness.tables import write_results
 from tabulate import tabulate
 
-from tf_repvgg import runs
+from tf_repvgg import provenance
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
@@ -90,7 +90,7 @@ def main(_):
         "epochs": FLAGS.epochs,
         "early_epochs": FLAGS.early_epochs,
         "steps_per_epoch": FLAGS.steps_per_epoch,
-        "machine": runs.machine(),
+        "machine": provenance.machine(),
         "rows": [{**row, "gain_points": round(row["top1_percent"] - rows[0]["top1_percent"], 3)} for row in rows],
     }
     text = page(rows)

@@ -7,11 +7,12 @@ them in TFLite Micro; resumable. Leaves results/targets.json and results/targets
 """
 
 from absl import app, flags
-from commands import ROOT, export, train
-from tables import GRANULARITIES, write_results
+from harness.commands import ROOT, export, train
+from harness.tables import write_results
 from tabulate import tabulate
 
-from tf_repvgg import runs
+from tf_repvgg import provenance
+from tf_repvgg.quantization.uniform import GRANULARITIES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by default TFDS's own.")
@@ -84,7 +85,7 @@ at the project's shared copy.
 
 {tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)}
 """
-    write_results(ROOT / "results", "targets", {"machine": runs.machine(), "exports": exports}, page)
+    write_results(ROOT / "results", "targets", {"machine": provenance.machine(), "exports": exports}, page)
     print(page)
 
 

@@ -15,7 +15,7 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import cli, runs
+from tf_repvgg import cli, provenance, storage
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.tflite import METADATA_NAME
 from tf_repvgg.tflite.isolated import Isolated, interleaved_times
@@ -85,12 +85,14 @@ def row(path, file, times):
 
 
 def write(output, rows):
-    runs.write_json(output / "benchmark.json", {"flags": cli.key_flags(), "machine": runs.machine(), "files": rows})
+    storage.write_json(
+        output / "benchmark.json", {"flags": cli.key_flags(), "machine": provenance.machine(), "files": rows}
+    )
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    runs.write_bytes(output / "benchmark.csv", table.getvalue().encode())
+    storage.write_bytes(output / "benchmark.csv", table.getvalue().encode())
 
 
 def main(_):
@@ -104,7 +106,7 @@ def main(_):
         if FLAGS.dataset:
             for each in rows:
                 each["top1_percent"] = round(accuracy(each["file"], files[each["file"]]), 3)
-        output = FLAGS.output and runs.claimed_folder(FLAGS.output)
+        output = FLAGS.output and storage.claim_folder(FLAGS.output)
     columns = {key: words for key, words in COLUMNS.items() if key in rows[0]}
     print(f"{FLAGS.runs} runs, {FLAGS.threads} thread(s), batch 1; throughput in batches of {FLAGS.batch}; LiteRT\n")
     print(tabulate([[each[key] for key in columns] for each in rows], list(columns.values()), intfmt=","))

@@ -8,8 +8,9 @@ import time
 
 from absl import flags
 
-from tf_repvgg import cli, runs, tflite
+from tf_repvgg import cli, provenance, runs, storage, tflite
 from tf_repvgg.quantization import ptq
+from tf_repvgg.quantization.uniform import GRANULARITIES
 
 FLAGS = flags.FLAGS
 
@@ -34,7 +35,6 @@ flags.DEFINE_enum(
     "Type of the file's input and output; by default that of its activations, int8 or int16.",
 )
 
-GRANULARITIES = ("per_tensor", "per_channel")
 PTQ_FLAGS = ("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits")  # alike for all files
 
 
@@ -101,7 +101,7 @@ def make_ptq_files(fused, images, seen, input_range, bits, granularities, infere
             continue
         started = time.monotonic()
         with cli.bad_input_exits():
-            network = ptq.quantized_network(
+            network = ptq.quantize_network(
                 fused,
                 FLAGS.ptq,
                 widths(width),
@@ -128,11 +128,11 @@ def quantized_files(fused, calibration, seen, data, output, bits, granularities,
     if FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8":
         return make_files(fused, calibration, seen, *asked), None
     images = list(calibration.as_numpy_iterator()) if ptq.needs_calibration(FLAGS.ptq) else None
-    unfinished = runs.Unfinished(
+    unfinished = storage.Unfinished(
         output,
         model=runs.model_sha256(FLAGS.workdir),
-        sources=runs.sources_sha256(),
-        tensorflow=runs.machine()["tensorflow"],
+        sources=provenance.sources_sha256(),
+        tensorflow=provenance.machine()["tensorflow"],
         calibration=images and hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
         flags={name: FLAGS[name].value for name in PTQ_FLAGS},
         inference_type=inference_type,

@@ -15,7 +15,7 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import cli, fusion, outliers, report, runs, tflite
+from tf_repvgg import cli, fusion, outliers, provenance, report, runs, storage, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
@@ -167,7 +167,7 @@ def write_predictions(path, labels, classes):
     """{"labels": [images], form or file name: [images]}, as small integers."""
     content = io.BytesIO()
     np.savez_compressed(content, labels=labels.astype(np.int32), **{k: v.astype(np.int32) for k, v in classes.items()})
-    runs.write_bytes(path, content.getvalue())
+    storage.write_bytes(path, content.getvalue())
 
 
 def calibrated_on(reference):
@@ -256,12 +256,12 @@ def main(_):
         *_, reference = forms
         if reference == "trained_model":
             integer_files.check_trained_codes()
-            inference_type = tflite.checked_inference_type(FLAGS.inference_type, tflite.activation_bits(model))
+            inference_type = tflite.resolve_inference_type(FLAGS.inference_type, tflite.activation_bits(model))
         else:
-            inference_type = tflite.checked_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
+            inference_type = tflite.resolve_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
             ptq.bits_by_layer(forms[reference], integer_files.widths(bits[0]))
             ptq.check_data_free(forms[reference], FLAGS.ptq)
-        output = runs.claimed_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+        output = storage.claim_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
     seen = np.stack(list(calibration.take(FIDELITY_IMAGES).as_numpy_iterator()))
     unfinished = None
     if reference == "trained_model":
@@ -276,9 +276,9 @@ def main(_):
         with cli.bad_input_exits():
             built[name] = build_targets(name, file)
     for name, file in files.items():  # now that no target refuses one
-        runs.write_bytes(output / name, file)
+        storage.write_bytes(output / name, file)
         for suffix, content in itertools.chain.from_iterable(each.files.items() for each in built[name].values()):
-            runs.write_bytes(output / f"{name.removesuffix('.tflite')}{suffix}", content)
+            storage.write_bytes(output / f"{name.removesuffix('.tflite')}{suffix}", content)
     predictors = {form: its_model.predict_on_batch for form, its_model in forms.items()}
     predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
     labels, classes = classify(data, FLAGS.evaluation_split, predictors)
@@ -295,7 +295,7 @@ def main(_):
         **{f"{form}_top1_percent": percent(classes[form] == labels) for form in forms},
         "outliers": outliers.as_records(outliers.report(model)),
         "files": [],
-        "machine": runs.machine(),
+        "machine": provenance.machine(),
     }
     for name, file in files.items():
         agreement = {AGREEMENT[reference]: percent(classes[name] == classes[reference])}
@@ -306,7 +306,7 @@ def main(_):
         }
         measured = measure(file, classes[name], labels)
         record["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
-    runs.write_json(output / "export.json", record)
+    storage.write_json(output / "export.json", record)
     if unfinished:
         unfinished.remove()
     print_table(record)

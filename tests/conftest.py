@@ -76,11 +76,11 @@ def run_program():
 def run_forked(tmp_path_factory):
     """run_forked("train/main.py", "--epochs=1", ...) -> status, stdout, stderr; TensorFlow is imported only once.
 
-    kill={"folder": path, "event": number, "seconds": delay} ends it early: see preloaded.py.
+    kill={"folder": path, "event": number, "seconds": delay} ends it early: see helpers/preloaded.py.
     """
     folder = tmp_path_factory.mktemp("forked")
     numbers = itertools.count()
-    command = [sys.executable, "tests/preloaded.py"]
+    command = [sys.executable, "tests/helpers/preloaded.py"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
         def run(*command, **case):

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import tf_keras as keras
-from test_quantized_models import images, small_repvgg
+from helpers.networks import random_images, small_repvgg
 
 from tf_repvgg import tflite
 from tf_repvgg.tflite import isolated, reader
@@ -20,7 +20,7 @@ DAMAGED_FILES = 500
 @pytest.fixture(scope="module")
 def file():
     keras.utils.set_random_seed(0)
-    return tflite.convert(small_repvgg(), images(8))
+    return tflite.convert(small_repvgg(), random_images(8))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_in_a_process_of_its_own(file):
     with Isolated("a.tflite", file) as ours:
         assert len(ours.times(5)) == 5 and min(ours.times(3)) > 0
         assert ours.throughput(4, 3) > 0
-        np.testing.assert_array_equal(ours.predict(images(3)), tflite.predict(file, images(3)))
+        np.testing.assert_array_equal(ours.predict(random_images(3)), tflite.predict(file, random_images(3)))
         assert ours.costs() == tflite.costs(file)
         assert ours.peak_memory_mib() >= 0
         assert ours.metadata("nothing") is None
@@ -64,7 +64,7 @@ def test_damaged_files(run_program, file, tmp_path):
     """The command measures each, or refuses it in one line; none ends or blocks it."""
     for seed in range(DAMAGED_FILES):
         (tmp_path / f"{seed:03}.tflite").write_bytes(mutated(file, seed))
-    result = run_program("tests/damaged_files.py", tmp_path, 20, timeout=1200)
+    result = run_program("tests/helpers/damaged_files.py", tmp_path, 20, timeout=1200)
     assert result.returncode == 0, result.stderr[-3000:]
     outcomes = json.loads(result.stdout)
     assert len(outcomes) == DAMAGED_FILES and {each["status"] for each in outcomes} == {0, 2}

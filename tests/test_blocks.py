@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
-from random_statistics import randomize, relative_error
+from helpers.random_weights import randomize, relative_error
 
+from tf_repvgg import by_name
 from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, RepVGGBlock
-from tf_repvgg.layers.clip_limit import ClipLimit, limit_for, parse_by_name
+from tf_repvgg.layers.clip_limit import ClipLimit, parse_clip_limits
 
 
 def images(height=9, width=8, channels=8, count=2, seed=0):
@@ -430,19 +431,20 @@ def test_clip_limit(k, value, relative):
 
 
 def test_k_by_layer_name():
-    assert parse_by_name("0.1") == "0.1"
-    limits = parse_by_name("stage4_.*=0.05,.*=6std")
+    limits = parse_clip_limits("stage4_.*=0.05,.*=6std")
     assert limits == {"stage4_.*": "0.05", ".*": "6std"}
-    assert limit_for("stage4_block1", limits) == "0.05"
-    assert limit_for("stem", limits) == "6std"
-    assert limit_for("stem", 0.3) == 0.3
-    with pytest.raises(ValueError, match=r"no pattern of k matches block 'stem'.*add '\.\*'"):
-        limit_for("stem", {"stage.*": 0.1})
+    assert by_name.resolve(limits, ["stage4_block1", "stem"], "k") == {"stage4_block1": "0.05", "stem": "6std"}
+    assert parse_clip_limits(0.3) == {".*": 0.3}
+    with pytest.raises(ValueError, match=r"no pattern of k matches layer 'stem'.*add '\.\*'"):
+        by_name.resolve({"stage.*": 0.1}, ["stage1_block1", "stem"], "k")
+    with pytest.raises(ValueError, match="pattern 'stage9' of k matches no layer"):
+        by_name.resolve({"stage9": 0.1, ".*": 0.1}, ["stage1_block1", "stem"], "k")
     for text, message in [
         ("a=0", "above 0"),
         ("(=1", "not a regular expression"),
-        ("a=1,b", "above 0"),
+        ("a=1,b", "it must be a number"),
+        ("a=1,a=2", "given twice"),
         ("", "above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            parse_by_name(text)
+            parse_clip_limits(text)

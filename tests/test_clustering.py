@@ -7,16 +7,16 @@ import pytest
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
+from helpers.networks import SIZE, assert_file_computes_the_model, every_layer, fit, random_images, small_repvgg
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
-from test_quantized_models import SIZE, assert_file_computes_the_model, images, small_repvgg
 
-from tf_repvgg import tflite
+from tf_repvgg import graph, tflite
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
-from tf_repvgg.quantization import cluster_quantize, quantizers, strip_cluster_quantize
-from tf_repvgg.quantization.clustering import ClusterLog, ClusterQuantize, FreezeClusters, codebooks
+from tf_repvgg.quantization import cluster_quantize, codebooks, quantizers, strip_cluster_quantize
+from tf_repvgg.quantization.qat.clustering import ClusterLog, ClusterQuantize, FreezeClusters
 
 CentroidInitialization = tfmot.clustering.keras.CentroidInitialization
 
@@ -27,22 +27,12 @@ def model():
     return small_repvgg()
 
 
-def labels(count=16):
-    return np.arange(count) % 5
-
-
-def fit(model, epochs=2, learning_rate=0.001, **arguments):
-    model.compile(keras.optimizers.SGD(learning_rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(images(), labels(), batch_size=4, epochs=epochs, verbose=0, **arguments)
-    return model
-
-
 def wrappers(model):
     return {layer.layer.name: layer for layer in model.layers if isinstance(layer, ClusterQuantize)}
 
 
 def kernels_of(model):
-    model(images())  # after training, the layers hold tensors of its graph
+    model(random_images())  # after training, the layers hold tensors of its graph
     return [wrapper.layer.kernel.numpy() for wrapper in wrappers(model).values()]
 
 
@@ -143,7 +133,7 @@ def test_from_training_to_the_file(model, states, per_channel, options):
     """At most the asked number of codes, those of training, and the same function at every stage."""
     clustered = fit(cluster_quantize(model, states, cluster_per_channel=per_channel, **options))
     stripped = strip_cluster_quantize(clustered)
-    np.testing.assert_array_equal(stripped(images()), clustered(images()))
+    np.testing.assert_array_equal(stripped(random_images()), clustered(random_images()))
     file = tflite.convert(stripped)
     assert [operator.name for operator in tflite.operators(file)] == [
         "CONV_2D",
@@ -159,7 +149,7 @@ def test_from_training_to_the_file(model, states, per_channel, options):
         shape = (-1, found.codes.shape[-1])
         np.testing.assert_array_equal(found.dequantize().reshape(shape), trained, err_msg=name)
         assert len(found.scale) == (found.codes.shape[-1] if per_channel else 1)
-    assert_file_computes_the_model(stripped, file, images(8, seed=1))
+    assert_file_computes_the_model(stripped, file, random_images(8, seed=1))
 
 
 def test_centroids_follow_the_weights(model):
@@ -168,10 +158,10 @@ def test_centroids_follow_the_weights(model):
     centroids, kernel = wrapper.cluster_centroids["kernel"], wrapper.original_clusterable_weights["kernel"]
     before = centroids.numpy()
     kernel.assign(kernel + 1.0)
-    clustered(images(), training=False)
+    clustered(random_images(), training=False)
     np.testing.assert_array_equal(centroids, before)
     for _ in range(40):
-        clustered(images(), training=True)
+        clustered(random_images(), training=True)
     assert np.all(centroids.numpy() > before)
     rests = codebooks.lloyd_step(tf.reshape(kernel, [-1, 8]), tf.convert_to_tensor(centroids), 1.0)
     np.testing.assert_allclose(centroids, rests, rtol=1e-6)
@@ -225,7 +215,7 @@ def test_quantization_sets_in_gradually(tmp_path):
     """In training, weights are on their way to the centroids, and gradients pass whole; elsewhere they are there."""
     inputs = keras.Input((40,))
     model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(inputs))
-    batch = images(16, (40,))
+    batch = random_images(16, (40,))
     clustered = cluster_quantize(model, 3, ramp_steps=4, centroid_update_rate=0.0, activation_bits=None)
     in_float, quantized = model(batch), clustered(batch)
     for share in (0.25, 0.5):
@@ -251,8 +241,8 @@ def test_quantization_sets_in_gradually_in_training_form():
     clustered = cluster_quantize(
         model, 3, ramp_steps=3, batch_norm_statistics="frozen", centroid_update_rate=0.0, activation_bits=None
     )
-    quantized = clustered(images())
-    distances = [np.max(np.abs(clustered(images(), training=True) - quantized)) for _ in range(3)]
+    quantized = clustered(random_images())
+    distances = [np.max(np.abs(clustered(random_images(), training=True) - quantized)) for _ in range(3)]
     assert distances[0] > distances[1] > distances[2] == 0
 
 
@@ -261,31 +251,23 @@ def test_saved_and_loaded_in_the_middle_of_training(model, train_centroids, tmp_
     clustered = fit(cluster_quantize(model, 4, cluster_per_channel=True, train_centroids=train_centroids))
     clustered.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
-    np.testing.assert_array_equal(loaded(images()), clustered(images()))
+    np.testing.assert_array_equal(loaded(random_images()), clustered(random_images()))
     assert [w.shape for w in loaded.trainable_weights] == [w.shape for w in clustered.trainable_weights]
     fit(loaded), fit(clustered)
-    np.testing.assert_allclose(loaded(images()), clustered(images()), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loaded(random_images()), clustered(random_images()), rtol=1e-5, atol=1e-6)
     stripped = strip_cluster_quantize(loaded)
     stripped.save(tmp_path / "s.keras")
     assert tflite.convert(keras.models.load_model(tmp_path / "s.keras")) == tflite.convert(stripped)
-
-
-def every_layer():
-    inputs = keras.Input((8, 8, 3))
-    features = keras.layers.Conv2D(6, 3, activation="relu", use_bias=False, name="conv")(inputs)
-    features = keras.layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(features)
-    features = keras.layers.Flatten()(features)
-    return keras.Model(inputs, keras.layers.Dense(4, activation="softmax", name="dense")(features))
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_any_functional_model(per_channel):
     model = every_layer()
     clustered = cluster_quantize(
-        model, "dense=16,.*=3", cluster_per_channel=per_channel, calibration=images(8, (8, 8, 3))
+        model, "dense=16,.*=3", cluster_per_channel=per_channel, calibration=random_images(8, (8, 8, 3))
     )
     stripped = strip_cluster_quantize(clustered)
-    batch = images(4, (8, 8, 3), seed=1)
+    batch = random_images(4, (8, 8, 3), seed=1)
     np.testing.assert_array_equal(stripped(batch), clustered(batch))
     conv, depthwise, dense = tflite.weight_codes(tflite.convert(stripped))
     assert states_of(conv.codes, per_channel) == states_of(depthwise.codes, per_channel) == 3
@@ -295,7 +277,7 @@ def test_any_functional_model(per_channel):
 def test_tfmot_strips_it_too(model):
     clustered = fit(cluster_quantize(model, 4))
     stripped = tfmot.clustering.keras.strip_clustering(clustered)
-    np.testing.assert_array_equal(stripped(images()), clustered(images()))
+    np.testing.assert_array_equal(stripped(random_images()), clustered(random_images()))
     assert type(stripped.get_layer("second")) is keras.layers.Conv2D
     assert states_of(stripped.get_layer("second").kernel.numpy(), False) == 4
 
@@ -325,7 +307,7 @@ def test_layers_of_ones_own():
     inputs = keras.Input((40,))
     model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(Scaled(name="own")(inputs)))
     clustered = cluster_quantize(model, "own=2,.*=16")
-    batch = images(16, (40,))
+    batch = random_images(16, (40,))
     clustered.compile("sgd", "mse")
     clustered.fit(batch, np.ones([16, 5]), verbose=0)
     for stripped in (strip_cluster_quantize(clustered), tfmot.clustering.keras.strip_clustering(clustered)):
@@ -362,7 +344,7 @@ def test_layers_that_do_not_train(tmp_path):
     """They are clustered all the same, rest, and are saved, loaded and stripped."""
     fused = small_repvgg()
     fused.get_layer("first").trainable = False
-    clustered = cluster_quantize(fused, 4, calibration=images())
+    clustered = cluster_quantize(fused, 4, calibration=random_images())
     before = wrappers(clustered)["first"].clusters()["kernel"][0].numpy()
     fit(clustered)
     np.testing.assert_array_equal(wrappers(clustered)["first"].clusters()["kernel"][0], before)
@@ -370,9 +352,9 @@ def test_layers_that_do_not_train(tmp_path):
     clustered.trainable = False
     clustered.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded(images()), clustered(images()))
+    np.testing.assert_array_equal(loaded(random_images()), clustered(random_images()))
     stripped = strip_cluster_quantize(loaded)
-    np.testing.assert_allclose(stripped(images()), clustered(images()), atol=1e-6)
+    np.testing.assert_allclose(stripped(random_images()), clustered(random_images()), atol=1e-6)
 
 
 def blocks_in_training_form(block, **options):
@@ -383,7 +365,7 @@ def blocks_in_training_form(block, **options):
     features = block(6, name="second", **options)(features)
     model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(keras.layers.GlobalAveragePooling2D()(features)))
     for _ in range(3):
-        model(images(), training=True)
+        model(random_images(), training=True)
     return model
 
 
@@ -395,7 +377,7 @@ def blocks_in_training_form(block, **options):
 def test_in_training_form(block, options, statistics, tmp_path):
     """The branches train, their merged kernel is quantized, and the stripped model is a plain one."""
     model = blocks_in_training_form(block, **options)
-    clustered = cluster_quantize(model, 8, batch_norm_statistics=statistics, calibration=images())
+    clustered = cluster_quantize(model, 8, batch_norm_statistics=statistics, calibration=random_images())
     wrapper = clustered.get_layer("cluster_second")
     kernel, _ = model.get_layer("second").equivalent_kernel_and_bias()
     np.testing.assert_array_equal(wrapper.clusters()["kernel"][0], tf.reshape(kernel, [-1, 6]))
@@ -408,22 +390,22 @@ def test_in_training_form(block, options, statistics, tmp_path):
 
     clustered.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
-    np.testing.assert_array_equal(loaded(images()), clustered(images()))
+    np.testing.assert_array_equal(loaded(random_images()), clustered(random_images()))
     stripped = strip_cluster_quantize(fit(loaded, epochs=1))
-    np.testing.assert_allclose(stripped(images()), loaded(images()), rtol=1e-5, atol=1e-6)
-    assert not any(hasattr(layer, "equivalent_kernel_and_bias") for layer in stripped._flatten_layers())
+    np.testing.assert_allclose(stripped(random_images()), loaded(random_images()), rtol=1e-5, atol=1e-6)
+    assert not any(hasattr(layer, "equivalent_kernel_and_bias") for layer in graph.find_layers(stripped))
     file = tflite.convert(stripped)
     for name, found in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
         assert states_of(found.codes, False) <= 8
         np.testing.assert_array_equal(found.codes, stripped.get_layer(name).quantized_kernel().codes)
-    assert_file_computes_the_model(stripped, file, images(8, seed=1))
+    assert_file_computes_the_model(stripped, file, random_images(8, seed=1))
 
 
 def test_training_form_computes_as_the_deploy_form():
     """With so many clusters that nothing changes but by rounding."""
     model = blocks_in_training_form(RepVGGBlock)
     clustered = cluster_quantize(model, 256, batch_norm_statistics="frozen", activation_bits=None)
-    np.testing.assert_allclose(clustered(images()), model(images()), atol=0.02)
+    np.testing.assert_allclose(clustered(random_images()), model(random_images()), atol=0.02)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -440,7 +422,7 @@ def test_kernels_with_few_values(kernel, initialization, per_channel):
     elif kernel == "one dead channel":
         values[..., 1:] = np.random.default_rng(0).standard_normal([3, 3, 2, 2])
     model.get_layer("conv").set_weights([values, np.ones(3)])
-    batch = images(8, (6, 6, 2))
+    batch = random_images(8, (6, 6, 2))
     clustered = cluster_quantize(model, 8, initialization, per_channel, centroid_update_steps=1, calibration=batch)
     for _ in range(3):
         clustered(batch, training=True)
@@ -472,7 +454,7 @@ def test_without_activations(model):
     clustered = cluster_quantize(model, 8, activation_bits=None)
     assert not quantizers(clustered)
     stripped = strip_cluster_quantize(clustered)
-    file = tflite.convert(stripped, images())
+    file = tflite.convert(stripped, random_images())
     for found in tflite.weight_codes(file):
         assert states_of(found.codes, False) <= 8
 
@@ -530,7 +512,7 @@ def test_trained_centroids_that_lose_their_weights_or_their_order():
 
 def test_weights_that_are_no_longer_finite_are_refused(model):
     """Codes would hide them: NaN is nearest to the first centroid."""
-    clustered = cluster_quantize(model, 4, centroid_update_rate=0.0, calibration=images())
+    clustered = cluster_quantize(model, 4, centroid_update_rate=0.0, calibration=random_images())
     wrapper = wrappers(clustered)["second"]
     wrapper.original_clusterable_weights["kernel"].assign(np.full(wrapper.layer.kernel.shape, np.nan))
     with pytest.raises(ValueError, match="'second' holds infinities or NaN"):
@@ -565,21 +547,21 @@ def test_a_plain_model_with_normalizations():
     features = keras.layers.Conv2D(4, 3, name="conv")(inputs)
     features = keras.layers.ReLU()(keras.layers.BatchNormalization(name="norm")(features))
     model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(keras.layers.GlobalAveragePooling2D()(features)))
-    model(images(16, size), training=True)
+    model(random_images(16, size), training=True)
     with pytest.raises(ValueError, match=r"'norm' is a BatchNormalization, .*fuse"):
         cluster_quantize(model, 4)
-    clustered = cluster_quantize(fuse(model), 4, calibration=images(64, size))
+    clustered = cluster_quantize(fuse(model), 4, calibration=random_images(64, size))
     stripped = strip_cluster_quantize(clustered)
     file = tflite.convert(stripped)
-    assert_file_computes_the_model(stripped, file, images(16, size, seed=1))
+    assert_file_computes_the_model(stripped, file, random_images(16, size, seed=1))
     assert all(states_of(found.codes, False) == 4 for found in tflite.weight_codes(file))
 
 
 def test_a_model_of_mixed_precision():
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
-        clustered = cluster_quantize(small_repvgg(), 4, calibration=images())
-        assert clustered(images()).dtype == tf.float32
+        clustered = cluster_quantize(small_repvgg(), 4, calibration=random_images())
+        assert clustered(random_images()).dtype == tf.float32
         file = tflite.convert(strip_cluster_quantize(fit(clustered)))
     finally:
         keras.mixed_precision.set_global_policy("float32")
@@ -588,13 +570,13 @@ def test_a_model_of_mixed_precision():
 
 def test_models_without_images():
     dense = keras.Sequential([keras.Input((40,)), keras.layers.Dense(5, name="dense")])
-    clustered = cluster_quantize(dense, 4, calibration=images(16, (40,)))
-    assert np.all(np.isfinite(clustered(images(16, (40,)))))
+    clustered = cluster_quantize(dense, 4, calibration=random_images(16, (40,)))
+    assert np.all(np.isfinite(clustered(random_images(16, (40,)))))
     left, right = keras.Input((4,)), keras.Input((4,))
     two = keras.Model([left, right], keras.layers.Dense(2, name="dense")(keras.layers.Add()([left, right])))
     with pytest.raises(ValueError, match="calibration images are for models of one input, and this one has 2"):
-        cluster_quantize(two, 4, calibration=images(4, (4,)))
-    batches = [images(4, (4,), seed) for seed in range(2)]
+        cluster_quantize(two, 4, calibration=random_images(4, (4,)))
+    batches = [random_images(4, (4,), seed) for seed in range(2)]
     clustered = cluster_quantize(two, 4)
     clustered(batches, training=True)
     stripped = strip_cluster_quantize(clustered)
@@ -610,9 +592,9 @@ def test_a_shared_layer():
     pooled = keras.layers.GlobalAveragePooling2D()(shared(shared(inputs)))
     clustered = cluster_quantize(keras.Model(inputs, keras.layers.Dense(5, name="dense")(pooled)), 4)
     stripped = strip_cluster_quantize(fit(clustered))
-    np.testing.assert_allclose(stripped(images()), clustered(images()), atol=1e-6)
+    np.testing.assert_allclose(stripped(random_images()), clustered(random_images()), atol=1e-6)
     file = tflite.convert(stripped)
-    assert_file_computes_the_model(stripped, file, images(seed=1))
+    assert_file_computes_the_model(stripped, file, random_images(seed=1))
     assert all(states_of(found.codes, False) == 4 for found in tflite.weight_codes(file))
 
 
@@ -662,7 +644,7 @@ def test_bad_input(model):
     with pytest.raises(
         ValueError, match=r"'cluster_first' is still in training; call .*strip_cluster_quantize\(model\)"
     ):
-        tflite.convert(cluster_quantize(model, 4, calibration=images()))
+        tflite.convert(cluster_quantize(model, 4, calibration=random_images()))
     with pytest.raises(ValueError, match="holds nothing that strip_cluster_quantize strips; was it made for training"):
         strip_cluster_quantize(model)
     with pytest.raises(ValueError, match="holds nothing that strip_cluster_quantize strips"):

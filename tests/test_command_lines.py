@@ -15,7 +15,7 @@ import tf_keras as keras
 from absl import flags as absl_flags
 from PIL import Image
 
-from tf_repvgg import cli, runs
+from tf_repvgg import cli, runs, storage
 from tf_repvgg.fusion import fuse
 from tf_repvgg.models import build_repvgg
 from tf_repvgg.quantization import ptq
@@ -509,15 +509,15 @@ def test_faults_of_the_program_are_not_bad_input():
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
-    runs.write_json(path, {"top1_percent": 1})
+    storage.write_json(path, {"top1_percent": 1})
     with pytest.raises(TypeError):
-        runs.write_json(path, {"top1_percent": object()})
+        storage.write_json(path, {"top1_percent": object()})
     assert json.loads(path.read_text()) == {"top1_percent": 1}
-    with pytest.raises(RuntimeError), runs.written_whole(tmp_path / "model.bin") as temporary:
+    with pytest.raises(RuntimeError), storage.atomic_write(tmp_path / "model.bin") as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert os.listdir(tmp_path) == ["report.json"]
-    runs.write_bytes(path, b"whole")
+    storage.write_bytes(path, b"whole")
     assert path.read_bytes() == b"whole"
 
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import tf_keras as keras
-from random_statistics import relative_error
+from helpers.random_weights import relative_error
 
 from tf_repvgg import runs, tflite
 from tf_repvgg.fusion import fuse

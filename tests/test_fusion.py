@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from helpers.random_weights import randomize, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from random_statistics import randomize, relative_error
 
+from tf_repvgg import graph
 from tf_repvgg.fusion import PreActivationStatistics, fuse
 from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
 from tf_repvgg.models import build_repvgg
@@ -44,7 +45,7 @@ def images(height, width, channels=3, count=2, seed=0):
 
 
 def layers_of(model, kind):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, kind)]
+    return graph.find_layers(model, kind)
 
 
 def assert_same_function(model, fused, *inputs, tolerance=TOLERANCE):

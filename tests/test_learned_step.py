@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
-from test_clustering import every_layer, fit
-from test_quantized_models import assert_file_computes_the_model, images, small_repvgg
+from helpers.networks import assert_file_computes_the_model, every_layer, fit, random_images, small_repvgg
 
 from tf_repvgg import tflite
 from tf_repvgg.quantization import QuantizedLayer, learned_step_quantize, ptq, strip_learned_step
-from tf_repvgg.quantization.learned_step import LearnedStep, code_range
+from tf_repvgg.quantization.qat.lsq import LearnedStep, code_range
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_from_training_to_the_file(model, bits, per_channel, tmp_path):
     trained.save(tmp_path / "m.keras")
     trained = fit(keras.models.load_model(tmp_path / "m.keras", compile=False), epochs=1)
     stripped = strip_learned_step(trained)
-    np.testing.assert_array_equal(stripped(images()), trained(images()))
+    np.testing.assert_array_equal(stripped(random_images()), trained(random_images()))
     file = tflite.convert(stripped)
     lowest, largest = code_range(bits)
     for name, found in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
@@ -60,11 +59,11 @@ def test_from_training_to_the_file(model, bits, per_channel, tmp_path):
         assert len(found.scale) == (own.codes.shape[-1] if per_channel else 1)
     if bits < 8:  # eight bits reach further than these few weights
         assert np.min([found.codes.min() for found in tflite.weight_codes(file)]) == lowest
-    assert_file_computes_the_model(stripped, file, images(8, seed=1))
+    assert_file_computes_the_model(stripped, file, random_images(8, seed=1))
 
 
 def test_steps_train(model):
-    trained = learned_step_quantize(model, 3, calibration=images())
+    trained = learned_step_quantize(model, 3, calibration=random_images())
     before = [layer.step.numpy() for layer in trained.layers if isinstance(layer, LearnedStep)]
     fit(trained, learning_rate=0.05)
     after = [layer.step.numpy() for layer in trained.layers if isinstance(layer, LearnedStep)]
@@ -75,7 +74,7 @@ def test_steps_train(model):
 def test_steps_that_post_training_quantization_found(per_channel):
     """Training starts with its very codes."""
     model = every_layer()
-    batch = images(8, (8, 8, 3))
+    batch = random_images(8, (8, 8, 3))
     found = ptq.quantize(model, "adaquant", 3, per_channel, batch, iterations=20)
     layers = [layer for layer in found.layers if isinstance(layer, QuantizedLayer)]
     steps = {layer.name: layer.scale.numpy() for layer in layers}
@@ -90,7 +89,7 @@ def test_steps_that_post_training_quantization_found(per_channel):
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_every_kind_of_layer(per_channel):
     model = every_layer()
-    batch = images(8, (8, 8, 3))
+    batch = random_images(8, (8, 8, 3))
     trained = learned_step_quantize(model, "dense=8,.*=6", per_channel, calibration=batch)
     assert np.max(np.abs(trained(batch) - model(batch))) < 0.1
     stripped = strip_learned_step(trained)

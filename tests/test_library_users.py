@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import fusion, tflite
+from tf_repvgg import fusion, graph, tflite
 from tf_repvgg.layers import RepVGGBlock
 from tf_repvgg.quantization import quantize_min_max
 
@@ -72,7 +72,7 @@ def test_segmentation_model_from_training_to_int8(trained):
     assert np.mean(expected["mask"].argmax(axis=-1) == masks) > 0.95
 
     fused = fusion.fuse(trained)
-    assert not [layer for layer in fused._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    assert not graph.find_layers(fused, keras.layers.BatchNormalization)
     for name, logits in fused(images).items():
         np.testing.assert_allclose(logits, expected[name], atol=1e-4 * np.max(np.abs(expected[name])))
 

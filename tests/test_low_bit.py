@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tf_repvgg import runs
+from tf_repvgg import runs, storage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,7 +66,7 @@ def test_a_record_is_used_for_the_model_and_the_flags_that_it_is_of(low_bit, mon
         np.savez(folder / "predictions.npz", labels=[1, 2, 3], **classes)
         file = {"file": "int8.tflite", "agreement_with_trained_model_percent": 66.667}
         report = {"files": [file], "machine": {}, "trained_model_top1_percent": 66.667}
-        runs.write_json(folder / "export.json", report)
+        storage.write_json(folder / "export.json", report)
 
     for name, value in {"ROOT": tmp_path, "write": lambda record: None, "train": train, "export": export}.items():
         monkeypatch.setattr(low_bit, name, value)

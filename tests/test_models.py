@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
-from random_statistics import randomize, relative_error
+from helpers.random_weights import randomize, relative_error
 
 from tf_repvgg import outliers
 from tf_repvgg.fusion import fuse
@@ -299,7 +299,7 @@ def test_controls_and_qarepvgg():
         ({"identity": "skip"}, "identity is 'skip'"),
         ({"block": "qarepvgg", "norm": "oabn"}, "use norm='bn' and identity='norm'"),
         ({"block": "qarepvgg", "identity": "none"}, "use norm='bn' and identity='norm'"),
-        ({"norm": "oabn", "oabn_k": {"stage1.*": 0.1}}, "no pattern of k matches block 'stem'"),
+        ({"norm": "oabn", "oabn_k": {"stage1.*": 0.1}}, "no pattern of k matches layer 'stem'"),
         ({"norm": "oabn", "oabn_k": 0}, "k is 0; it must be a number above 0"),
     ],
 )

@@ -5,26 +5,26 @@ import sys
 import numpy as np
 import pytest
 import tf_keras as keras
+from helpers.networks import SIZE, random_images, small_repvgg
+from helpers.random_weights import randomize
 from hypothesis import given
 from hypothesis import strategies as st
-from random_statistics import randomize
-from test_quantized_models import SIZE, images, small_repvgg
 
-from tf_repvgg import tflite
+from tf_repvgg import graph, tflite
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.quantization import cluster_quantize, ptq, quantize_min_max, quantizers
 from tf_repvgg.quantization.k_means import k_means
-from tf_repvgg.quantization.layers import kernel_of
 from tf_repvgg.quantization.ptq import METHODS, Network, Options
-from tf_repvgg.quantization.ptq.dfq import absorb_high_biases
-from tf_repvgg.quantization.ptq.equalize import chain_pairs
-from tf_repvgg.quantization.ptq.histograms import Histogram
-from tf_repvgg.quantization.ptq.mse import best_grid, best_range
-from tf_repvgg.quantization.ptq.octav import optimal_clip
-from tf_repvgg.quantization.ptq.percentile import central_range
+from tf_repvgg.quantization.ptq.methods.dfq import absorb_high_biases
+from tf_repvgg.quantization.ptq.methods.equalize import chain_pairs
+from tf_repvgg.quantization.ptq.methods.mse import best_grid, best_range
+from tf_repvgg.quantization.ptq.methods.octav import optimal_clip
+from tf_repvgg.quantization.ptq.methods.percentile import central_range
+from tf_repvgg.quantization.ptq.observers import Histogram
 from tf_repvgg.quantization.ptq.reconstruction import objective
 from tf_repvgg.quantization.ptq.statistics import clipped_normal, predict
+from tf_repvgg.quantization.quantized_layers import kernel_of
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +35,26 @@ def model():
 
 def smooth_images(count=32):
     """Neighbouring pixels alike, as in photographs: on white noise, the nearest codes are already the best."""
-    coarse = images(count, (3, 3, 3))
-    return coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :, :11] + 0.1 * images(count, seed=1)
+    coarse = random_images(count, (3, 3, 3))
+    return coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :, :11] + 0.1 * random_images(count, seed=1)
 
 
 def network_of(model, bits=3, per_channel=False, batch=None, **options):
-    batch = images(32, model.input_shape[1:]) if batch is None else batch
+    batch = random_images(32, model.input_shape[1:]) if batch is None else batch
     return Network(model, batch, ptq.bits_by_layer(model, bits), per_channel, Options(**options))
 
 
 def measured_repvgg(block=RepVGGBlock):
-    """A fused model whose normalizations hold the statistics of what `images(64)` give them, as after training."""
+    """A fused model whose normalizations hold the statistics of `random_images(64)`, as after training."""
     inputs = keras.Input(SIZE, name="image")
     features = block(8, strides=2, name="second")(block(8, name="first")(inputs))
     features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
     model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(features))
     randomize(model, dead_share=0)
-    for layer in model._flatten_layers():
+    for layer in graph.find_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.0
-    model(images(64), training=True)
+    model(random_images(64), training=True)
     return fuse(model)
 
 
@@ -67,9 +67,9 @@ def test_every_method(model, method):
     """The codes of the asked width in every layer, close to float at 6 bits, and ranges everywhere."""
     if not ptq.needs_calibration(method):
         model = measured_repvgg()
-    batch = images(8, seed=1)
+    batch = random_images(8, seed=1)
     expected = model(batch).numpy()
-    found = ptq.quantize(model, method, 6, True, images(32), iterations=20)
+    found = ptq.quantize(model, method, 6, True, random_images(32), iterations=20)
     assert np.sqrt(np.mean(np.square(found(batch) - expected))) < 0.1 * np.std(expected)
     for quantized in kernels_of(found).values():
         for column in quantized.codes.reshape(-1, quantized.codes.shape[-1]).T:
@@ -80,10 +80,10 @@ def test_every_method(model, method):
 
 
 def test_from_a_combination_to_a_file(model):
-    found = ptq.quantize(model, "equalize+adaquant", "first=8,.*=4", calibration=images(32), iterations=20)
+    found = ptq.quantize(model, "equalize+adaquant", "first=8,.*=4", calibration=random_images(32), iterations=20)
     largest = {name: np.max(np.abs(kernel.codes.astype(int))) for name, kernel in kernels_of(found).items()}
     assert largest["first"] > 40 and largest["second"] <= 7 and largest["logits"] <= 7
-    file, batch = tflite.convert(found), images(8, seed=1)
+    file, batch = tflite.convert(found), random_images(8, seed=1)
     for own, written in zip(kernels_of(found).values(), tflite.weight_codes(file), strict=True):
         np.testing.assert_array_equal(own.codes, written.codes)
         np.testing.assert_array_equal(own.scale, written.scale)
@@ -94,8 +94,8 @@ def test_from_a_combination_to_a_file(model):
 def test_equalized_model_is_the_same_function(model):
     network = network_of(model)
     before = {name: network.kernel(name) for name in network.layers}
-    METHODS["equalize"](network)
-    batch = images(8, seed=2)
+    METHODS["equalize"].function(network)
+    batch = random_images(8, seed=2)
     expected = model(batch).numpy()
     assert np.max(np.abs(network.float(batch) - expected)) < 1e-4 * np.max(np.abs(expected))
     for first, second in (("first", "second"), ("second", "logits")):
@@ -117,7 +117,7 @@ def test_channels_that_training_has_emptied_are_not_equalized(size):
     kernel[..., :2] *= size
     bias[:2] = 0.5
     emptied.set_weights([kernel, bias])
-    batch = images(32, model.input_shape[1:])
+    batch = random_images(32, model.input_shape[1:])
     found = ptq.quantize(model, "equalize", calibration=batch)
     assert found.get_layer("second").bias.numpy()[:2] == pytest.approx(0.5, rel=0.01)
     expected = model(batch).numpy()
@@ -136,9 +136,9 @@ def test_only_what_is_safe_is_equalized():
     outputs = keras.layers.Dense(3, name="dense")(keras.layers.GlobalAveragePooling2D()(features))
     model = keras.Model(inputs, outputs)
     network = network_of(model)
-    batch = images(8, (8, 8, 4), seed=2)
+    batch = random_images(8, (8, 8, 4), seed=2)
     before = {name: network.kernel(name) for name in network.layers}
-    METHODS["equalize"](network)
+    METHODS["equalize"].function(network)
     expected = model(batch).numpy()
     assert np.max(np.abs(network.float(batch) - expected)) < 1e-4 * np.max(np.abs(expected))
     changed = {name for name, kernel in before.items() if not np.allclose(kernel, network.kernel(name))}
@@ -154,10 +154,10 @@ def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, mo
     """On the calibration objective, given the prefix as it ended; and the network as a whole ends better."""
     batch = smooth_images()
     start, network = (network_of(model, bits, per_channel, batch, iterations=40) for _ in range(2))
-    METHODS["codebook" if method == "codebook_adaquant" else "mse"](start)
+    METHODS["codebook" if method == "codebook_adaquant" else "mse"].function(start)
     module = sys.modules[f"tf_repvgg.quantization.ptq.{method}"]
     monkeypatch.setattr(module, "bias_tune", lambda network: None)  # it moves the biases of the prefix once more
-    METHODS[method](network)
+    METHODS[method].function(network)
     assert bits == 8 or network.error() < start.error()
     errors = []
     for name in network.layers:
@@ -172,7 +172,7 @@ def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, mo
     assert bits == 8 or errors[0][0] < errors[0][1]  # in 8 bits a few steps may find nothing better
     monkeypatch.undo()
     tuned_from = network.error()
-    METHODS["bias_tune"](network)
+    METHODS["bias_tune"].function(network)
     assert network.error() <= tuned_from
     if method == "adaround" and bits == 3:
         for name, quantized in network.kernels.items():
@@ -185,8 +185,8 @@ def test_a_start_that_cannot_be_improved_is_kept(model, monkeypatch):
     for method in ("adaquant", "bias_tune"):
         monkeypatch.setattr(sys.modules[f"tf_repvgg.quantization.ptq.{method}"], "_LEARNING_RATE", 1e3)
     start, network = network_of(model, 8), network_of(model, 8, iterations=5)
-    METHODS["mse"](start)
-    METHODS["adaquant"](network)
+    METHODS["mse"].function(start)
+    METHODS["adaquant"].function(network)
     for name, quantized in start.kernels.items():
         np.testing.assert_array_equal(network.kernels[name].codes, quantized.codes)
         np.testing.assert_array_equal(network.quantized_bias(name), start.quantized_bias(name))
@@ -195,8 +195,8 @@ def test_a_start_that_cannot_be_improved_is_kept(model, monkeypatch):
 
 def test_bias_tuning_moves_biases_alone(model):
     start, network = network_of(model, 3), network_of(model, 3, iterations=100)
-    METHODS["mse"](start)
-    METHODS["bias_tune"](network)
+    METHODS["mse"].function(start)
+    METHODS["bias_tune"].function(network)
     assert network.error() < 0.9 * start.error() and network.notes == []
     for name, quantized in start.kernels.items():
         np.testing.assert_array_equal(network.kernels[name].codes, quantized.codes)
@@ -206,7 +206,7 @@ def test_bias_tuning_moves_biases_alone(model):
 
 def test_biases_stay_within_32_bits(model):
     network = network_of(model, 8)
-    METHODS["min_max"](network)
+    METHODS["min_max"].function(network)
     network.set_bias("first", np.full(8, -1e30))
     tflite.convert(network.quantized)
 
@@ -222,9 +222,9 @@ def test_seeded(model):
 
 def test_bias_correction_restores_means(model):
     network = network_of(model, 3)
-    METHODS["min_max"](network)
+    METHODS["min_max"].function(network)
     before = network.error()
-    METHODS["bias_correct"](network)
+    METHODS["bias_correct"].function(network)
     assert network.error() < before
     for name in network.layers:
         expected = network.linear_outputs_of(name)
@@ -264,8 +264,8 @@ def test_clipped_normal():
 @pytest.mark.parametrize("block", [QARepVGGBlock, RepVGGBlock])
 def test_statistics_without_data(block):
     """Means are exact, on the images of the statistics; deviations after one normalization, and after several about."""
-    network = network_of(measured_repvgg(block), batch=images(64))
-    METHODS["equalize"](network)
+    network = network_of(measured_repvgg(block), batch=random_images(64))
+    METHODS["equalize"].function(network)
     predicted = predict(network)
     for name in ("first", "second"):
         found = network.linear_outputs_of(name)
@@ -284,15 +284,15 @@ def test_dfq_without_data():
     """Shifts of the mean are taken out, and calibration images change nothing but the notes."""
     model = measured_repvgg()
     free = ptq.quantize(model, "dfq_data_free", 3)
-    given = ptq.quantize(model, "equalize+dfq_data_free", 3, calibration=images(64))
+    given = ptq.quantize(model, "equalize+dfq_data_free", 3, calibration=random_images(64))
     for mine, its in zip(free.get_weights(), given.get_weights(), strict=True):
         np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-5)
     assert free.quantization_notes == ("no statistics, so followed from the inputs: logits",)
     assert (
         "standard deviations predicted without data differ from those on the calibration" in given.quantization_notes[1]
     )
-    network = network_of(model, 3, batch=images(64))
-    METHODS["dfq_data_free"](network)
+    network = network_of(model, 3, batch=random_images(64))
+    METHODS["dfq_data_free"].function(network)
     expected, found = network.linear_outputs_of("second"), network.linear_outputs_of_quantized("second")
     shifts = [
         np.sum(np.square((found + bias - expected).mean((0, 1, 2))))
@@ -323,7 +323,7 @@ def constant(value):
 
 
 def test_dfq_says_what_absorption_did(model):
-    found = ptq.quantize(model, "dfq", 4, calibration=images(32))
+    found = ptq.quantize(model, "dfq", 4, calibration=random_images(32))
     assert any("high-bias absorption changed the float outputs by" in note for note in found.quantization_notes)
 
 
@@ -389,7 +389,7 @@ def test_k_means_follows_the_weights():
 @pytest.mark.parametrize("method", ["codebook", "codebook_adaquant"])
 def test_codebook_states(model, method, states, per_channel):
     options = {"number_of_clusters": {"second": 3, ".*": states}, "iterations": 20}
-    found = ptq.quantize(model, method, 8, per_channel, images(8), **options)
+    found = ptq.quantize(model, method, 8, per_channel, random_images(8), **options)
     for name, quantized in kernels_of(found).items():
         states = 3 if name == "second" else options["number_of_clusters"][".*"]
         columns = quantized.codes.shape[-1] if per_channel else 1
@@ -400,14 +400,14 @@ def test_codebook_states(model, method, states, per_channel):
 
 def test_in_float_again(model):
     """Training goes on from what was found: clusters start where the codebooks are."""
-    found = ptq.quantize(model, "codebook_adaquant", 8, False, images(8), number_of_clusters=5, iterations=20)
+    found = ptq.quantize(model, "codebook_adaquant", 8, False, random_images(8), number_of_clusters=5, iterations=20)
     in_float = ptq.dequantized(model, found)
     for name, quantized in kernels_of(found).items():
         np.testing.assert_array_equal(kernel_of(in_float.get_layer(name)), quantized.dequantize())
         np.testing.assert_array_equal(in_float.get_layer(name).bias, found.get_layer(name).bias)
         assert type(in_float.get_layer(name)) is type(model.get_layer(name))
     clustered = cluster_quantize(in_float, 5, activation_bits=None)
-    np.testing.assert_allclose(clustered(images(8)), in_float(images(8)), atol=1e-5)
+    np.testing.assert_allclose(clustered(random_images(8)), in_float(random_images(8)), atol=1e-5)
     with pytest.raises(ValueError, match="layer 'first' is not quantized in '"):
         ptq.dequantized(model, model)
 
@@ -424,7 +424,7 @@ def test_bits_by_pattern(model):
 
 def test_bad_input(model):
     def refuses(match, model=model, calibration=None, **arguments):
-        calibration = images(2) if calibration is None else calibration
+        calibration = random_images(2) if calibration is None else calibration
         with pytest.raises(ValueError, match=match):
             ptq.quantize(model, calibration=calibration, **arguments)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_quantized_models import images, small_repvgg
+from helpers.networks import random_images, small_repvgg
 
-from tf_repvgg import runs, tflite
+from tf_repvgg import runs, storage, tflite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,8 +27,8 @@ def workdir(trained_digits, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits_oabn"
     folder.mkdir()
     trained_digits.save(folder / runs.MODEL_NAME)
-    runs.write_json(folder / runs.INPUT_NAME, digits.facts())
-    runs.write_json(folder / "result.json", {"test_top1_percent": 1.0})
+    storage.write_json(folder / runs.INPUT_NAME, digits.facts())
+    storage.write_json(folder / "result.json", {"test_top1_percent": 1.0})
     return folder
 
 
@@ -36,10 +36,10 @@ def workdir(trained_digits, digits, tmp_path_factory):
 @pytest.mark.parametrize("algorithm", ["min_max", "mse", "octav"])
 def test_files_of_ai_edge_quantizer(experiments, algorithm, bits, largest):
     """Fully integer, of the asked width and granularity, and the same outputs however the codes are stored."""
-    import ai_edge
+    from harness.ptq import ai_edge
 
     pytest.importorskip("ai_edge_quantizer")
-    model, batch = small_repvgg(), images(16)
+    model, batch = small_repvgg(), random_images(16)
     for per_channel in (False, True):
         file = ai_edge.quantize(tflite.convert_float(model), algorithm, bits, per_channel, batch)
         assert [operator.name for operator in tflite.operators(file)] == ["CONV_2D"] * 2 + ["MEAN", "FULLY_CONNECTED"]
@@ -55,12 +55,12 @@ def test_files_of_ai_edge_quantizer(experiments, algorithm, bits, largest):
 
 
 def test_float_file_computes_the_model():
-    model, batch = small_repvgg(), images(4)
+    model, batch = small_repvgg(), random_images(4)
     np.testing.assert_allclose(tflite.predict(tflite.convert_float(model), batch), model(batch), rtol=1e-4, atol=1e-5)
 
 
 def test_a_cell(experiments, workdir, digits_test_split):
-    from ptq_cells import Cell, Settings, float_top1_percent, measure, path_of, read
+    from harness.ptq.cells import Cell, Settings, float_top1_percent, measure, path_of, read
 
     settings = Settings(None, 64, 300, 4)
     found = {method: measure(Cell(str(workdir), method, 4, "per_channel"), settings) for method in ("mse", "adaround")}
@@ -74,7 +74,7 @@ def test_a_cell(experiments, workdir, digits_test_split):
     path = path_of(workdir / "cells", "digits", cell)
     assert read(path, cell.asked(settings)) is None
     path.parent.mkdir(parents=True)
-    runs.write_json(path, found["adaround"])
+    storage.write_json(path, found["adaround"])
     assert read(path, cell.asked(settings)) == found["adaround"]
     for other in (Settings(None, 65, 300, 4), Settings(None, 64, None, 4), Settings(None, 64, 300, 5)):
         assert read(path, cell.asked(other)) is None
@@ -83,13 +83,13 @@ def test_a_cell(experiments, workdir, digits_test_split):
 
 def test_the_command_goes_on_and_writes_what_there_is(experiments, workdir, run_program, tmp_path):
     """One cell of two is there already, as if from an interrupted run, and is not measured again."""
-    from ptq_cells import Cell, Settings, path_of
+    from harness.ptq.cells import Cell, Settings, path_of
 
     cell = Cell(str(workdir), "min_max", 4, "per_channel")
     kept = {"top1_percent": 12.25, "quantization_seconds": 1.0, "notes": ["kept"]}
     path = path_of(tmp_path / "cells", "digits_oabn", cell)
     path.parent.mkdir(parents=True)
-    runs.write_json(path, cell.asked(Settings(None, 32, 100, 500)) | kept)
+    storage.write_json(path, cell.asked(Settings(None, 32, 100, 500)) | kept)
     result = run_program(
         "experiments/ptq.py",
         f"--runs={workdir.parent}",
@@ -113,7 +113,7 @@ def test_the_command_goes_on_and_writes_what_there_is(experiments, workdir, run_
 
 def test_page(experiments):
     """Comparisons and targets out of the cells, by hand."""
-    import ptq_tables
+    from harness.ptq import page as ptq_tables
 
     def cell(method, bits, granularity, top1):
         place = {"method": method, "weight_bits": bits, "granularity": granularity}

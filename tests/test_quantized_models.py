@@ -5,69 +5,18 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 from ai_edge_litert.interpreter import Interpreter
-from random_statistics import randomize
+from helpers.networks import SIZE, assert_file_computes_the_model, quantize_by_one_step, random_images, small_repvgg
 
 from tf_repvgg import tflite
-from tf_repvgg.fusion import fuse
-from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.quantization import (
     ActivationQuantizer,
     QuantizedConv2D,
     QuantizedKernel,
     learned_step_quantize,
     quantize_activations,
-    quantize_min_max,
-    quantized_form,
     quantizers,
     strip_learned_step,
 )
-
-SIZE = (12, 11, 3)
-
-
-def images(count=16, size=SIZE, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (count, *size)).astype("float32")
-
-
-def quantized(model, bits=8, per_channel=True, batch=None):
-    """Min-max weights, and ranges of one training step."""
-
-    def replace(layer, changes):
-        form = quantized_form(layer, per_channel, **changes)
-
-        def call(inputs):
-            outputs = form(inputs)
-            kernel = layer.get_weights()[0]
-            grouped = kernel.reshape(*kernel.shape[:2], 1, -1) if "depthwise" in layer.weights[0].name else kernel
-            form.set_weights([*layer.get_weights(), form.scale.numpy()])
-            form.set_quantized_kernel(quantize_min_max(grouped, bits, per_channel))
-            return outputs
-
-        return call
-
-    result = quantize_activations(model, replace)
-    result(images(size=model.input_shape[1:]) if batch is None else batch, training=True)
-    return result
-
-
-def small_repvgg(padding="same"):
-    inputs = keras.Input(SIZE, name="image")
-    features = RepVGGBlock(8, strides=2, padding=padding, name="first")(inputs)
-    features = QARepVGGBlock(8, name="second")(features)
-    features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
-    model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(features))
-    randomize(model)
-    return fuse(model)
-
-
-def step_of(model):
-    return quantizers(model)[-1].scale()
-
-
-def assert_file_computes_the_model(model, file, batch, steps=2.01):
-    found, expected = tflite.predict(file, batch), model(batch).numpy()
-    assert np.max(np.abs(found - expected)) <= steps * step_of(model)
-    assert np.ptp(found) > 20 * step_of(model)
 
 
 @pytest.mark.parametrize("minimum, maximum", [(-1.0, 127 / 128), (0.0, 6.0), (-0.013, 3.7), (-5.0, 0.0), (0.5, 2.0)])
@@ -156,7 +105,7 @@ def test_bad_quantizers():
 @pytest.mark.parametrize("bits, per_channel", [(8, True), (4, False), (3, True)])
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 def test_file_computes_what_the_model_computes(padding, bits, per_channel):
-    model = quantized(small_repvgg(padding), bits, per_channel)
+    model = quantize_by_one_step(small_repvgg(padding), bits, per_channel)
     names = [quantizer.name for quantizer in quantizers(model)]
     assert names == [f"{name}_quantizer" for name in ("image", "first", "second", "pool", "logits")]
     file = tflite.convert(model)
@@ -167,7 +116,7 @@ def test_file_computes_what_the_model_computes(padding, bits, per_channel):
         np.testing.assert_array_equal(found.codes, own.codes)
         np.testing.assert_array_equal(found.scale, own.scale)
         assert np.max(np.abs(own.codes.astype(int))) == 2 ** (bits - 1) - 1
-    assert_file_computes_the_model(model, file, images(8, seed=1))
+    assert_file_computes_the_model(model, file, random_images(8, seed=1))
 
 
 def test_16_bit_activations(tmp_path):
@@ -180,14 +129,16 @@ def test_16_bit_activations(tmp_path):
     expected = np.float32([-32767, -32767, -1, 0, 1, 32767, 32767])
     np.testing.assert_allclose(quantizer(codes * (4 / 32767)), expected * (4 / 32767), rtol=1e-4)
 
-    model = learned_step_quantize(small_repvgg(), 8, activation_bits=16, calibration=images())
+    model = learned_step_quantize(small_repvgg(), 8, activation_bits=16, calibration=random_images())
     model.save(tmp_path / "m.keras")
     stripped = strip_learned_step(keras.models.load_model(tmp_path / "m.keras", compile=False))
     file = tflite.convert(stripped)
     (ends,) = Interpreter(model_content=file).get_input_details()
     assert ends["dtype"] == np.int16
-    np.testing.assert_allclose(tflite.predict(file, images(8, seed=1)), stripped(images(8, seed=1)), atol=2e-3)
-    assert tflite.predict(tflite.convert(stripped, inference_type="float32"), images(2)).shape == (2, 5)
+    np.testing.assert_allclose(
+        tflite.predict(file, random_images(8, seed=1)), stripped(random_images(8, seed=1)), atol=2e-3
+    )
+    assert tflite.predict(tflite.convert(stripped, inference_type="float32"), random_images(2)).shape == (2, 5)
     with pytest.raises(ValueError, match="inference_type is 'int8'; known for activations of 16 bits: int16, float32"):
         tflite.convert(stripped, inference_type="int8")
 
@@ -199,22 +150,22 @@ def test_16_bit_fixed_ranges():
     features = keras.layers.Conv2D(4, 3, activation="tanh")(features)
     features = keras.layers.GlobalAveragePooling2D()(features)
     model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(features))
-    trained = learned_step_quantize(model, 8, activation_bits=16, calibration=images())
+    trained = learned_step_quantize(model, 8, activation_bits=16, calibration=random_images())
     file = tflite.convert(strip_learned_step(trained))
-    np.testing.assert_allclose(tflite.predict(file, images(4)), model(images(4)), atol=0.02)
+    np.testing.assert_allclose(tflite.predict(file, random_images(4)), model(random_images(4)), atol=0.02)
 
 
 @pytest.mark.parametrize("inference_type", ["uint8", "float32"])
 def test_other_ends(inference_type):
-    model = quantized(small_repvgg())
+    model = quantize_by_one_step(small_repvgg())
     file = tflite.convert(model, inference_type=inference_type)
-    assert_file_computes_the_model(model, file, images(8, seed=1))
+    assert_file_computes_the_model(model, file, random_images(8, seed=1))
 
 
 @pytest.mark.parametrize("minimum, maximum, zero_point", [(-1, 1, -1), (-0.7, 0.1, 95)])
 def test_the_file_has_the_same_grid(minimum, maximum, zero_point):
     """Also where zero falls between two codes, as it does for -1 .. 1."""
-    model = quantized(small_repvgg())
+    model = quantize_by_one_step(small_repvgg())
     quantizers(model)[0].set_range(minimum, maximum)
     interpreter = Interpreter(model_content=tflite.convert(model))
     (details,) = interpreter.get_input_details()
@@ -227,10 +178,10 @@ def test_the_file_has_the_same_grid(minimum, maximum, zero_point):
 
 
 def test_saved_and_loaded(tmp_path):
-    model = quantized(small_repvgg(), 4)
+    model = quantize_by_one_step(small_repvgg(), 4)
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
-    np.testing.assert_array_equal(loaded(images()), model(images()))
+    np.testing.assert_array_equal(loaded(random_images()), model(random_images()))
     assert tflite.convert(loaded) == tflite.convert(model)
     assert isinstance(loaded.get_layer("first"), QuantizedConv2D)
 
@@ -258,14 +209,14 @@ def test_quantizers_stand_where_tflite_rounds():
     for layer in model.layers:
         if layer.weights:
             layer.set_weights([w + 0.1 for w in layer.get_weights()])
-    result = quantized(model, batch=images(size=(8, 8, 3)))
+    result = quantize_by_one_step(model, batch=random_images(size=(8, 8, 3)))
     found = [quantizer.name.removesuffix("_quantizer") for quantizer in quantizers(result)]
     expected = "image own_relu left_conv add gate gate_activation scaled depthwise both dense dense_activation"
     assert sorted(found) == sorted(expected.split())
     file = tflite.convert(result)
     names = [operator.name for operator in tflite.operators(file)]
     assert "DEQUANTIZE" not in names
-    batch = images(8, (8, 8, 3), seed=1)
+    batch = random_images(8, (8, 8, 3), seed=1)
     # Roundings of many operations add up; without any quantization the two would differ by more.
     assert np.max(np.abs(tflite.predict(file, batch) - result(batch).numpy())) <= 6.01 / 256
     assert np.max(np.abs(model(batch) - result(batch, training=False))) < 0.1
@@ -275,10 +226,10 @@ def test_a_layer_used_twice_has_a_quantizer_for_each_use():
     shared = keras.layers.Conv2D(3, 3, padding="same", name="shared")
     inputs = keras.Input((6, 6, 3))
     model = keras.Model(inputs, shared(shared(inputs)))
-    result = quantized(model)
+    result = quantize_by_one_step(model)
     assert [quantizer.name for quantizer in quantizers(result)][1:] == ["shared_quantizer", "shared_quantizer_2"]
     file = tflite.convert(result)
-    assert_file_computes_the_model(result, file, images(4, (6, 6, 3)))
+    assert_file_computes_the_model(result, file, random_images(4, (6, 6, 3)))
 
 
 def test_an_activation_that_is_always_zero():
@@ -286,8 +237,8 @@ def test_an_activation_that_is_always_zero():
     dead = keras.layers.Conv2D(4, 3, activation="relu", bias_initializer=keras.initializers.Constant(-99.0))(inputs)
     bias = keras.initializers.Constant(0.5)
     model = keras.Model(inputs, keras.layers.Conv2D(2, 1, bias_initializer=bias, name="after")(dead))
-    result = quantized(model)
-    batch = images(2, (6, 6, 3))
+    result = quantize_by_one_step(model)
+    batch = random_images(2, (6, 6, 3))
     np.testing.assert_allclose(result(batch), 0.5, atol=0.01)
     np.testing.assert_allclose(tflite.predict(tflite.convert(result), batch), 0.5, atol=0.01)
 
@@ -297,8 +248,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="'image_quantizer' has no range yet"):
         tflite.convert(model)
     with pytest.raises(ValueError, match="holds its own activation ranges; leave calibration out"):
-        tflite.convert(model, images())
-    result = quantized(small_repvgg())
+        tflite.convert(model, random_images())
+    result = quantize_by_one_step(small_repvgg())
     layer = result.get_layer("first")
     with pytest.raises(ValueError, match=r"'first': codes and scale have shapes \(3, 3, 3, 8\) and \(1,\)"):
         layer.set_quantized_kernel(QuantizedKernel(np.ones((3, 3, 3, 8), np.int8), np.float32([1])))
@@ -307,7 +258,7 @@ def test_refusals():
         tflite.convert(result)
     transposed = keras.Sequential([keras.Input(SIZE), keras.layers.Conv2DTranspose(2, 3, name="up")])
     with pytest.raises(ValueError, match="'up' is a Conv2DTranspose, whose weights cannot be quantized"):
-        quantized(transposed)
+        quantize_by_one_step(transposed)
 
 
 def test_float_operations_in_the_file_are_refused():

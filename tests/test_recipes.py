@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras as keras
 from PIL import Image
 
-from tf_repvgg import fusion, runs
+from tf_repvgg import fusion, runs, storage
 from tf_repvgg.data import ClassificationData, rand_augment
 from tf_repvgg.data.augmentation import mixup
 from tf_repvgg.layers import ReparameterizedBlock
@@ -313,7 +313,7 @@ def test_distillation_that_is_refused(options, message):
 
 def test_a_teacher_is_fused_and_takes_any_size(tmp_path, digits, trained_digits):
     trained_digits.save(tmp_path / runs.MODEL_NAME)
-    runs.write_json(tmp_path / runs.INPUT_NAME, digits.facts())
+    storage.write_json(tmp_path / runs.INPUT_NAME, digits.facts())
     for path in (tmp_path, tmp_path / runs.MODEL_NAME):
         teacher = distillation.load_teacher(path, digits)
         assert not any(isinstance(layer, ReparameterizedBlock) for layer in teacher.layers)

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_quantized_models import images, small_repvgg
+from helpers.networks import random_images, small_repvgg
 
 from tf_repvgg import report, runs, tflite
 from tf_repvgg.quantization import ptq
@@ -149,7 +149,7 @@ def test_pareto():
 
 def test_layers_of_a_file():
     """Names in order; more noise with fewer bits; codebooks where weights share few values."""
-    model, batch = small_repvgg(), images(8)
+    model, batch = small_repvgg(), random_images(8)
     noise = {}
     for bits in (8, 4):
         layers = tflite.layers(tflite.convert(model, batch, False, weight_bits=bits), model, batch)
@@ -157,7 +157,7 @@ def test_layers_of_a_file():
         assert all(layer.weight_bits <= bits and layer.entropy_bits <= layer.weight_bits for layer in layers)
         noise[bits] = np.array([[layer.weight_sqnr_db, layer.activation_sqnr_db] for layer in layers])
     assert np.all(noise[8] > noise[4] + 10) and np.all(noise[8] > 25)
-    network = ptq.quantized_network(model, "equalize+codebook", 2, False, batch)
+    network = ptq.quantize_network(model, "equalize+codebook", 2, False, batch)
     layers = tflite.layers(tflite.convert(network.quantized), network.float, batch)
     assert [len(layer.codebook) for layer in layers] == [4, 4, 4] and layers[0].codes_used == 4
     assert all(layer.weight_sqnr_db > 5 for layer in layers)  # of the equalized weights, which were rounded

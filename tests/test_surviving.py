@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_repvgg import runs
+from tf_repvgg import runs, storage
 
 TRAIN = [
     "train/main.py",
@@ -154,10 +154,10 @@ def test_busy_folders_are_refused(run_forked, tmp_path, uninterrupted):
     for name in ("training", "output", "left"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".lock").write_text("1\n")
-    assert runs.claimed_by(tmp_path / "left") is None
+    assert storage.lock_holder(tmp_path / "left") is None
     for name in ("training", "output"):
-        runs.claimed_folder(tmp_path / name)
-        assert runs.claimed_by(tmp_path / name) == str(os.getpid())
+        storage.claim_folder(tmp_path / name)
+        assert storage.lock_holder(tmp_path / name) == str(os.getpid())
     workdir = tmp_path / "training"
     busy = f"is in use by process {os.getpid()};"
     assert busy in fails(run_forked(*TRAIN, f"--workdir={workdir}"), 2)
@@ -186,23 +186,23 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     for name in (".model.keras.partial", ".ckpt-5.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_bytes(b"half")
-    runs.write_bytes(tmp_path / "model.keras", b"whole")
+    storage.write_bytes(tmp_path / "model.keras", b"whole")
     assert names(tmp_path) == {"model.keras", ".ckpt-5.partial", ".ckpt-5.partial/half"}
-    runs.claimed_folder(tmp_path)
+    storage.claim_folder(tmp_path)
     assert names(tmp_path) == {"model.keras", ".lock"}
 
 
 def test_folders_are_written_whole_too(tmp_path):
-    with pytest.raises(RuntimeError), runs.written_whole(tmp_path / "run") as temporary:
+    with pytest.raises(RuntimeError), storage.atomic_write(tmp_path / "run") as temporary:
         temporary.mkdir()
         raise RuntimeError
     assert names(tmp_path) == set()
-    with runs.written_whole(tmp_path / "run") as temporary:
+    with storage.atomic_write(tmp_path / "run") as temporary:
         shutil.copytree(os.path.dirname(__file__), temporary, ignore=shutil.ignore_patterns("__pycache__"))
         assert names(tmp_path) > {".run.partial/run/conftest.py"}
     assert (tmp_path / "run" / "conftest.py").exists()
     with pytest.raises(OSError, match=r"cannot write .*gone.x' \(No such file or directory\); what was written before"):
-        runs.write_bytes(tmp_path / "gone" / "x", b"")
+        storage.write_bytes(tmp_path / "gone" / "x", b"")
 
 
 REPORTING = """

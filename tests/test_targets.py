@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tf_keras as keras
-from test_quantized_models import images, small_repvgg
+from helpers.networks import random_images, small_repvgg
 
 from tf_repvgg import tflite
 from tf_repvgg.fusion import fuse
@@ -23,7 +23,7 @@ def model():
 
 
 def file_of(model, method, bits, per_channel=False, **options):
-    return tflite.convert(ptq.quantize(model, method, bits, per_channel, images(32), **options))
+    return tflite.convert(ptq.quantize(model, method, bits, per_channel, random_images(32), **options))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_int4_weights(model, per_channel):
     """Half the bytes, and on the same kernels the same outputs."""
     file = file_of(model, "min_max", 4, per_channel)
     built = targets.TARGETS["litert_int4"](file)
-    batch = images(8, seed=1)
+    batch = random_images(8, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
     assert built.facts["int4_weight_bytes"] == (3 * 3 * 3 * 8 + 3 * 3 * 8 * 8 + 8 * 5) // 2
     for ours, theirs in zip(tflite.weight_codes(built.files["_int4.tflite"]), tflite.weight_codes(file), strict=True):
@@ -50,7 +50,7 @@ def test_mixed_widths(model):
     built = targets.TARGETS["litert_int4"](file)
     (name,) = built.facts["left_in_int8"]
     assert "first" in name
-    batch = images(4, seed=1)
+    batch = random_images(4, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
 
 
@@ -68,7 +68,7 @@ def test_codebooks_in_tflite_micro(model, states, per_channel):
     """Bit for bit the int8 file, on every image."""
     file = file_of(model, "codebook", 8, per_channel, number_of_clusters=states)
     built = targets.TARGETS["tflm_lut"](file)
-    batch = images(8, seed=1)
+    batch = random_images(8, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
     for layer in built.facts["layers"]:
         assert layer["codes"] <= states
@@ -87,7 +87,7 @@ def test_size_of_codebooks():
     features = RepVGGBlock(48, strides=2, name="first")(inputs)
     features = keras.layers.GlobalAveragePooling2D()(RepVGGBlock(48, name="second")(features))
     model = fuse(keras.Model(inputs, keras.layers.Dense(5, name="logits")(features)))
-    file = tflite.convert(ptq.quantize(model, "codebook", 3, False, images(8, (12, 12, 3))))
+    file = tflite.convert(ptq.quantize(model, "codebook", 3, False, random_images(8, (12, 12, 3))))
     facts = targets.TARGETS["tflm_lut"](file).facts
     assert facts["file_over_bound"] <= 1.10
     assert facts["weight_bytes"] < 0.41 * facts["int8_weight_bytes"]
@@ -109,7 +109,7 @@ def test_vela_packs_codebooks_tighter():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8, 8, 32))
     model = fuse(keras.Model(inputs, RepVGGBlock(64, name="first")(inputs)))
-    batch = images(8, (8, 8, 32))
+    batch = random_images(8, (8, 8, 32))
     plain, clustered = (
         targets.TARGETS["ethos_u55_128"](tflite.convert(ptq.quantize(model, method, bits, False, batch))).facts
         for method, bits in (("min_max", 8), ("codebook", 3))
@@ -129,7 +129,7 @@ def test_edge_tpu_and_grouped_convolutions():
     inputs = keras.Input((8, 8, 4))
     features = RepVGGBlock(4, name="first")(inputs)
     features = RepVGGBlock(4, groups=2, name="grouped")(features)
-    file = tflite.convert(fuse(keras.Model(inputs, features)), images(8, (8, 8, 4)))
+    file = tflite.convert(fuse(keras.Model(inputs, features)), random_images(8, (8, 8, 4)))
     first, grouped = edge_tpu.check(file)["operators"]
     assert first["reason"] == grouped["reason"] == "its version is 6; the compiler knows up to 5"
     flat = flatbuffer.unpack(file)
@@ -144,7 +144,7 @@ def test_edge_tpu_graph_is_cut():
     inputs = keras.Input((8, 8, 4))
     features = keras.layers.Softmax(name="rows")(RepVGGBlock(4, name="first")(inputs))
     features = RepVGGBlock(4, name="last")(features)
-    file = tflite.convert(fuse(keras.Model(inputs, features)), images(8, (8, 8, 4)))
+    file = tflite.convert(fuse(keras.Model(inputs, features)), random_images(8, (8, 8, 4)))
     operators = edge_tpu.check(file)["operators"]
     assert [each["is_mapped"] for each in operators] == [True, False, *[False] * (len(operators) - 2)]
     assert "one dimension of at most 16,000 is mapped" in operators[1]["reason"]
@@ -154,7 +154,7 @@ def test_edge_tpu_graph_is_cut():
 def test_edge_tpu_wants_integers():
     inputs = keras.Input((8, 8, 4))
     fused = fuse(keras.Model(inputs, RepVGGBlock(4, name="first")(inputs)))
-    file = tflite.convert(fused, images(8, (8, 8, 4)), inference_type="float32")
+    file = tflite.convert(fused, random_images(8, (8, 8, 4)), inference_type="float32")
     quantize, convolution, dequantize = edge_tpu.check(file)["operators"]
     assert "is float32" in quantize["reason"] and not convolution["is_mapped"] and not dequantize["is_mapped"]
 
@@ -209,7 +209,7 @@ def test_refusals(model, monkeypatch):
 
 
 def test_float_files_are_refused(model):
-    flat = flatbuffer.unpack(tflite.convert(model, images(4)))
+    flat = flatbuffer.unpack(tflite.convert(model, random_images(4)))
     weights = base.integer_weights(flat)
     weights[0].tensor.type = 0
     for name in ("litert_int8", "litert_int4", "tflm_lut", "ethos_u55_128"):

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from random_statistics import randomize
+from helpers.random_weights import randomize
 
 from tf_repvgg import tflite
 from tf_repvgg.fusion import fuse

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import tf_keras as keras
+from helpers.networks import every_layer, fit, output_step, random_images, small_repvgg
 from tensorflow_model_optimization.python.core.clustering.keras.cluster import strip_clustering
-from test_clustering import every_layer, fit
-from test_quantized_models import images, small_repvgg, step_of
 
 from tf_repvgg import tflite
-from tf_repvgg.quantization.clustering import GradientAggregation
-from tf_repvgg.quantization.tfmot_baseline import strip_tfmot_quantize, tfmot_cluster, tfmot_quantize
+from tf_repvgg.quantization.qat.clustering import GradientAggregation
+from tf_repvgg.quantization.qat.tfmot_baseline import strip_tfmot_quantize, tfmot_cluster, tfmot_quantize
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +24,14 @@ def test_clustering_then_quantization(model, per_channel):
     clustered = strip_clustering(fit(tfmot_cluster(model, "logits=16,.*=4", cluster_per_channel=per_channel)))
     trained = fit(tfmot_quantize(clustered))
     found = strip_tfmot_quantize(trained, clustered)
-    np.testing.assert_array_equal(found(images()), trained(images()))
+    np.testing.assert_array_equal(found(random_images()), trained(random_images()))
     file = tflite.convert(found)
     for name, codes in zip(("first", "second"), tflite.weight_codes(file), strict=False):
         columns = codes.codes.reshape(-1, codes.codes.shape[-1]).T
         assert max(len(np.unique(column)) for column in columns) <= 4, name
-    batch = images(8, seed=1)
+    batch = random_images(8, seed=1)
     # tfmot's ranges start at 6 and follow slowly, so there are few steps in the output's range.
-    assert np.max(np.abs(tflite.predict(file, batch) - found(batch))) <= 2.01 * step_of(found)
+    assert np.max(np.abs(tflite.predict(file, batch) - found(batch))) <= 2.01 * output_step(found)
     for weight, values in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight, values)
 
@@ -46,7 +45,7 @@ def test_the_gradient_of_a_centroid(model):
         centroids = layer.cluster_centroids["kernel"]
         before = centroids.numpy()
         clustered.compile(keras.optimizers.SGD(1e-6), "mse")
-        clustered.train_on_batch(images(8), np.zeros([8, *clustered.output_shape[1:]]))
+        clustered.train_on_batch(random_images(8), np.zeros([8, *clustered.output_shape[1:]]))
         moved[aggregation] = np.max(np.abs(centroids.numpy() - before))
     assert moved[GradientAggregation.SUM] > 10 * moved[GradientAggregation.AVG] > 0
 

@@ -4,7 +4,9 @@ Importing this package selects Keras 2 (``tf_keras``), which tensorflow-model-op
 the layers, so that saved models load without ``custom_objects``.
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 from tf_repvgg import native_output
 
@@ -13,7 +15,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 # Errors only, unless the user wants to hear more.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-with native_output.hidden():
+with native_output.hide():
     import tensorflow as tf
     import tf_keras
 
@@ -26,5 +28,26 @@ if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         "Import tf_repvgg before anything that touches tf.keras, or set TF_USE_LEGACY_KERAS=1 in the environment."
     )
 
-from tf_repvgg import layers, quantization  # noqa: F401  (registers their layers for loading)
-from tf_repvgg.version import __version__  # noqa: F401
+from tf_repvgg import layers, quantization  # they register their layers, for loading
+from tf_repvgg.version import __version__
+
+if TYPE_CHECKING:
+    from tf_repvgg import data, fusion, models, outliers, report, tflite
+
+__all__ = [
+    "__version__",
+    "data",
+    "fusion",
+    "layers",
+    "models",
+    "outliers",
+    "quantization",
+    "report",
+    "tflite",
+]
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

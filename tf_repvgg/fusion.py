@@ -76,7 +76,7 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> kera
             return _merged(layer, norm_of[id(layer)])
         if id(layer) in merged_norms:
             return lambda inputs, **_: inputs
-        return graph.copied(layer)
+        return graph.copy_layer(layer)
 
     fused = graph.rebuild(model, deploy_form)
     _check(model, fused, tolerance, check_inputs)
@@ -90,27 +90,28 @@ def needs_fusing(model: keras.Model) -> bool:
 
 
 def _blocks(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, ReparameterizedBlock)]
+    return graph.find_layers(model, ReparameterizedBlock)
 
 
 def _norms_to_merge(model):
-    """{id of a linear layer: the batch normalization that is all that its output goes into}."""
-    owners = {id(layer): layer for layer in model._flatten_layers() if graph.is_functional(layer)}.values()
-    nodes = [(owner, node) for owner in owners for nodes in owner._nodes_by_depth.values() for node in nodes]
-    calls = collections.Counter(id(node.layer) for _, node in nodes)
-    sources = {key: node.layer for _, node in nodes for key in node.flat_output_ids}
-    found = {}
-    for owner, node in nodes:
+    """{id of a linear layer: the batch normalization that is the only reader of its output}."""
+    calls = [(owner, node) for owner in graph.functional_models(model) for node in graph.nodes(owner)]
+    call_counts = collections.Counter(id(node.layer) for _, node in calls)
+    sources = {key: node.layer for _, node in calls for key in node.flat_output_ids}
+    norms = {}
+    for owner, node in calls:
         norm = node.layer
         if not isinstance(norm, keras.layers.BatchNormalization) or node.call_kwargs.get("training"):
             continue
         (key,) = node.flat_input_ids
-        source = sources[key]
-        is_all = owner._tensor_usage_count[key] == calls[id(source)] == calls[id(norm)] == 1
+        source = sources.get(key)
+        if source is None:  # an input of the model
+            continue
+        is_only_reader = graph.count_uses(owner, key) == call_counts[id(source)] == call_counts[id(norm)] == 1
         is_linear = type(source) in _MERGED_TYPES and source.activation is keras.activations.linear
-        if is_all and is_linear and list(norm.axis) == [len(source.output_shape) - 1]:
-            found[id(source)] = norm
-    return found
+        if is_only_reader and is_linear and list(norm.axis) == [len(source.output_shape) - 1]:
+            norms[id(source)] = norm
+    return norms
 
 
 def _statistics(block):
@@ -131,19 +132,19 @@ def _merged(layer, norm):
     # A depthwise kernel's output channels are its last two axes.
     channels = kernel.shape[-2:] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel.shape[-1:]
     weights = [kernel * scale.reshape(channels), sum(bias) * scale + shift]
-    return graph.copied(layer, weights, use_bias=True)
+    return graph.copy_layer(layer, weights, use_bias=True)
 
 
 def _check(model, fused, tolerance, inputs):
-    if any(layer.compute_dtype != layer.variable_dtype for layer in model._flatten_layers(include_self=False)):
-        model = graph.rebuild(model, graph.copied)
+    if any(layer.compute_dtype != layer.variable_dtype for layer in graph.find_layers(model) if layer is not model):
+        model = graph.rebuild(model, graph.copy_layer)
     if inputs is None:
         generator = np.random.default_rng(0)
         inputs = [
             generator.standard_normal([2, *(size or _CHECK_SIZE for size in tensor.shape[1:])]).astype("float32")
             for tensor in model.inputs
         ]
-        inputs = tf.nest.pack_sequence_as(model._nested_inputs, inputs)
+        inputs = graph.pack_inputs(model, inputs)
     expected, found = (tf.nest.flatten(form(inputs, training=False)) for form in (model, fused))
     for name, mine, its in zip(model.output_names, expected, found, strict=True):
         mine, its = np.asarray(mine, np.float64), np.asarray(its, np.float64)

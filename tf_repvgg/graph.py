@@ -12,6 +12,28 @@ def is_functional(layer) -> bool:
     return isinstance(layer, keras.Model) and getattr(layer, "_is_graph_network", False)
 
 
+def find_layers(model: keras.Model, kinds: type | tuple[type, ...] = keras.layers.Layer) -> list:
+    """Every layer of the given classes: nested models, layers inside of layers, and the model itself included.
+
+    Args:
+      model: Any Keras model or layer.
+      kinds: Class, or tuple of classes.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import graph
+      >>> model = keras.Sequential([keras.layers.Dense(2), keras.layers.ReLU()])
+      >>> [type(layer).__name__ for layer in graph.find_layers(model, keras.layers.ReLU)]
+      ['ReLU']
+    """
+    return [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
+
+
+def functional_models(model: keras.Model) -> list[keras.Model]:
+    """The functional models that a model consists of, each once: itself and those nested in it."""
+    return list({id(layer): layer for layer in find_layers(model, keras.Model) if is_functional(layer)}.values())
+
+
 def leaves(model: keras.Model) -> list:
     """The layers of a functional model, those of nested models in their place; not what layers are made of inside."""
     found = {}
@@ -50,6 +72,21 @@ def nodes(model: keras.Model) -> list:
     """The calls of layers that make up a functional model, in an order in which they can be made; not its inputs."""
     by_depth = sorted(model._nodes_by_depth.items(), reverse=True)
     return [node for _, of_depth in by_depth for node in of_depth if not node.is_input]
+
+
+def output_keys(model: keras.Model) -> set[str]:
+    """Keys of the output tensors of a functional model, as `flat_output_ids` of its nodes has them."""
+    return {str(id(tensor)) for tensor in tf.nest.flatten(model._nested_outputs)}
+
+
+def count_uses(model: keras.Model, key: str) -> int:
+    """How often the calls of a functional model, and its outputs, use the tensor of a key."""
+    return model._tensor_usage_count[key]
+
+
+def pack_inputs(model: keras.Model, tensors: list):
+    """A list of tensors, one for each input of a functional model, in the structure that the model is called with."""
+    return tf.nest.pack_sequence_as(model._nested_inputs, tensors)
 
 
 def replay(model: keras.Model, inputs: list, replacement: Callable):
@@ -118,13 +155,12 @@ def rebuild(
             keras.Input(tensor.shape[1:], dtype=tensor.dtype, name=tensor.node.layer.name) for tensor in owner.inputs
         ]
         outputs = replay(owner, [replace_input(tensor) for tensor in inputs], replacement)
-        nested_inputs = tf.nest.pack_sequence_as(owner._nested_inputs, inputs)
-        return keras.Model(nested_inputs, outputs, name=owner.name)
+        return keras.Model(pack_inputs(owner, inputs), outputs, name=owner.name)
 
     return rebuilt(model, replace_input) if replace_input else rebuilt(model)
 
 
-def copied(layer, weights=None, **changes) -> Callable:
+def copy_layer(layer, weights=None, **changes) -> Callable:
     """A copy of a layer that computes in the type of its weights whatever policy trained it, as a callable on tensors.
 
     Args:

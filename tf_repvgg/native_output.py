@@ -7,7 +7,7 @@ import tempfile
 
 
 @contextlib.contextmanager
-def captured():
+def capture():
     """Keeps what is written to file descriptor 2 inside the block; shows it after all if the block raises.
 
     Yields:
@@ -37,7 +37,7 @@ def captured():
 
 
 @contextlib.contextmanager
-def hidden():
+def hide():
     """Hides what is written to file descriptor 2 inside the block; shows it after all if the block raises."""
-    with captured():
+    with capture():
         yield

@@ -6,6 +6,7 @@ import numpy as np
 import tf_keras as keras
 from tabulate import tabulate
 
+from tf_repvgg import graph
 from tf_repvgg.layers import OutlierAwareBatchNormalization, ReparameterizedBlock
 
 
@@ -45,7 +46,7 @@ def report(model: keras.Model, print_fn=None) -> list[KernelStatistics]:
       print_fn: if given, a readable table is printed with it.
     """
     found = []
-    for layer in model._flatten_layers():
+    for layer in graph.find_layers(model):
         if isinstance(layer, ReparameterizedBlock):
             found.append(_of_block(layer))
         elif isinstance(layer, keras.layers.Conv2D | keras.layers.Dense) and not _is_inside_block(layer, model):
@@ -61,7 +62,7 @@ def as_records(statistics: list[KernelStatistics]) -> list[dict]:
 
 
 def _is_inside_block(layer, model):
-    blocks = (block for block in model._flatten_layers() if isinstance(block, ReparameterizedBlock))
+    blocks = graph.find_layers(model, ReparameterizedBlock)
     return any(layer is inner for block in blocks for inner in (block.conv3x3, block.conv1x1))
 
 

@@ -10,7 +10,7 @@ import itertools
 from tf_repvgg import cli, layers, outliers, runs  # before Keras: it keeps TensorFlow's start quiet
 
 # isort: split
-import quantized
+import fine_tuning
 import tensorflow as tf
 import tf_keras as keras
 from absl import flags
@@ -18,7 +18,6 @@ from absl import flags
 from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Preprocessing, rand_augment
 from tf_repvgg.data.augmentation import CROPS
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
-from tf_repvgg.layers.clip_limit import parse_by_name
 from tf_repvgg.models import BLOCKS, VARIANTS, build_repvgg, summary
 from tf_repvgg.training import callbacks, distillation, finished_runs, optimization
 
@@ -120,7 +119,7 @@ flags.DEFINE_float(
     "Checkpoint within epochs too, so many minutes after the last; 0 for none but at epochs' ends.",
     lower_bound=0,
 )
-flags.adopt_module_key_flags(quantized)  # they are this program's own too: config.flags holds them
+flags.adopt_module_key_flags(fine_tuning)  # they are this program's own too: config.flags holds them
 flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras; train nothing and write nothing.")
 
 
@@ -165,7 +164,7 @@ def make_model(data, image_shape, precision="float32"):
         norm=FLAGS.norm,
         block=FLAGS.block,
         identity=FLAGS.identity,
-        oabn_k=parse_by_name(FLAGS.oabn_k),
+        oabn_k=FLAGS.oabn_k,
         oabn_branches=FLAGS.oabn_branches,
         clip_mode=FLAGS.oabn_clip_mode,
         identity_gain=FLAGS.identity_gain,
@@ -175,7 +174,7 @@ def make_model(data, image_shape, precision="float32"):
 
 
 def make_trainer(data, tuning=None, teacher=None):
-    """The compiled model at its start: that of the flags, or of `quantized.FineTuning`; taught by a model if given."""
+    """The compiled model at its start: from the flags, or from a `fine_tuning.FineTuning`; a teacher may be given."""
     if FLAGS.early_epochs and FLAGS.early_crop > min(data.preprocessing.size):
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
@@ -252,7 +251,7 @@ def main(_):
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(FLAGS.seed)
     with cli.bad_input_exits():
-        quantized.settle_flags()
+        fine_tuning.settle_flags()
         run = runs.Run(FLAGS.workdir)
         # The test split may be looked at whatever a run has held out.
         run.check_config(FLAGS, but=["validation"] if FLAGS.evaluate_only and not FLAGS.validation else [])
@@ -265,7 +264,7 @@ def main(_):
             tuning = None
             if FLAGS.quantize:
                 goes_on = bool(callbacks.checkpoints(run.checkpoints_path))
-                tuning = quantized.FineTuning(data, steps_per_epoch(data), goes_on)
+                tuning = fine_tuning.FineTuning(data, steps_per_epoch(data), goes_on)
             model = None if tuning else make_model(data, data.image_shape)
             trainer = make_trainer(data, tuning, teacher)
             run.start(FLAGS, data)  # after everything that can refuse

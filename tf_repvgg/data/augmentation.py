@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tf_repvgg.data.preprocessing import resized
+from tf_repvgg.data.preprocessing import resize_image
 
 CROPS = ("pad", "random_resized")
 # Share of the image's area, and width over height, of random resized crops: those of Inception (arXiv:1409.4842) and
@@ -85,7 +85,7 @@ def random_resized_crop(encoded, decode, channels, size, flip, seed):
         return image[top : top + height, left : left + width]
 
     image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_another)
-    image = tf.ensure_shape(resized(image, size), [*size, channels])
+    image = tf.ensure_shape(resize_image(image, size), [*size, channels])
     return tf.image.stateless_random_flip_left_right(image, flip_seed) if flip else image
 
 

@@ -168,7 +168,7 @@ def _named_bad_images(found, root, max_megapixels):
     bad = set()
     with (
         os.fdopen(os.dup(2), "w", errors="backslashreplace") as stderr,
-        native_output.hidden(),  # TensorFlow's own words on damaged files
+        native_output.hide(),  # TensorFlow's own words on damaged files
         _large_headers_allowed(),
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         # disable=None: no bar where nobody sees it move, so that a log has nothing but the named images.

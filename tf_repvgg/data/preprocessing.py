@@ -84,12 +84,12 @@ class Preprocessing:
     def resize(self, image):
         """One uint8 image [height, width, channels] of any size to uint8 [*size, channels]."""
         if self.resize_shorter_side is None:
-            return resized(image, self.size)
+            return resize_image(image, self.size)
         image = _middle(image)
         height, width = tf.unstack(tf.shape(image)[:2])
         # The longer side is rounded down, and half pixels are rounded to even: torchvision cuts out the same.
         larger = self.resize_shorter_side * tf.stack([height, width]) // tf.minimum(height, width)
-        image = resized(image, larger)
+        image = resize_image(image, larger)
         top, left = tf.unstack(tf.cast(tf.round((larger - self.size) / 2), tf.int32))
         return image[top : top + self.size[0], left : left + self.size[1]]
 
@@ -106,7 +106,7 @@ def _middle(image):
     return image[top : height - top, left : width - left]
 
 
-def resized(image, size):
+def resize_image(image, size):
     """Bilinear, with antialiasing where it gets smaller; uint8 in and out."""
     image = tf.image.resize(image, size, antialias=True)
     return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)

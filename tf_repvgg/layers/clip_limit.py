@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
+
+from tf_repvgg import by_name
 
 _FORM = "a number above 0, 'inf', or a multiple of the kernel's standard deviation such as '6std'"
 
@@ -39,34 +40,18 @@ class ClipLimit:
         return cls(value, relative)
 
 
-def parse_by_name(text: str) -> str | dict[str, str]:
-    """Reads the flag form of k: "0.1", or "stage4_.*=0.05,.*=0.1" as {pattern: k} in the order given.
+def parse_clip_limits(k: float | str | Mapping[str, float | str]) -> dict[str, float | str]:
+    """Reads k of all layers, or by layer name: "stage4_.*=0.05,.*=0.1".
+
+    Returns:
+      {pattern: limit as it was written}, see `tf_repvgg.by_name.parse`.
 
     Raises:
-      ValueError: if a pattern is not a regular expression or a limit is not one `ClipLimit.parse` accepts.
+      ValueError: As `tf_repvgg.by_name.parse`, and for a limit that `ClipLimit.parse` refuses.
     """
-    if "=" not in text:
-        ClipLimit.parse(text)
-        return text
-    limits = dict(part.rsplit("=", 1) if "=" in part else (part, "") for part in text.split(","))
-    for pattern, k in limits.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"k for pattern {pattern!r}: not a regular expression ({error})") from None
-        ClipLimit.parse(k)
-    return limits
 
+    def check_limit(limit):
+        ClipLimit.parse(limit)
+        return limit
 
-def limit_for(name: str, k: float | str | Mapping[str, float | str]) -> float | str:
-    """The limit of the layer called `name`: `k` itself, or that of the first pattern matching the whole name.
-
-    Raises:
-      ValueError: if `k` is a mapping and no pattern matches.
-    """
-    if not isinstance(k, Mapping):
-        return k
-    for pattern, limit in k.items():
-        if re.fullmatch(pattern, name):
-            return limit
-    raise ValueError(f"no pattern of k matches block {name!r}; patterns: {', '.join(k)}; add '.*' as the last one")
+    return by_name.parse(k, check_limit, "k")

@@ -1,13 +1,13 @@
 """The variants of RepVGG (arXiv:2101.03697, tables 2 and 3), a family for small images, and their builder."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 
 import tf_keras as keras
 
+from tf_repvgg import by_name
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
-from tf_repvgg.layers.clip_limit import limit_for
+from tf_repvgg.layers.clip_limit import parse_clip_limits
 
 BLOCKS = ("repvgg", "qarepvgg")
 
@@ -105,9 +105,7 @@ def build_repvgg(
       ValueError: for an unknown choice, or options that do not go together.
     """
     if isinstance(variant, str):
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; known: {', '.join(VARIANTS)}")
-        variant = VARIANTS[variant]
+        variant = find_variant(variant)
     if block not in BLOCKS:
         raise ValueError(f"block is {block!r}; known: {', '.join(BLOCKS)}")
     if block == "qarepvgg" and (norm, identity) != ("bn", "norm"):
@@ -115,37 +113,47 @@ def build_repvgg(
             f"block='qarepvgg' has no normalization on its identity branch to change, but norm={norm!r} and "
             f"identity={identity!r}; use norm='bn' and identity='norm'"
         )
-    common = {"padding": padding, "momentum": momentum, "epsilon": epsilon, "se_reduction": variant.se_reduction}
-
-    def make_block(name, filters, **shape):
-        if block == "qarepvgg":
-            return QARepVGGBlock(filters, name=name, **shape, **common)
-        return RepVGGBlock(
-            filters,
-            norm=norm,
-            oabn_k=limit_for(name, oabn_k),
-            oabn_branches=oabn_branches,
-            clip_mode=clip_mode,
-            identity=identity,
-            identity_gain=identity_gain,
-            name=name,
-            **shape,
-            **common,
-        )
-
-    inputs = keras.Input(input_shape, name="image")
-    features = make_block("stem", variant.stem_width, strides=variant.stem_stride)(inputs)
-    stages = zip(variant.widths, variant.depths, variant.strides, strict=True)
-    positions = itertools.count(1)  # the stem is 0
-    for stage, (width, depth, stride) in enumerate(stages, start=1):
-        for index in range(1, depth + 1):
-            features = make_block(
-                f"stage{stage}_block{index}",
-                width,
-                strides=stride if index == 1 else 1,
-                groups=variant.groups if next(positions) % 2 == 0 else 1,
-            )(features)
+    options = {"padding": padding, "momentum": momentum, "epsilon": epsilon, "se_reduction": variant.se_reduction}
+    if block == "repvgg":
+        options |= {"norm": norm, "oabn_branches": oabn_branches, "clip_mode": clip_mode}
+        options |= {"identity": identity, "identity_gain": identity_gain}
+    shapes = _block_shapes(variant)
+    limits = by_name.resolve(parse_clip_limits(oabn_k), shapes, "k")
+    inputs = features = keras.Input(input_shape, name="image")
+    for name, shape in shapes.items():
+        if block == "repvgg":
+            features = RepVGGBlock(name=name, oabn_k=limits[name], **shape, **options)(features)
+        else:
+            features = QARepVGGBlock(name=name, **shape, **options)(features)
     features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
     # Logits stay float32 under a mixed policy: softmax on bfloat16 loses the loss's small differences.
     logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")(features)
     return keras.Model(inputs, logits, name="repvgg")
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of a name, in upper or lower case.
+
+    Raises:
+      ValueError: For an unknown name.
+    """
+    variants = {known.lower(): variant for known, variant in VARIANTS.items()}
+    if name.lower() not in variants:
+        raise ValueError(f"variant is {name!r}; known: {', '.join(VARIANTS)}")
+    return variants[name.lower()]
+
+
+def _block_shapes(variant):
+    """{name of a block: its filters, strides and groups} in execution order."""
+    shapes = {"stem": {"filters": variant.stem_width, "strides": variant.stem_stride, "groups": 1}}
+    for stage, (width, depth, stride) in enumerate(
+        zip(variant.widths, variant.depths, variant.strides, strict=True), start=1
+    ):
+        for index in range(1, depth + 1):
+            groups = variant.groups if len(shapes) % 2 == 0 else 1
+            shapes[f"stage{stage}_block{index}"] = {
+                "filters": width,
+                "strides": stride if index == 1 else 1,
+                "groups": groups,
+            }
+    return shapes

@@ -8,9 +8,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
 from tf_repvgg.quantization.shared_graphs import shared_graph
 
-WEIGHTED = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 ACTIVATION_BITS = (8, 16)
 # Ranges that TFLite prescribes for the outputs of these activations in 8 bits; in 16, one for all.
 FIXED_RANGES = {"sigmoid": (0.0, 255 / 256), "softmax": (0.0, 255 / 256), "tanh": (-1.0, 127 / 128)}
@@ -189,14 +189,14 @@ def _bounds(running, bits):
 
 def quantizers(model: keras.Model) -> list[ActivationQuantizer]:
     """The quantizers of a model, in its order of layers."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, ActivationQuantizer)]
+    return graph.find_layers(model, ActivationQuantizer)
 
 
 def quantize_activations(
     model: keras.Model,
     replace_weighted: Callable | None = None,
     make_quantizer: Callable = ActivationQuantizer,
-    weighted: tuple = WEIGHTED,
+    weighted: tuple = WEIGHTED_LAYERS,
     bits: int = 8,
 ) -> keras.Model:
     """A copy of a fused model with a quantizer wherever an integer TFLite file of it rounds.
@@ -221,7 +221,7 @@ def quantize_activations(
         raise ValueError(f"quantization needs a functional Keras 2 model, but got {type(model).__name__}")
     names = graph.unique_names(model)
     followed_by_relu = _followed_by_relu(model)
-    replace_weighted = replace_weighted or (lambda layer, changes: graph.copied(layer, **changes))
+    replace_weighted = replace_weighted or (lambda layer, changes: graph.copy_layer(layer, **changes))
     calls = collections.Counter()
 
     def quantized(tensors, name, **options):
@@ -238,7 +238,7 @@ def quantize_activations(
         name = names[id(layer)]
         activation = _activation_name(layer)
         options = _quantizer_options(activation, bits)
-        if isinstance(layer, WEIGHTED) and activation not in _FUSED_ACTIVATIONS:
+        if isinstance(layer, WEIGHTED_LAYERS) and activation not in _FUSED_ACTIVATIONS:
             linear = replace_weighted(layer, {"name": name, "activation": "linear"})
             activate = keras.layers.Activation(layer.activation, name=f"{name}_activation")
             return lambda *arguments, **keywords: quantized(
@@ -247,7 +247,7 @@ def quantize_activations(
         if isinstance(layer, weighted):
             copy = replace_weighted(layer, {"name": name})
         else:
-            copy = graph.copied(layer, name=name)
+            copy = graph.copy_layer(layer, name=name)
         if isinstance(layer, _RANGE_PRESERVING) or id(layer) in followed_by_relu or activation == "linear_only":
             return copy
         return lambda *arguments, **keywords: quantized(copy(*arguments, **keywords), name, **options)
@@ -291,19 +291,18 @@ def _quantizer_options(activation, bits):
 
 def _followed_by_relu(model):
     """Ids of layers that compute and whose every output goes into a ReLU layer alone, which runtimes fuse with them."""
-    owners = {id(owner): owner for owner in (model, *model._flatten_layers()) if graph.is_functional(owner)}.values()
     relu_only, others = set(), set()
-    for owner in owners:
+    for owner in graph.functional_models(model):
         nodes = graph.nodes(owner)
         sources = {key: node.layer for node in nodes for key in node.flat_output_ids}
-        outputs = {str(id(tensor)) for tensor in tf.nest.flatten(owner._nested_outputs)}
+        outputs = graph.output_keys(owner)
         for node in nodes:
-            is_relu = not isinstance(node.layer, WEIGHTED) and _activation_name(node.layer) in ("relu", "relu6")
+            is_relu = not isinstance(node.layer, WEIGHTED_LAYERS) and _activation_name(node.layer) in ("relu", "relu6")
             for key in node.flat_input_ids:
                 source = sources.get(key)
                 if source is None:
                     continue
-                is_only = owner._tensor_usage_count[key] == 1 and key not in outputs
+                is_only = graph.count_uses(owner, key) == 1 and key not in outputs
                 is_linear = _activation_name(source) in (None, "linear")
                 fits = is_relu and is_only and is_linear and not isinstance(source, _RANGE_PRESERVING)
                 (relu_only if fits else others).add(id(source))

@@ -1,22 +1,20 @@
 """What may be quantized, how far, and on which images: checks that every way to an integer file shares."""
 
-import difflib
 import numbers
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import graph
+from tf_repvgg import by_name, graph
 from tf_repvgg.layers import ReparameterizedBlock
-from tf_repvgg.quantization.activations import WEIGHTED
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
 
 
 def check_fused(model: keras.Model) -> None:
     """Raises ValueError if a block is still in training form, or a layer in a wrapper for training; names it."""
-    for layer in model._flatten_layers():
+    for layer in graph.find_layers(model):
         if strip := getattr(layer, "stripped_by", None):
             raise ValueError(
                 f"layer {layer.name!r} is still in training; call tf_repvgg.quantization.{strip}(model) first"
@@ -32,7 +30,7 @@ def check_finite(layer, *tensors) -> None:
             raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
 
 
-def checked_images(calibration, input_shape) -> list[np.ndarray]:
+def validate_images(calibration, input_shape) -> list[np.ndarray]:
     """Calibration images as a list of float32 batches of one.
 
     Args:
@@ -58,57 +56,40 @@ def checked_images(calibration, input_shape) -> list[np.ndarray]:
     return images
 
 
-def by_layer(
-    model: keras.Model, value: int | str | Mapping[str, int], what: str, lowest: int, highest: int, classes=WEIGHTED
+def values_by_layer(
+    model: keras.Model,
+    value: int | str | Mapping[str, int],
+    description: str,
+    lowest: int,
+    highest: int,
+    kinds: tuple[type, ...] = WEIGHTED_LAYERS,
 ) -> dict[str, int]:
-    """{layer name: a number such as its weight bits} of the layers of some classes, by the first pattern that matches.
+    """The number of each layer, such as its weight bits.
 
     Args:
-      model: functional model; names are those of `tf_repvgg.graph.unique_names`.
-      value: 4, "4", {pattern: number} with regular expressions of whole names, or that as text: "stem=8,.*=4".
-      what: what the numbers are, for messages: "weight bits".
-      lowest, highest: numbers allowed.
-      classes: of the layers, by default Conv2D, DepthwiseConv2D and Dense.
+      model: Functional model; names are those of `tf_repvgg.graph.unique_names`.
+      value: One number, or numbers by name pattern as `tf_repvgg.by_name.parse` reads them: "stem=8,.*=4".
+      description: Name of the numbers in messages, such as "weight bits".
+      lowest: Smallest number allowed.
+      highest: Largest number allowed.
+      kinds: Classes of the layers, by default Conv2D, DepthwiseConv2D and Dense.
+
+    Returns:
+      {layer name: number}.
 
     Raises:
-      ValueError: for a number out of range, a pattern that is no regular expression, matches no layer, or only layers
-        that an earlier one matches, and a layer that no pattern matches.
+      ValueError: For a number out of range, and as `tf_repvgg.by_name.parse` and `tf_repvgg.by_name.resolve`.
     """
-    patterns = _parse_by_layer(value, what, lowest, highest)
-    unique = graph.unique_names(model)
-    names = [unique[id(layer)] for layer in graph.leaves(model) if isinstance(layer, classes)]
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            near = difflib.get_close_matches(pattern, names) or names
-            raise ValueError(f"pattern {pattern!r} of {what} matches no layer; there are: {', '.join(near)}")
-    first = {}
-    for name in names:
-        first[name] = next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)
-        if first[name] is None:
-            raise ValueError(f"no pattern of {what} matches layer {name!r}; add '.*' as the last one")
-    if idle := [pattern for pattern in patterns if pattern not in first.values()]:
-        raise ValueError(
-            f"pattern {idle[0]!r} of {what} comes too late: all layers that it matches have the number of an earlier "
-            "one; put it first"
-        )
-    return {name: patterns[pattern] for name, pattern in first.items()}
 
-
-def _parse_by_layer(value, what, lowest, highest):
-    if isinstance(value, str):
-        value = dict(part.rpartition("=")[::2] if "=" in part else (".*", part) for part in value.split(","))
-    elif not isinstance(value, Mapping):
-        value = {".*": value}
-    found = {}
-    for pattern, number in value.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{what} for pattern {pattern!r}: not a regular expression ({error})") from None
+    def parse_number(number):
         if isinstance(number, str) and number.isdigit():
             number = int(number)
-        is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)  # also NumPy's
+        is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)  # NumPy's are, too
         if not (is_whole and lowest <= number <= highest):
-            raise ValueError(f"{what} are {number!r}; they must be a whole number from {lowest} to {highest}")
-        found[pattern] = int(number)
-    return found
+            raise ValueError(f"{description} are {number!r}; they must be a whole number from {lowest} to {highest}")
+        return int(number)
+
+    values = by_name.parse(value, parse_number, description)
+    unique = graph.unique_names(model)
+    names = [unique[id(layer)] for layer in graph.leaves(model) if isinstance(layer, kinds)]
+    return by_name.resolve(values, names, description)

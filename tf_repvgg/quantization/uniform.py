@@ -4,6 +4,10 @@ import dataclasses
 
 import numpy as np
 
+# Granularities of weight scales and codebooks, as flags and files name them, and in words.
+GRANULARITIES = {"per_tensor": "per tensor", "per_channel": "per channel"}
+# Of symmetric int8 weights: the kernels of integer runtimes do not take -128.
+LARGEST_CODE = 127
 # Half of what 32 bits hold: an accumulator starts at the bias and needs room for the products.
 MAX_BIAS_CODE = 2**30
 

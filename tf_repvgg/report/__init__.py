@@ -6,7 +6,7 @@
 import importlib.util
 from collections.abc import Sequence
 
-from tf_repvgg import runs
+from tf_repvgg import storage
 from tf_repvgg.report.gather import Run, gather
 
 __all__ = ["Run", "check_installed", "gather", "write"]
@@ -34,4 +34,4 @@ def write(path, gathered: Sequence[Run]) -> None:
     check_installed()
     from tf_repvgg.report import page  # imports them
 
-    runs.write_bytes(path, page.render(gathered).encode())
+    storage.write_bytes(path, page.render(gathered).encode())

@@ -11,10 +11,9 @@ import numpy as np
 import tf_keras as keras
 from PIL import Image
 
-from tf_repvgg import runs
+from tf_repvgg import graph, runs
 from tf_repvgg.layers import ReparameterizedBlock
-from tf_repvgg.quantization.activations import WEIGHTED
-from tf_repvgg.quantization.layers import kernel_of
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, kernel_of
 
 _FLOAT_FORMS = ("float_fused", "trained_model")
 _SHOWN_BLOCKS = 4
@@ -279,10 +278,10 @@ def _epochs(path):
 
 def _histograms(model: keras.Model, codebook_of):
     """Of a few layers evenly from first to last: blocks that may have an identity branch, where there are any."""
-    blocks = [layer for layer in model._flatten_layers() if isinstance(layer, ReparameterizedBlock)]
+    blocks = graph.find_layers(model, ReparameterizedBlock)
     # Also those of runs without the branch: other runs of the architecture have it in the same layers.
     keep_channels = [block for block in blocks if block.conv3x3.kernel.shape[2] * block.groups == block.filters]
-    layers = keep_channels or blocks or [layer for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
+    layers = keep_channels or blocks or graph.find_layers(model, WEIGHTED_LAYERS)
     picks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _SHOWN_BLOCKS)).round().astype(int))
     codebooks = {each["layer"]: each["codebook"] for each in codebook_of.record["layers"]} if codebook_of else {}
     return [_histogram(layers[pick], codebooks.get(layers[pick].name)) for pick in picks]

@@ -4,9 +4,9 @@ from tf_repvgg.tflite.convert import (
     INFERENCE_TYPES,
     METADATA_NAME,
     activation_bits,
-    checked_inference_type,
     convert,
     convert_float,
+    resolve_inference_type,
     with_weights,
 )
 from tf_repvgg.tflite.fidelity import LayerFidelity, layers
@@ -21,7 +21,6 @@ __all__ = [
     "LayerFidelity",
     "Operator",
     "activation_bits",
-    "checked_inference_type",
     "convert",
     "convert_float",
     "costs",
@@ -30,6 +29,7 @@ __all__ = [
     "metadata",
     "operators",
     "predict",
+    "resolve_inference_type",
     "weight_codes",
     "with_weights",
 ]

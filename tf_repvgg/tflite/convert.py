@@ -9,10 +9,10 @@ import tensorflow as tf
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
 
-from tf_repvgg import native_output
-from tf_repvgg.quantization.activations import WEIGHTED, quantizers
-from tf_repvgg.quantization.checks import check_fused, checked_images
-from tf_repvgg.quantization.layers import QuantizedLayer, bias_of, kernel_of
+from tf_repvgg import graph, native_output
+from tf_repvgg.quantization.activations import quantizers
+from tf_repvgg.quantization.checks import check_fused, validate_images
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, kernel_of
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias, quantize_min_max
 from tf_repvgg.tflite import flatbuffer
 
@@ -65,17 +65,17 @@ def convert(
         calibration images that are none, of another shape, or not finite, or given for a quantized model; and for a
         quantized model with an activation that has no range.
     """
-    inference_type = checked_inference_type(inference_type, activation_bits(model))
+    inference_type = resolve_inference_type(inference_type, activation_bits(model))
     check_fused(model)
     if len(model.inputs) != 1:
         raise ValueError(f"files are written for models of one input, and {model.name!r} has {len(model.inputs)}")
     if quantizers(model):
         _check_quantized(model, calibration)
-        file = _converted(model, model.input_shape[1:], inference_type)
+        file = _run_converter(model, model.input_shape[1:], inference_type)
         _check_integer(file)
     else:
-        images = checked_images(() if calibration is None else calibration, model.input_shape)
-        file = _converted(model, images[0].shape[1:], inference_type, images)
+        images = validate_images(() if calibration is None else calibration, model.input_shape)
+        file = _run_converter(model, images[0].shape[1:], inference_type, images)
     return with_weights(file, model, weight_bits, per_channel, kernels, metadata)
 
 
@@ -84,7 +84,7 @@ def activation_bits(model: keras.Model) -> int:
     return next((quantizer.bits for quantizer in quantizers(model)), 8)
 
 
-def checked_inference_type(asked: str | None, bits: int) -> str:
+def resolve_inference_type(asked: str | None, bits: int) -> str:
     """The type of input and output that a file with activations of so many bits has: that asked for, or its default.
 
     Raises:
@@ -109,10 +109,10 @@ def _check_quantized(model, calibration):
 def _check_integer(file):
     """Refuses a file that computes in float somewhere: an activation without a quantizer leaves such a tensor."""
     flat = flatbuffer.unpack(file)
-    for graph in flat.subgraphs:
-        for operator in graph.operators:
-            output = graph.tensors[operator.outputs[0]]
-            if output.type == schema.TensorType.FLOAT32 and operator.outputs[0] not in graph.outputs:
+    for subgraph in flat.subgraphs:
+        for operator in subgraph.operators:
+            output = subgraph.tensors[operator.outputs[0]]
+            if output.type == schema.TensorType.FLOAT32 and operator.outputs[0] not in subgraph.outputs:
                 raise ValueError(
                     f"the file would compute {output.name.decode()!r} in float; put an ActivationQuantizer after every "
                     "operation, as tf_repvgg.quantization.quantize_activations does"
@@ -128,12 +128,12 @@ def convert_float(model: keras.Model) -> bytes:
     check_fused(model)
     if None in model.input_shape[1:]:
         raise ValueError(f"the model's input is {model.input_shape[1:]}; a file needs a fixed size of images")
-    with warnings.catch_warnings(), native_output.hidden():
+    with warnings.catch_warnings(), native_output.hide():
         warnings.simplefilter("ignore")
-        return _converter(model, model.input_shape[1:]).convert()
+        return _make_converter(model, model.input_shape[1:]).convert()
 
 
-def _converter(model, image_shape):
+def _make_converter(model, image_shape):
     # A fixed batch of 1: what runtimes without dynamic shapes need.
     function = tf.function(lambda image: model(image, training=False)).get_concrete_function(
         tf.TensorSpec((1, *image_shape), tf.float32, name="image")
@@ -144,9 +144,9 @@ def _converter(model, image_shape):
     return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
 
 
-def _converted(model, image_shape, inference_type, images=None):
+def _run_converter(model, image_shape, inference_type, images=None):
     """TensorFlow's own integer conversion: right in everything but the weights' grid."""
-    converter = _converter(model, image_shape)
+    converter = _make_converter(model, image_shape)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if images is not None:
         converter.representative_dataset = lambda: ([image] for image in images)
@@ -155,7 +155,7 @@ def _converted(model, image_shape, inference_type, images=None):
         int16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         converter.target_spec.supported_ops = [int16]
     converter.inference_input_type = converter.inference_output_type = INFERENCE_TYPES[inference_type]
-    with warnings.catch_warnings(), native_output.hidden():
+    with warnings.catch_warnings(), native_output.hide():
         warnings.simplefilter("ignore")
         return converter.convert()
 
@@ -182,33 +182,33 @@ def with_weights(
     """
     flat = flatbuffer.unpack(file)
     kernels = _own_kernels(model) | dict(kernels or {})
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
+    layers = graph.find_layers(model, WEIGHTED_LAYERS)
     _check_supported(model, weight_bits)
     _check_given(kernels, layers)
-    for graph in flat.subgraphs:
-        _widen_dead_activations(flat, graph)
-        _mend_16_bit_activations(flat, graph)
-        for layer, layout, operators in _shared_weights(flat, graph, layers):
-            input_scales = [graph.tensors[operator.inputs[0]].quantization.scale[0] for operator in operators]
+    for subgraph in flat.subgraphs:
+        _widen_dead_activations(flat, subgraph)
+        _mend_16_bit_activations(flat, subgraph)
+        for layer, layout, operators in _shared_weights(flat, subgraph, layers):
+            input_scales = [subgraph.tensors[operator.inputs[0]].quantization.scale[0] for operator in operators]
             bias = bias_of(layer)
             if layer.name in kernels:
                 quantized = kernels[layer.name]
             else:
                 floor = min_scale_of_bias(bias, min(input_scales))
-                quantized = _quantized(kernel_of(layer), weight_bits, per_channel, floor)
-            weights = flatbuffer.weights_tensor(graph, operators[0])
+                quantized = _quantize_kernel(kernel_of(layer), weight_bits, per_channel, floor)
+            weights = flatbuffer.weights_tensor(subgraph, operators[0])
             flatbuffer.set_weights(flat, weights, layout, quantized.codes, quantized.scale)
             for operator, input_scale in zip(operators, input_scales, strict=True):
                 bias_scale = input_scale * quantized.scale
                 codes = _bias_codes(layer, bias, bias_scale)
-                flatbuffer.set_bias(flat, graph, operator, codes, bias_scale)
+                flatbuffer.set_bias(flat, subgraph, operator, codes, bias_scale)
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
     return flatbuffer.pack(flat)
 
 
-def _quantized(kernel, weight_bits, per_channel, floor):
+def _quantize_kernel(kernel, weight_bits, per_channel, floor):
     if weight_bits == 8:
         # Of a `ClusterableLayer` of the user's own, say, whose weights are on a grid that no variable tells of.
         one_grid = quantize_min_max(kernel, per_channel=False, min_scale=floor)
@@ -218,7 +218,7 @@ def _quantized(kernel, weight_bits, per_channel, floor):
 
 
 def _own_kernels(model):
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, QuantizedLayer)]
+    layers = graph.find_layers(model, QuantizedLayer)
     return {layer.name: layer.quantized_kernel() for layer in layers}
 
 
@@ -276,7 +276,7 @@ def _bias_codes(layer, bias, scale):
 
 def _check_supported(model, weight_bits):
     """Refuses layers whose weights would not be on the grid asked for."""
-    for layer in model._flatten_layers():
+    for layer in graph.find_layers(model):
         is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)  # left as the converter has it: 8 bits
         if isinstance(layer, keras.layers.SeparableConv2D) or (is_transposed and weight_bits < 8):
             raise ValueError(

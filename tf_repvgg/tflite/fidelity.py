@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import tf_keras as keras
 
-from tf_repvgg.quantization.activations import WEIGHTED, quantizers
-from tf_repvgg.quantization.layers import kernel_of
+from tf_repvgg.quantization.activations import quantizers
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, kernel_of
 from tf_repvgg.tflite import flatbuffer, interpreter, reader
 
 _LARGEST_CODEBOOK = 32
@@ -53,7 +53,7 @@ def layers(file: bytes, model: keras.Model, images) -> list[LayerFidelity]:
     """
     flat = flatbuffer.unpack(file)
     graph = flat.subgraphs[0]
-    candidates = [layer for layer in model._flatten_layers() if isinstance(layer, WEIGHTED)]
+    candidates = graph.find_layers(model, WEIGHTED_LAYERS)
     is_float = not quantizers(model)
     found = []
     for operator in graph.operators:

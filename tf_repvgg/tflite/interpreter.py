@@ -23,10 +23,10 @@ class Latency(NamedTuple):
     threads: int
 
 
-def loaded(file: bytes, threads: int, default_delegate: bool = True, **options) -> Interpreter:
+def load_interpreter(file: bytes, threads: int, default_delegate: bool = True, **options) -> Interpreter:
     """A file in LiteRT, its tensors allocated; see `predict`. Options are those of LiteRT's interpreter."""
     resolver = OpResolverType.AUTO if default_delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    with native_output.hidden():  # it tells of its delegate each time
+    with native_output.hide():  # it tells of its delegate each time
         interpreter = Interpreter(
             model_content=file, num_threads=threads, experimental_op_resolver_type=resolver, **options
         )
@@ -34,7 +34,7 @@ def loaded(file: bytes, threads: int, default_delegate: bool = True, **options) 
     return interpreter
 
 
-def quantized(images, details):
+def quantize_input(images, details):
     """Float images in the type and scale of an input tensor."""
     dtype = details["dtype"]
     if dtype == np.float32:
@@ -44,7 +44,7 @@ def quantized(images, details):
     return np.clip(np.round(images / scale) + zero_point, limits.min, limits.max).astype(dtype)
 
 
-def dequantized(outputs, details):
+def dequantize_output(outputs, details):
     if details["dtype"] == np.float32:
         return outputs
     scale, zero_point = details["quantization"]
@@ -74,7 +74,7 @@ def predict(
       by the keys of the model's outputs, or "output_0" onwards where they are a list.
     """
     workers = os.cpu_count() or 1
-    interpreters = [loaded(file, 1, default_delegate) for _ in range(workers)]
+    interpreters = [load_interpreter(file, 1, default_delegate) for _ in range(workers)]
     chunks = np.array_split(np.arange(len(images)), workers)
     with tqdm(total=len(images), desc=description, unit="image", disable=description is None, leave=False) as bar:
 
@@ -83,12 +83,12 @@ def predict(
             details = _outputs(interpreter)
             outputs = {name: np.empty([len(indices), *its["shape"][1:]], its["dtype"]) for name, its in details.items()}
             for row, index in enumerate(indices):
-                interpreter.set_tensor(input_details["index"], quantized(images[index : index + 1], input_details))
+                interpreter.set_tensor(input_details["index"], quantize_input(images[index : index + 1], input_details))
                 interpreter.invoke()
                 for name, its in details.items():
                     outputs[name][row] = interpreter.get_tensor(its["index"])[0]
                 bar.update()
-            return {name: dequantized(outputs[name], its) for name, its in details.items()}
+            return {name: dequantize_output(outputs[name], its) for name, its in details.items()}
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             parts = list(pool.map(run, interpreters, chunks))
@@ -108,24 +108,24 @@ def intermediate(file: bytes, images, tensors: list[int]) -> list[np.ndarray]:
       For each of them a float32 array [count, ...], dequantized.
     """
     # The delegate would keep to itself what lies between the operators that it runs.
-    interpreter = loaded(file, 1, default_delegate=False, experimental_preserve_all_tensors=True)
+    interpreter = load_interpreter(file, 1, default_delegate=False, experimental_preserve_all_tensors=True)
     (input_details,) = interpreter.get_input_details()
     details = {its["index"]: its for its in interpreter.get_tensor_details()}
     values = [[] for _ in tensors]
     for image in images:
-        interpreter.set_tensor(input_details["index"], quantized(image[np.newaxis], input_details))
+        interpreter.set_tensor(input_details["index"], quantize_input(image[np.newaxis], input_details))
         interpreter.invoke()
         for kept, index in zip(values, tensors, strict=True):
             kept.append(interpreter.get_tensor(index)[0])
-    return [dequantized(np.stack(kept), details[index]) for kept, index in zip(values, tensors, strict=True)]
+    return [dequantize_output(np.stack(kept), details[index]) for kept, index in zip(values, tensors, strict=True)]
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
     """Times single inferences on random input, after a warm-up."""
-    interpreter = loaded(file, threads)
+    interpreter = load_interpreter(file, threads)
     (details,) = interpreter.get_input_details()
     noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
-    interpreter.set_tensor(details["index"], quantized(noise, details))
+    interpreter.set_tensor(details["index"], quantize_input(noise, details))
     times = []
     for _ in range(_WARMUP_RUNS + runs):
         started = time.perf_counter()

@@ -114,7 +114,7 @@ class _Server:
         self._start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._file, self._threads = file, threads
         reader.operators(file)  # refuses what is no such file, before native code sees it
-        self._interpreter = interpreter.loaded(file, threads)
+        self._interpreter = interpreter.load_interpreter(file, threads)
         self._fill(1)
 
     def _fill(self, batch):
@@ -124,7 +124,7 @@ class _Server:
             self._interpreter.allocate_tensors()
         for end in self._interpreter.get_input_details():
             noise = np.random.default_rng(0).uniform(-1, 1, end["shape"]).astype(np.float32)
-            self._interpreter.set_tensor(end["index"], interpreter.quantized(noise, end))
+            self._interpreter.set_tensor(end["index"], interpreter.quantize_input(noise, end))
 
     def costs(self):
         return tuple(reader.costs(self._file))
@@ -158,7 +158,7 @@ def _serve(connection, file, threads):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.disable()  # whoever waits tells of a crash, in one line
     server = None
-    with native_output.hidden():
+    with native_output.hide():
         while (request := connection.recv()) is not None:
             method, *arguments = request
             try:

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras as keras
 from tqdm import tqdm
 
-from tf_repvgg import runs
+from tf_repvgg import storage
 
 
 class Progress(keras.callbacks.Callback):
@@ -52,7 +52,7 @@ class MetricsLog(keras.callbacks.Callback):
         self._seconds_before = seconds_before
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:epochs_done]
-            with runs.written_whole(path) as temporary:
+            with storage.atomic_write(path) as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8")
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -63,7 +63,7 @@ class MetricsLog(keras.callbacks.Callback):
         seconds = time.monotonic() - self._started
         record = {"epoch": epoch + 1, "seconds": round(seconds, 2)}
         record |= dict(_with_unit(name, value) for name, value in (logs or {}).items())
-        runs.append_line(self._path, json.dumps(record))
+        storage.append_line(self._path, json.dumps(record))
 
 
 def _with_unit(name, value):
@@ -168,7 +168,7 @@ class Resume(keras.callbacks.Callback):
         super().__init__()
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        runs.remove_partial(self._directory)
+        storage.remove_partial_files(self._directory)
         self._minutes = minutes
         # Slots must exist before they can be restored.
         trainer.optimizer.build(trainer.trainable_variables)
@@ -221,7 +221,7 @@ class Resume(keras.callbacks.Callback):
         self._save(epoch=epoch + 1, step=0, seconds=0.0, metrics=[])
 
     def _save(self, **position):
-        with runs.written_whole(self._directory / f"ckpt-{int(self.model.optimizer.iterations.numpy())}") as folder:
+        with storage.atomic_write(self._directory / f"ckpt-{int(self.model.optimizer.iterations.numpy())}") as folder:
             self._state.write(str(folder / "state"))
             (folder / "position.json").write_text(json.dumps(position) + "\n", encoding="utf-8")
         for old in checkpoints(self._directory)[2:]:

@@ -1,16 +1,4 @@
-"""Post-training quantization: one interface, one file per method.
-
-A method is a function of a `Network` that changes it in place: the float form's weights as long as its function stays
-the same (`equalize`), ranges of activations (`network.quantizers[name].set_range`), kernels and biases
-(`network.set_kernel`). To add one:
-
-1. write it in a file of its name here, with the formula's source in the docstring;
-2. start from what is set, or from another method's function (`if not network.is_complete: mse(network)`);
-3. take settings from `network.options`, draw with `options.seed`, loop over `network.progress(...)`;
-4. say in `network.notes` what was left out;
-5. add it to `METHODS` below, the only table that knows all; export/main.py --ptq and combinations know it from there;
-6. add its name to the tests in tests/test_ptq.py that run over `METHODS`.
-"""
+"""Post-training quantization: `quantize` applies one method of `METHODS`, or several in a row, to a fused network."""
 
 from collections.abc import Mapping
 
@@ -18,46 +6,20 @@ import numpy as np
 import tf_keras as keras
 
 from tf_repvgg import graph
-from tf_repvgg.quantization.activations import ACTIVATION_BITS, WEIGHTED
-from tf_repvgg.quantization.checks import by_layer, check_fused, checked_images
-from tf_repvgg.quantization.layers import QuantizedLayer
-from tf_repvgg.quantization.ptq.adaquant import adaquant
-from tf_repvgg.quantization.ptq.adaround import adaround
-from tf_repvgg.quantization.ptq.bias_correct import bias_correct
-from tf_repvgg.quantization.ptq.bias_tune import bias_tune
-from tf_repvgg.quantization.ptq.codebook import codebook
-from tf_repvgg.quantization.ptq.codebook_adaquant import codebook_adaquant
-from tf_repvgg.quantization.ptq.dfq import dfq
-from tf_repvgg.quantization.ptq.dfq_data_free import check_statistics, dfq_data_free
-from tf_repvgg.quantization.ptq.equalize import equalize
-from tf_repvgg.quantization.ptq.min_max import min_max
-from tf_repvgg.quantization.ptq.mse import mse
+from tf_repvgg.quantization.activations import ACTIVATION_BITS
+from tf_repvgg.quantization.checks import check_fused, validate_images, values_by_layer
+from tf_repvgg.quantization.ptq.methods import METHODS, Method
+from tf_repvgg.quantization.ptq.methods.dfq_data_free import check_statistics
+from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.network import Network, Options
-from tf_repvgg.quantization.ptq.octav import octav
-from tf_repvgg.quantization.ptq.percentile import percentile
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer
 
-METHODS = {
-    "min_max": min_max,
-    "percentile": percentile,
-    "mse": mse,
-    "octav": octav,
-    "equalize": equalize,
-    "bias_correct": bias_correct,
-    "dfq": dfq,
-    "dfq_data_free": dfq_data_free,
-    "adaround": adaround,
-    "adaquant": adaquant,
-    "bias_tune": bias_tune,
-    "codebook": codebook,
-    "codebook_adaquant": codebook_adaquant,
-}
-# Without calibration images, one that sets all ranges from statistics, and what may come before it.
-_DATA_FREE, _NEEDS_NONE = dfq_data_free, (dfq_data_free, equalize)
 # Normalised images are within a few units of zero; pixels of 0 to 255 are not.
 _LARGEST_INPUT = 32.0
 
 __all__ = [
     "METHODS",
+    "Method",
     "Network",
     "Options",
     "bits_by_layer",
@@ -99,14 +61,12 @@ def quantize(
         not finite, or not normalised.
       TypeError: for an unknown option.
     """
-    network = quantized_network(model, method, weight_bits, per_channel, calibration, **options)
+    network = quantize_network(model, method, weight_bits, per_channel, calibration, **options)
     network.quantized.quantization_notes = tuple(network.notes)
     return network.quantized
 
 
-def quantized_network(
-    model, method="min_max", weight_bits=8, per_channel=False, calibration=None, **options
-) -> Network:
+def quantize_network(model, method="min_max", weight_bits=8, per_channel=False, calibration=None, **options) -> Network:
     """As `quantize`, but with the float form beside the quantized one: the weights that were rounded.
 
     They make the same function as the model's own, but are others after `equalize`.
@@ -116,10 +76,10 @@ def quantized_network(
     check_fused(model)
     images = None
     if calibration is not None or needs_calibration(method):
-        images = _normalised(checked_images(() if calibration is None else calibration, model.input_shape))
+        images = _normalised(validate_images(() if calibration is None else calibration, model.input_shape))
     network = Network(model, images, bits_by_layer(model, weight_bits), per_channel, options)
     for step in methods:
-        step(network)
+        step.function(network)
     if not network.is_complete:  # after methods that only change the float form
         min_max(network)
     return network
@@ -140,19 +100,19 @@ def dequantized(model: keras.Model, quantized: keras.Model) -> keras.Model:
     forms = {layer.name: layer for layer in quantized.layers if isinstance(layer, QuantizedLayer)}
 
     def replace(layer):
-        if not isinstance(layer, WEIGHTED):
-            return graph.copied(layer)
+        if not isinstance(layer, WEIGHTED_LAYERS):
+            return graph.copy_layer(layer)
         name = names[id(layer)]
         if name not in forms:
             raise ValueError(f"layer {name!r} is not quantized in {quantized.name!r}; was that made of another model?")
         form = forms[name]
-        return graph.copied(layer, [weight.numpy() for weight in form.weights if weight is not form.scale])
+        return graph.copy_layer(layer, [weight.numpy() for weight in form.weights if weight is not form.scale])
 
     return graph.rebuild(model, replace)
 
 
-def parse_method(text: str) -> list:
-    """The functions of "min_max" or "equalize+adaquant".
+def parse_method(text: str) -> list[Method]:
+    """The methods of "min_max" or "equalize+adaquant".
 
     Raises:
       ValueError: for a name that is not in `METHODS`.
@@ -166,7 +126,8 @@ def parse_method(text: str) -> list:
 def needs_calibration(method: str) -> bool:
     """Whether a method, or any of several joined by "+", looks at calibration images."""
     methods = parse_method(method)
-    return _DATA_FREE not in methods or any(step not in _NEEDS_NONE for step in methods)
+    # Where none sets the ranges of activations, min_max does.
+    return any(step.needs_calibration for step in methods) or not any(step.sets_ranges for step in methods)
 
 
 def check_data_free(model: keras.Model, method: str) -> None:
@@ -181,7 +142,7 @@ def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
     Raises:
       ValueError: as `by_layer`, for bits outside 2..8.
     """
-    return by_layer(model, weight_bits, "weight bits", 2, 8)
+    return values_by_layer(model, weight_bits, "weight bits", 2, 8)
 
 
 def _normalised(images):

@@ -9,9 +9,9 @@ import tensorflow as tf
 import tf_keras as keras
 from tqdm import tqdm
 
-from tf_repvgg.quantization.activations import WEIGHTED, ActivationQuantizer, quantize_activations, quantizer_before
-from tf_repvgg.quantization.checks import by_layer, check_finite
-from tf_repvgg.quantization.layers import bias_of, kernel_of, linear, quantized_form
+from tf_repvgg.quantization.activations import ActivationQuantizer, quantize_activations, quantizer_before
+from tf_repvgg.quantization.checks import check_finite, values_by_layer
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, bias_of, kernel_of, linear, quantized_form
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias
 
 _BATCH = 64
@@ -74,12 +74,12 @@ class Network:
             lambda layer, changes: quantized_form(layer, per_channel, **changes),
             bits=options.activation_bits,
         )
-        self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED)}
+        self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED_LAYERS)}
         self.bits = bits
         if options.number_of_clusters is None:
             self.states = {name: 2**its_bits for name, its_bits in bits.items()}
         else:
-            self.states = by_layer(model, options.number_of_clusters, "numbers of clusters", 2, 256)
+            self.states = values_by_layer(model, options.number_of_clusters, "numbers of clusters", 2, 256)
         self.quantizers = {
             layer.name: layer for layer in self.quantized.layers if isinstance(layer, ActivationQuantizer)
         }

@@ -7,9 +7,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.quantization.layers import linear
-from tf_repvgg.quantization.ptq.mse import mse
+from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.quantized_layers import linear
 from tf_repvgg.quantization.uniform import QuantizedKernel
 
 # Images of a step: fewer where each has many output pixels, as these are what a kernel learns from.

@@ -11,7 +11,7 @@ import numpy as np
 
 from tf_repvgg import native_output
 from tf_repvgg.tflite import flatbuffer, reader
-from tf_repvgg.tflite.interpreter import dequantized, quantized
+from tf_repvgg.tflite.interpreter import dequantize_output, quantize_input
 from tf_repvgg.tflite.targets.base import Built, Weights, integer_weights, optional_module
 
 PACKAGE, MODULE = "tflite-micro", "tflite_micro"
@@ -94,7 +94,7 @@ def arena_bytes(file: bytes) -> int:
       ValueError: if it gives none, as for a file that it cannot run.
     """
     interpreter = _interpreter(file)
-    with native_output.captured() as printed:
+    with native_output.capture() as printed:
         interpreter.print_allocations()
     found = re.search(r"Arena allocation total (\d+) bytes", printed())
     if not found:
@@ -104,7 +104,7 @@ def arena_bytes(file: bytes) -> int:
 
 def _interpreter(file):
     runtime = optional_module(MODULE, PACKAGE).runtime
-    with native_output.hidden():
+    with native_output.hide():
         return runtime.Interpreter.from_bytes(file, arena_size=_ARENA_BYTES + len(file))
 
 
@@ -127,10 +127,10 @@ def _predict(file, images):
     )
     outputs = []
     for image in images:
-        interpreter.set_input(quantized(image[np.newaxis], input_end), 0)
+        interpreter.set_input(quantize_input(image[np.newaxis], input_end), 0)
         interpreter.invoke()
         outputs.append(interpreter.get_output(0)[0])
-    return dequantized(np.stack(outputs), output_end)
+    return dequantize_output(np.stack(outputs), output_end)
 
 
 def _only(parameters):

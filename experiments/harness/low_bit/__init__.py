@@ -1,0 +1,1 @@
+"""Parts of experiments/low_bit.py: methods, fine-tunings, learning rates, statistics and its page."""

@@ -1,0 +1,1 @@
+"""Parts of experiments/ptq.py: cells of its table, measured in workers, and its page."""

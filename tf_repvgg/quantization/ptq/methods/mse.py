@@ -1,0 +1,66 @@
+"""MSE: the ranges of the smallest mean squared error, clipped and rounded values together (OMSE, arXiv:1902.06822)."""
+
+import numpy as np
+
+from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.observers import Histogram, histograms
+from tf_repvgg.quantization.uniform import QuantizedKernel, largest_magnitude, round_to_grid
+
+_WEIGHT_SHARES = np.linspace(1, 0.1, 91)
+_ACTIVATION_SHARES = np.linspace(1, 0.3, 36)
+
+
+def mse(network: Network) -> None:
+    """Sets all activation ranges and all kernels."""
+    ranges_mse(network)
+    kernels_mse(network)
+
+
+def ranges_mse(network: Network) -> None:
+    """Sets all activation ranges, each by its own search."""
+    for name, histogram in histograms(network).items():
+        network.quantizers[name].set_range(*best_range(histogram, network.options.activation_bits))
+
+
+def kernels_mse(network: Network) -> None:
+    """Sets all kernels, each scale by its own search."""
+    for name in network.layers:
+        network.set_kernel(
+            name,
+            best_grid(network.kernel(name), network.bits[name], network.per_channel, network.min_scale(name)),
+        )
+
+
+def best_grid(kernel, bits, per_channel, min_scale=0.0) -> QuantizedKernel:
+    """The uniform grid of the smallest squared error, of all whose largest code is a share of the largest weight.
+
+    Args and errors as for `tf_repvgg.quantization.quantize_min_max`.
+    """
+    largest = largest_magnitude(kernel, per_channel)
+    axes = tuple(range(np.ndim(kernel) - 1)) if per_channel else None
+    best, best_share = np.full(largest.shape, np.inf), np.ones(largest.shape, np.float32)
+    for share in _WEIGHT_SHARES:
+        rounded = round_to_grid(kernel, share * largest, bits, min_scale).dequantize()
+        error = np.sum(np.square(rounded - kernel), axis=axes).reshape(-1)
+        best_share = np.where(error < best, share, best_share)
+        best = np.minimum(error, best)
+    return round_to_grid(kernel, best_share * largest, bits, min_scale)
+
+
+def best_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
+    """The range of the smallest error on a histogram; the end farther from zero moves in first."""
+    values = (histogram.edges[1:] + histogram.edges[:-1]) / 2
+    best = [min(float(histogram.edges[0]), 0.0), max(float(histogram.edges[-1]), 0.0)]
+    for end in sorted((0, 1), key=lambda end: -abs(best[end])):
+        candidates = [[*best[:end], share * best[end], *best[end + 1 :]] for share in _ACTIVATION_SHARES]
+        best = min(candidates, key=lambda ends: _error(values, histogram.counts, 2**bits - 1, *ends))
+    return best[0], best[1]
+
+
+def _error(values, counts, largest_code, minimum, maximum):
+    scale = (maximum - minimum) / largest_code
+    if scale <= 0:
+        return float(np.sum(counts * np.square(values)))
+    zero_code = np.round(-minimum / scale)
+    codes = np.clip(np.round(values / scale) + zero_code, 0, largest_code)
+    return float(np.sum(counts * np.square((codes - zero_code) * scale - values)))

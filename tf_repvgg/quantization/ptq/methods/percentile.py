@@ -1,0 +1,28 @@
+"""Percentile: ranges that leave out a small share of the values, which are clipped."""
+
+import numpy as np
+
+from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.observers import Histogram, histograms
+from tf_repvgg.quantization.uniform import round_to_grid
+
+
+def percentile(network: Network) -> None:
+    """Sets all activation ranges, with half of the share left out at either end, and all kernels, by magnitude."""
+    share = network.options.percentile / 100
+    for name, histogram in histograms(network).items():
+        network.quantizers[name].set_range(*central_range(histogram, share))
+    for name in network.layers:
+        kernel = network.kernel(name)
+        axes = tuple(range(kernel.ndim - 1)) if network.per_channel else None
+        largest = np.quantile(np.abs(kernel), share, axis=axes).reshape(-1)
+        network.set_kernel(name, round_to_grid(kernel, largest, network.bits[name], network.min_scale(name)))
+
+
+def central_range(histogram: Histogram, share: float) -> tuple[float, float]:
+    """The range that holds this share of the values; ends that few values reach move in, others stay."""
+    cumulative = np.concatenate([[0], np.cumsum(histogram.counts)]) / np.sum(histogram.counts)
+    outside = (1 - share) / 2
+    low = histogram.edges[np.searchsorted(cumulative, outside, side="right") - 1]
+    high = histogram.edges[np.searchsorted(cumulative, 1 - outside, side="left")]
+    return float(low), float(high)
