@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 REFUSAL := make: needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none of them; name one: make PYTHON=python3.12 $(MAKECMDGOALS)
 
-.PHONY: help venv demo test lint requirements clean
+.PHONY: help venv demo test lint docs wheel requirements clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -20,22 +20,29 @@ demo: venv  ## train, fuse, quantize and run on the embedded digits; leaves runs
 test: venv  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-lint: venv  ## check style and formatting
+lint: venv  ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy tf_repvgg
 
-requirements:  ## renew requirements.txt from requirements.in
+docs: venv  ## build the documentation into site/, without a network; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: venv  ## build a source distribution and a wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+requirements:  ## update the pins in requirements.txt from requirements.in
 	tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
 	$(PYTHON) -m venv "$$tmp" && "$$tmp/bin/pip" install --quiet uv && \
 	"$$tmp/bin/uv" pip compile --quiet --no-config --universal --python-version 3.11 --upgrade \
 		--custom-compile-command "make requirements" requirements.in --output-file requirements.txt
 
-clean:  ## remove .venv and caches, but not runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, caches and everything built, but not runs/
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Two stamps, each touched when its step has succeeded: pins changed, or an install cut short, start the venv anew;
-# an edited pyproject.toml only installs this package again.
+# Two stamps, each touched when its step has succeeded. Changed pins or an interrupted installation rebuild the venv;
+# a changed pyproject.toml only reinstalls this package.
 $(VENV)/.pinned: requirements.txt
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { echo '$(REFUSAL)' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)

@@ -1,7 +1,7 @@
-"""How long AdaQuant takes on RepVGG-A0 at 224x224 with 256 images: python benchmarks/adaquant.py
+"""How long does AdaQuant take on RepVGG-A0 at 224x224 with 256 images? python benchmarks/adaquant.py
 
-Weights and images are random: this is about time alone, which does not depend on them. Prints, and with --output
-writes as JSON, minutes and the process's peak memory.
+Weights and images are random, since the time does not depend on them. Prints, and with --output writes as JSON, minutes
+and the process's peak memory.
 """
 
 import resource
@@ -16,9 +16,9 @@ from tf_repvgg.models import build_repvgg
 from tf_repvgg.quantization import ptq
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("variant", "A0", "Of RepVGG.")
-flags.DEFINE_integer("image_size", 224, "Height and width.", lower_bound=32)
-flags.DEFINE_integer("images", 256, "Calibration images.", lower_bound=1)
+flags.DEFINE_string("variant", "A0", "Variant of RepVGG.")
+flags.DEFINE_integer("image_size", 224, "Height and width of the images.", lower_bound=32)
+flags.DEFINE_integer("images", 256, "Number of calibration images.", lower_bound=1)
 flags.DEFINE_integer("iterations", ptq.Options.iterations, "Steps per layer.", lower_bound=1)
 flags.DEFINE_string("output", None, "JSON file to write, such as results/adaquant_time.json.")
 

@@ -1,8 +1,8 @@
-"""RepVGG-A0 at 224 in LiteRT, file against file: python benchmarks/inference.py --output=results/inference.json
+"""How fast is RepVGG-A0 at 224 in LiteRT, file by file? python benchmarks/inference.py --output=results/inference.json
 
-Weights are random, which costs what trained ones cost. Files take turns, each in a process of its own, as in
-export/benchmark.py; ratios are medians over the turns of one run. Last, LiteRT's own `litert-benchmark` and
-export/benchmark.py's way of timing take turns on two of the files.
+Weights are random, which take as long as trained ones. Files take turns, each in a process of its own, as in
+export/benchmark.py; ratios are medians over the turns of one run. Last, LiteRT's own `litert-benchmark` and the timing
+of export/benchmark.py take turns on two of the files.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from tqdm import tqdm
 from tf_repvgg import fusion, native_output, provenance, storage, tflite
 from tf_repvgg.models import build_repvgg
 from tf_repvgg.tflite import targets
-from tf_repvgg.tflite.isolated import Isolated, interleaved_times
+from tf_repvgg.tflite.isolated import Isolated, time_by_turns
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("variant", "A0", "Of RepVGG.")
+flags.DEFINE_string("variant", "A0", "Variant of RepVGG.")
 flags.DEFINE_integer("image_size", 224, "Height and width of the images.", lower_bound=8)
 flags.DEFINE_integer("threads", 2, "Interpreter threads.", lower_bound=1)
-flags.DEFINE_integer("turns", 40, "Turns of each file.", lower_bound=3)
-flags.DEFINE_integer("runs_per_turn", 10, "Inferences in a turn.", lower_bound=1)
+flags.DEFINE_integer("turns", 40, "Number of turns of each file.", lower_bound=3)
+flags.DEFINE_integer("runs_per_turn", 10, "Number of inferences in a turn.", lower_bound=1)
 flags.DEFINE_integer(
-    "slow_turns", 5, "Turns, of one inference, of files that LiteRT has no fast kernels for.", lower_bound=1
+    "slow_turns", 5, "Number of turns, of one inference, of files without fast kernels in LiteRT.", lower_bound=1
 )
-flags.DEFINE_integer("compared_turns", 5, "Turns of each file beside litert-benchmark.", lower_bound=1)
+flags.DEFINE_integer("compared_turns", 5, "Number of turns of each file beside litert-benchmark.", lower_bound=1)
 flags.DEFINE_string("output", None, "JSON file to write, such as results/inference.json.")
 
 CALIBRATION_IMAGES = 8
@@ -48,9 +48,9 @@ FILES = {
     "unfused_float": "training form converted as it is, float",
     "unfused_int8": "training form converted as it is, TensorFlow's own int8 PTQ",
 }
-# Of what LiteRT computes a thousand times slower, a few inferences tell enough.
+# LiteRT has no fast kernels for 4 bits: a few inferences suffice, and as many of the file that it is compared with.
 SLOW = ("int4", "int8")
-# (key, numerator, denominator, what to expect)
+# (key, numerator, denominator, expected value)
 RATIOS = (
     ("float_over_int8", "float", "int8", "at least 5 with 2 threads"),
     ("int8_over_vgg_int8", "int8", "vgg_int8", "1 within 3 %"),
@@ -60,18 +60,19 @@ RATIOS = (
 )
 
 
-def plain_vgg(fused):
-    """The network of 3x3 convolutions that anyone would write down, with new random weights."""
-    convolutions = [layer for layer in fused.layers if isinstance(layer, keras.layers.Conv2D)]
-    return keras.Sequential(
-        [keras.Input(fused.input_shape[1:])]
-        + [keras.layers.Conv2D(its.filters, 3, its.strides, padding="same", activation="relu") for its in convolutions]
-        + [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(fused.output_shape[-1])]
-    )
+def make_plain_vgg(fused):
+    """The same 3x3 convolutions written down by hand, with new random weights."""
+    convolutions = [
+        keras.layers.Conv2D(layer.filters, 3, layer.strides, padding="same", activation="relu")
+        for layer in fused.layers
+        if isinstance(layer, keras.layers.Conv2D)
+    ]
+    head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(fused.output_shape[-1])]
+    return keras.Sequential([keras.Input(fused.input_shape[1:]), *convolutions, *head])
 
 
-def by_tensorflow(model, images=None):
-    """TensorFlow's own conversion, float or with images int8, batch 1."""
+def convert_by_tensorflow(model, images=None):
+    """TensorFlow's own conversion with batch 1: int8 if calibration images are given, else float."""
     function = tf.function(lambda image: model(image, training=False)).get_concrete_function(
         tf.TensorSpec((1, *model.input_shape[1:]), tf.float32)
     )
@@ -92,27 +93,27 @@ def make_files():
     model = build_repvgg(FLAGS.variant, shape, 1000)
     fused = fusion.fuse(model)
     builders = {
-        "float": lambda: by_tensorflow(fused),
+        "float": lambda: convert_by_tensorflow(fused),
         "int8": lambda: tflite.convert(fused, images),
         "int4": lambda: targets.TARGETS["litert_int4"](tflite.convert(fused, images, weight_bits=4)).files[
             "_int4.tflite"
         ],
-        "vgg_int8": lambda: by_tensorflow(plain_vgg(fused), images),
-        "unfused_float": lambda: by_tensorflow(model),
-        "unfused_int8": lambda: by_tensorflow(model, images),
+        "vgg_int8": lambda: convert_by_tensorflow(make_plain_vgg(fused), images),
+        "unfused_float": lambda: convert_by_tensorflow(model),
+        "unfused_int8": lambda: convert_by_tensorflow(model, images),
     }
     return {name: builders[name]() for name in tqdm(FILES, desc="writing files", leave=False)}
 
 
 def measure(files):
-    """(rows by file, ratios) of all files side by side."""
+    """Times all files side by side; returns their rows by file, and the ratios."""
     with contextlib.ExitStack() as stack:
         isolated = {name: stack.enter_context(Isolated(name, file, FLAGS.threads)) for name, file in files.items()}
         costs = {name: file.costs() for name, file in isolated.items()}
-        slow = interleaved_times({name: isolated[name] for name in SLOW}, FLAGS.slow_turns, 1, runs_per_turn=1)
+        slow = time_by_turns({name: isolated[name] for name in SLOW}, FLAGS.slow_turns, 1, runs_per_turn=1)
         fast = {name: isolated[name] for name in files if name == SLOW[-1] or name not in SLOW}
-        times = interleaved_times(fast, FLAGS.turns * FLAGS.runs_per_turn, runs_per_turn=FLAGS.runs_per_turn)
-    turns = {name: np.median(np.reshape(its, [-1, FLAGS.runs_per_turn]), axis=1) for name, its in times.items()}
+        times = time_by_turns(fast, FLAGS.turns * FLAGS.runs_per_turn, runs_per_turn=FLAGS.runs_per_turn)
+    turns = {name: np.median(np.reshape(ms, [-1, FLAGS.runs_per_turn]), axis=1) for name, ms in times.items()}
     times = slow | times
     rows = {
         name: {
@@ -127,53 +128,53 @@ def measure(files):
     ratios = {}
     for key, numerator, denominator, expected in RATIOS:
         compared = slow if numerator in SLOW and denominator in SLOW else turns
-        median, *quartiles = side_by_side.ratios(compared, denominator)[numerator]
+        median, *quartiles = side_by_side.compare_times(compared, denominator)[numerator]
         ratios[key] = {"median": median, "quartiles": quartiles, "expected": expected}
     return rows, ratios
 
 
-def tool_path():
-    """Where litert-benchmark is: beside this Python, or on the PATH; None if it is nowhere."""
+def find_tool():
+    """Path of litert-benchmark: beside this Python, or on the PATH; None if it is not installed."""
     beside = Path(sys.executable).parent / TOOL
     return str(beside) if beside.exists() else shutil.which(TOOL)
 
 
-def tool_median(tool, path, result):
-    """What the tool finds for a file: median milliseconds.
+def time_by_tool(tool, path, result):
+    """Median milliseconds of a file, by the tool.
 
     Raises:
-      ValueError: if it fails.
+      ValueError: If the tool fails.
     """
-    words = {"model": path, "num_threads": FLAGS.threads, "num_runs": FLAGS.runs_per_turn * 5, "warmup_runs": 10}
-    command = [tool, *(f"--{name}={value}" for name, value in words.items()), f"--result_json={result}"]
+    options = {"model": path, "num_threads": FLAGS.threads, "num_runs": FLAGS.runs_per_turn * 5, "warmup_runs": 10}
+    command = [tool, *(f"--{name}={value}" for name, value in options.items()), f"--result_json={result}"]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode or not result.exists():
         lines = (outcome.stdout + outcome.stderr).strip().splitlines()
-        raise ValueError(f"{TOOL} failed: {lines[-1] if lines else 'it said nothing'}")
+        raise ValueError(f"{TOOL} failed: {lines[-1] if lines else 'it printed nothing'}")
     return json.loads(result.read_text())["latency"]["median_ms"]
 
 
 def compare_with_tool(files):
-    """{file: our median, the tool's, their ratio}, or {"skipped": why}."""
-    if (tool := tool_path()) is None:
+    """{file: our median, the tool's median, their ratio}, or {"skipped": reason}."""
+    if (tool := find_tool()) is None:
         return {"skipped": f"{TOOL} is not installed; it comes with ai-edge-litert"}
-    found = {}
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("float", "int8"):
             path = Path(folder) / f"{name}.tflite"
             path.write_bytes(files[name])
-            ours, theirs = [], []
+            own_medians, tool_medians = [], []
             with Isolated(name, files[name], FLAGS.threads) as isolated:
                 isolated.times(20)
                 for _ in tqdm(range(FLAGS.compared_turns), desc=f"{name} by {TOOL}", leave=False):
-                    ours.append(float(np.median(isolated.times(FLAGS.runs_per_turn * 5))))
-                    theirs.append(tool_median(tool, path, Path(folder) / "result.json"))
-            found[name] = {
-                "ours_ms_p50": round(float(np.median(ours)), 3),
-                "litert_benchmark_ms_p50": round(float(np.median(theirs)), 3),
-                "ours_over_litert_benchmark": round(float(np.median(np.divide(ours, theirs))), 4),
+                    own_medians.append(float(np.median(isolated.times(FLAGS.runs_per_turn * 5))))
+                    tool_medians.append(time_by_tool(tool, path, Path(folder) / "result.json"))
+            rows[name] = {
+                "ours_ms_p50": round(float(np.median(own_medians)), 3),
+                "litert_benchmark_ms_p50": round(float(np.median(tool_medians)), 3),
+                "ours_over_litert_benchmark": round(float(np.median(np.divide(own_medians, tool_medians))), 4),
             }
-    return found
+    return rows
 
 
 def print_tables(report):
@@ -183,17 +184,17 @@ def print_tables(report):
         [name, row["what"], row["latency_ms_p50"], row["latency_ms_p90"], row["macs"], row["file_bytes"]]
         for name, row in report["files"].items()
     ]
-    print(tabulate(rows, ["file", "what it is", "p50 ms", "p90 ms", "MACs", "bytes"], tablefmt="github", intfmt=","))
+    print(tabulate(rows, ["file", "description", "p50 ms", "p90 ms", "MACs", "bytes"], tablefmt="github", intfmt=","))
     rows = [
-        [key.replace("_", " "), its["median"], "{:.3f} .. {:.3f}".format(*its["quartiles"]), its["expected"]]
-        for key, its in report["ratios"].items()
+        [key.replace("_", " "), ratio["median"], "{:.3f} .. {:.3f}".format(*ratio["quartiles"]), ratio["expected"]]
+        for key, ratio in report["ratios"].items()
     ]
     print("\n" + tabulate(rows, ["ratio", "median", "quartiles", "expected"], tablefmt="github", floatfmt=".3f"))
     compared = report["beside_litert_benchmark"]
     if "skipped" in compared:
         print(f"\nnot compared with {TOOL}: {compared['skipped']}")
         return
-    rows = [[name, *its.values()] for name, its in compared.items()]
+    rows = [[name, *times.values()] for name, times in compared.items()]
     headers = ["file", "ours, ms", f"{TOOL}, ms", "ratio (1 within 15 %)"]
     print("\n" + tabulate(rows, headers, tablefmt="github", floatfmt=".3f"))
 
@@ -203,7 +204,7 @@ def main(_):
     rows, ratios = measure(files)
     try:
         compared = compare_with_tool(files)
-    except ValueError as error:  # the tool's own failure is no reason to lose what was measured before
+    except ValueError as error:  # a failure of the tool must not lose the measurements of the files
         compared = {"skipped": str(error)}
     report = {
         "machine": provenance.machine(),

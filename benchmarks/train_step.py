@@ -1,4 +1,4 @@
-"""Cost of a training step: BN, OABN and QARepVGG side by side: python benchmarks/train_step.py
+"""What does a training step of OABN and QARepVGG cost, beside BN? python benchmarks/train_step.py
 
 Times are ratios to plain BN within this run, round by round. Peak memory comes from one process per model.
 """
@@ -31,10 +31,11 @@ MODELS = {
     "OABN, k=4std": {"norm": "oabn", "oabn_k": "4std"},
     "QARepVGG": {"block": "qarepvgg"},
 }
+HEADERS = ("", "time / BN", "quartiles", "ms", "memory / BN", "MiB", "parameters", "MACs")
 
 
-def make_trainer(case, name):
-    """(model, a function that runs one training step on random data)."""
+def make_step(case, name):
+    """A function that runs one training step on random data."""
     variant, shape, classes, batch_size = CASES[case]
     model = build_repvgg(variant, shape, classes, **MODELS[name])
     optimizer = optimization.make_optimizer(0.01, steps=10_000, warmup_steps=1, weight_decay=1e-3)
@@ -42,22 +43,22 @@ def make_trainer(case, name):
     generator = np.random.default_rng(0)
     images = generator.standard_normal([batch_size, *shape]).astype(np.float32)
     labels = generator.integers(0, classes, batch_size)
-    return model, side_by_side.training_step(model, images, labels)
+    return side_by_side.make_training_step(model, images, labels)
 
 
 def measure(case):
+    """{model: its row}."""
     variant, shape, classes, _ = CASES[case]
-    times = side_by_side.times({name: make_trainer(case, name)[1] for name in MODELS}, FLAGS.rounds, case)
-    ratios = side_by_side.ratios(times, "BN")
-    memory = {
-        name: side_by_side.peak_memory(f"{case}/{name}") for name in tqdm(MODELS, desc=f"{case}: memory", leave=False)
-    }
+    seconds = side_by_side.measure_times({name: make_step(case, name) for name in MODELS}, FLAGS.rounds, case)
+    ratios = side_by_side.compare_times(seconds, "BN")
+    bar = tqdm(MODELS, desc=f"{case}: memory", leave=False)
+    memory = {name: side_by_side.measure_peak_memory(f"{case}/{name}") for name in bar}
     rows = {}
     for name, options in MODELS.items():
         counts = complexity(build_repvgg(variant, shape, classes, **options))
         ratio, *quartiles = ratios[name]
         rows[name] = {
-            "step_ms_p50": round(1000 * float(np.median(times[name])), 2),
+            "step_ms_p50": round(1000 * float(np.median(seconds[name])), 2),
             "step_time_over_bn": ratio,
             "step_time_over_bn_quartiles": quartiles,
             "peak_memory_mib": round(memory[name], 1),
@@ -68,35 +69,31 @@ def measure(case):
     return rows
 
 
+def make_table(rows):
+    cells = [
+        [
+            name,
+            f"{row['step_time_over_bn']:.3f}",
+            "{:.3f} .. {:.3f}".format(*row["step_time_over_bn_quartiles"]),
+            f"{row['step_ms_p50']:.1f}",
+            f"{row['peak_memory_over_bn']:.3f}",
+            f"{row['peak_memory_mib']:.0f}",
+            f"{row['training_parameters']:,}",
+            f"{row['training_macs']:,}",
+        ]
+        for name, row in rows.items()
+    ]
+    return tabulate(cells, HEADERS, tablefmt="github", disable_numparse=True)
+
+
 def main(_):
     if FLAGS.memory_of:
-        _, step = make_trainer(*FLAGS.memory_of.rsplit("/", 1))
-        side_by_side.print_peak_memory(step)
+        side_by_side.print_peak_memory(make_step(*FLAGS.memory_of.rsplit("/", 1)))
         return
     report = {"machine": provenance.machine(), "rounds": FLAGS.rounds, "cases": {}}
     for case in CASES:
-        report["cases"][case] = rows = measure(case)
-        print(f"\n{case}")
-        print(
-            tabulate(
-                [
-                    [
-                        name,
-                        f"{row['step_time_over_bn']:.3f}",
-                        "{:.3f} .. {:.3f}".format(*row["step_time_over_bn_quartiles"]),
-                        f"{row['step_ms_p50']:.1f}",
-                        f"{row['peak_memory_over_bn']:.3f}",
-                        f"{row['peak_memory_mib']:.0f}",
-                        f"{row['training_parameters']:,}",
-                        f"{row['training_macs']:,}",
-                    ]
-                    for name, row in rows.items()
-                ],
-                ["", "time / BN", "quartiles", "ms", "memory / BN", "MiB", "parameters", "MACs"],
-                tablefmt="github",
-                disable_numparse=True,
-            )
-        )
+        report["cases"][case] = measure(case)
+        print(f"\n{case}\n{make_table(report['cases'][case])}", flush=True)
     if FLAGS.output:
         storage.write_json(Path(FLAGS.output), report)
 

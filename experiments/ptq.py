@@ -1,37 +1,37 @@
-"""Post-training quantization of CIFAR-10 models: method by bits by granularity, in integer accuracy.
+"""Which post-training quantization serves which model best? python experiments/ptq.py --data_dir=...
 
-python experiments/ptq.py --data_dir=...  takes the trained models of --runs, or those committed in results/checkpoints,
-or trains configs/cifar10_*.flags; quantizes each with every method on 1,024 training images, and runs every file over
-all test images in LiteRT, beside those of Google's ai-edge-quantizer. About an hour on 2 cores. Resumable, on another
-machine too: each cell is measured once, a file in results/ptq, and results/ptq.json and results/ptq.md hold all that
-there are after every cell. --smoke tries everything out on few images, in runs/ptq_smoke.
+Method by bits by granularity, in integer accuracy: takes the trained models of --runs, or those committed in
+results/checkpoints, or trains configs/cifar10_*.flags; quantizes each with every method on 1,024 training images, and
+runs every file over all test images in LiteRT, beside the files of Google's ai-edge-quantizer. About an hour on 2
+cores. Resumable, on another machine too: each cell is measured once and kept in a file in results/ptq; results/ptq.json
+and results/ptq.md hold all cells that there are, after every cell. --smoke tries everything on few images, in
+runs/ptq_smoke.
 """
 
 import concurrent.futures
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import os
 import sys
 
 from absl import app, flags
 from harness.commands import ROOT, train
-from harness.ptq.ai_edge import ALGORITHMS, INSTALL
-from harness.ptq.ai_edge import BITS as AI_EDGE_BITS
-from harness.ptq.cells import AI_EDGE, Cell, Settings, float_top1_percent, measure, path_of, read, start_worker
-from harness.ptq.page import comparable, page
+from harness.ptq import ai_edge
+from harness.ptq.cells import AI_EDGE, Cell, Settings, measure, measure_float, start_worker
+from harness.ptq.page import compare, render
 from harness.tables import write_results
 from tqdm import tqdm
 
-from tf_repvgg import cli, provenance, runs, storage
+from tf_repvgg import cli, provenance
 from tf_repvgg.quantization.ptq import Options, parse_method
 from tf_repvgg.quantization.uniform import GRANULARITIES
+from tf_repvgg.storage import FinishedWork
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with the dataset; by default TFDS's own.")
 flags.DEFINE_string("runs", "runs/cifar10", "Folder of the training runs.")
-flags.DEFINE_string("cells", "results/ptq", "Folder of what was measured, a file for each cell of the table.")
+flags.DEFINE_string("cells", "results/ptq", "Folder of the results, one file for each cell of the table.")
 flags.DEFINE_string("results", "results", "Folder of the table.")
 flags.DEFINE_list(
     "models",
@@ -41,97 +41,112 @@ flags.DEFINE_list(
 RANGE_METHODS = ("min_max", "percentile", "mse", "octav", "equalize", "dfq", "dfq_data_free")
 SLOW_METHODS = ("codebook", "adaround", "adaquant", "equalize+adaquant")
 flags.DEFINE_list("methods", [*RANGE_METHODS, *SLOW_METHODS], "Methods, as of export/main.py --ptq.")
-flags.DEFINE_list("bits", ["8", "6", "5", "4", "3"], "Of weights, as far as the table has them.")
-flags.DEFINE_boolean("ai_edge", True, "Google's toolkit beside ours.")
+flags.DEFINE_list("bits", ["8", "6", "5", "4", "3"], "Weight widths; a method may have fewer of them in the table.")
+flags.DEFINE_boolean("ai_edge", True, "Whether to measure Google's toolkit beside our methods.")
 flags.DEFINE_integer("calibration_images", 1024, "Training images that methods see.", lower_bound=1)
-flags.DEFINE_integer("test_images", None, "How many test images; by default all.", lower_bound=1)
+flags.DEFINE_integer("test_images", None, "Number of test images; by default all.", lower_bound=1)
 flags.DEFINE_integer("iterations", Options.iterations, "Steps per layer of methods that learn.", lower_bound=1)
 flags.DEFINE_integer("workers", os.cpu_count(), "Processes that measure cells, each on one core.", lower_bound=1)
-flags.DEFINE_boolean("smoke", False, "Few images and steps, in folders of their own: whether everything runs.")
+flags.DEFINE_boolean("smoke", False, "Checks that everything runs: few images and steps, in folders of their own.")
 
 ALL_BITS, LOW_BITS = (8, 6, 5, 4, 3), (4, 3)
-# Methods that learn take a minute a file; where every method keeps 8 and 6 bits, two models show it.
+# Methods that learn take a minute a file; every method keeps 8 and 6 bits, so that two models suffice to show it.
 SLOW_AT_MORE_BITS = ("cifar10_bn", "cifar10_oabn")
 
 
-def bits_for(model, method):
+def check_flags():
+    """Raises ValueError for an unknown method, or if ai-edge-quantizer is missing."""
+    for method in FLAGS.methods:
+        parse_method(method)
+    if FLAGS.ai_edge and importlib.util.find_spec("ai_edge_quantizer") is None:
+        raise ValueError(f"ai-edge-quantizer is not installed: {ai_edge.INSTALL}; or use --noai_edge")
+
+
+def widths_of(model, method):
     if method.startswith(AI_EDGE):
-        return AI_EDGE_BITS
+        return ai_edge.BITS
     if method in RANGE_METHODS:
         return ALL_BITS
     return (8, 6, *LOW_BITS) if model in SLOW_AT_MORE_BITS else LOW_BITS
 
 
-def workdir_of(model):
-    """Where the trained model lies, trained now if it has to be; and what its training ended with."""
-    for folder in (ROOT / FLAGS.runs / model, ROOT / "results" / "checkpoints" / model):
-        if (folder / runs.MODEL_NAME).exists() and (folder / "result.json").exists():
-            return folder, json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return ROOT / FLAGS.runs / model, train(model, f"{FLAGS.runs}/{model}", data_dir=FLAGS.data_dir)
-
-
-def cells_of(workdirs):
-    """(model, cell) in the order in which they are measured: quick methods of all models, then slow ones."""
-    google = [AI_EDGE + algorithm for algorithm in ALGORITHMS] if FLAGS.ai_edge else []
-    quick = [*google, *(method for method in FLAGS.methods if method in RANGE_METHODS)]
-    slow = [method for method in FLAGS.methods if method not in RANGE_METHODS]
-    return [
-        (model, Cell(str(workdir), method, bits, granularity))
-        for methods in (quick, slow)
+def list_cells(workdirs, methods, bits, with_ai_edge):
+    """{name: cell} in the order in which they are measured: quick methods of all models, then slow ones."""
+    toolkit = [AI_EDGE + algorithm for algorithm in ai_edge.ALGORITHMS] if with_ai_edge else []
+    quick = [*toolkit, *(method for method in methods if method in RANGE_METHODS)]
+    slow = [method for method in methods if method not in RANGE_METHODS]
+    cells = (
+        (model, Cell(str(workdir), method, width, granularity))
+        for group in (quick, slow)
         for model, workdir in workdirs.items()
-        for method in methods
-        for bits in bits_for(model, method)
-        if str(bits) in FLAGS.bits
+        for method in group
+        for width in widths_of(model, method)
+        if str(width) in bits
         for granularity in GRANULARITIES
-    ]
+    )
+    return {f"{model}/{cell.name}": cell for model, cell in cells}
+
+
+def start_record(trainings, settings):
+    """The content of ptq.json, without cells."""
+    return {
+        "models": {model: {"training": training, "cells": []} for model, training in trainings.items()},
+        "machine": provenance.machine(),
+        "workers": FLAGS.workers,
+        # Without data_dir: results are for other machines too.
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "data_dir"},
+    }
+
+
+def write(record, results):
+    """Fills the record with the cells that there are, and writes it."""
+    for model, content in record["models"].items():
+        content["cells"] = [result for name, result in results.items() if result and name.startswith(f"{model}/")]
+    record["comparable"] = compare(record["models"])
+    write_results(ROOT / FLAGS.results, "ptq", record, render(record))
+
+
+def measure_floats(pool, workdirs, settings, record):
+    """Adds the float accuracy of each model to the record."""
+    futures = {model: pool.submit(measure_float, str(workdir), settings) for model, workdir in workdirs.items()}
+    with cli.bad_input_exits():  # such as a dataset that is missing
+        for model, future in futures.items():
+            record["models"][model]["float_top1_percent"] = future.result()
+
+
+def measure_cells(pool, cells, settings):
+    """Yields (name, result) of cells as they are done; a result is an exception if its cell failed."""
+    futures = {pool.submit(measure, cell, settings): name for name, cell in cells.items()}
+    for future in tqdm(concurrent.futures.as_completed(futures), "cells", len(futures), unit="cell"):
+        yield futures[future], future.exception() or future.result()
 
 
 def main(_):
     with cli.bad_input_exits():
-        for method in FLAGS.methods:
-            parse_method(method)
-        if FLAGS.ai_edge and importlib.util.find_spec("ai_edge_quantizer") is None:
-            raise ValueError(f"ai-edge-quantizer is not installed: {INSTALL}; or use --noai_edge")
+        check_flags()
     if FLAGS.smoke:
         FLAGS.calibration_images, FLAGS.test_images, FLAGS.iterations = 32, 200, 4
         FLAGS.cells, FLAGS.results = "runs/ptq_smoke/cells", "runs/ptq_smoke"
     settings = Settings(FLAGS.data_dir, FLAGS.calibration_images, FLAGS.test_images, FLAGS.iterations)
-    workdirs, record = {}, {"models": {}, "machine": provenance.machine(), "workers": FLAGS.workers}
-    for model in FLAGS.models:
-        workdirs[model], trained = workdir_of(model)
-        record["models"][model] = {"training": trained, "cells": []}
-    record["settings"] = dataclasses.asdict(settings)
-    del record["settings"]["data_dir"]  # results are for other machines too
-    places = {path_of(ROOT / FLAGS.cells, model, cell): (model, cell) for model, cell in cells_of(workdirs)}
-    found = {path: read(path, cell.asked(settings)) for path, (_, cell) in places.items()}
-
-    def write():
-        for model, its in record["models"].items():
-            its["cells"] = [found[path] for path, (of, _) in places.items() if of == model and found[path]]
-        record["comparable"] = comparable(record["models"])
-        write_results(ROOT / FLAGS.results, "ptq", record, page(record))
-
+    trainings = {model: train(model, f"{FLAGS.runs}/{model}", data_dir=FLAGS.data_dir) for model in FLAGS.models}
+    workdirs = {model: ROOT / FLAGS.runs / model for model in FLAGS.models}
+    record = start_record(trainings, settings)
+    cells = list_cells(workdirs, FLAGS.methods, FLAGS.bits, FLAGS.ai_edge)
+    kept = FinishedWork(ROOT / FLAGS.cells)
+    results = {name: kept.find(name, cell.find_inputs(settings)) for name, cell in cells.items()}
+    missing = {name: cell for name, cell in cells.items() if results[name] is None}
+    failures = []
     context = multiprocessing.get_context("spawn")  # TensorFlow's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(FLAGS.workers, context, start_worker) as pool:
-        floats = {model: pool.submit(float_top1_percent, str(path), settings) for model, path in workdirs.items()}
-        with cli.bad_input_exits():  # such as a dataset that is not there
-            for model, future in floats.items():
-                record["models"][model]["float_top1_percent"] = future.result()
-        measured = {
-            pool.submit(measure, cell, settings): path for path, (_, cell) in places.items() if found[path] is None
-        }
-        failures = []
-        for future in tqdm(concurrent.futures.as_completed(measured), "cells", len(measured), unit="cell"):
-            path = measured[future]
-            if error := future.exception():
-                failures.append(f"experiments/ptq.py: error: {path.parent.name}, {path.stem}: {error}")
+        measure_floats(pool, workdirs, settings, record)
+        for name, result in measure_cells(pool, missing, settings):
+            if isinstance(result, Exception):
+                failures.append(f"experiments/ptq.py: error: {name.replace('/', ', ')}: {result}")
                 continue
-            found[path] = future.result()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_json(path, found[path])
-            write()
-    write()
-    print(page(record))
+            results[name] = kept.keep(name, cells[name].find_inputs(settings), result)
+            write(record, results)
+    write(record, results)
+    print(render(record))
     if failures:
         sys.exit("\n".join(failures))
 

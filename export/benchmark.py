@@ -1,14 +1,16 @@
 """Measures .tflite files side by side: python export/benchmark.py --files=a.tflite,b.tflite
 
-Ours or anyone's. Files take turns, so that a machine that slows down slows all alike; each runs in a process of its
-own. Leaves benchmark.json and benchmark.csv in --output, if that is given.
+The files may come from any tool. They take turns, so that a machine that slows down slows all of them alike, and each
+runs in a process of its own. Writes benchmark.json and benchmark.csv to --output, if it is given.
 """
 
 import contextlib
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -18,21 +20,24 @@ from tqdm import tqdm
 from tf_repvgg import cli, provenance, storage
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.tflite import METADATA_NAME
-from tf_repvgg.tflite.isolated import Isolated, interleaved_times
+from tf_repvgg.tflite.isolated import Isolated, time_by_turns
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("files", None, "TFLite files.", required=True)
 flags.DEFINE_integer("runs", 200, "Timed inferences of each file.", lower_bound=10)
-flags.DEFINE_integer("warmup_runs", 20, "Inferences before those.", lower_bound=0)
-flags.DEFINE_integer("runs_per_turn", 10, "Inferences before it is the next file's turn.", lower_bound=1)
+flags.DEFINE_integer("warmup_runs", 20, "Inferences of each file before the timed ones.", lower_bound=0)
+flags.DEFINE_integer("runs_per_turn", 10, "Inferences of a file before the turn of the next file.", lower_bound=1)
 flags.DEFINE_integer("threads", 1, "Interpreter threads.", lower_bound=1)
-flags.DEFINE_integer("batch", 8, "Images at a time for throughput.", lower_bound=1)
-flags.DEFINE_string("dataset", None, "Measure accuracy too: TFDS name, or folder:PATH.")
-flags.DEFINE_string("data_dir", None, "TFDS data directory that holds the set; for a folder, where PATH starts.")
-flags.DEFINE_string("split", "test", "Split for accuracy, whole.")
+flags.DEFINE_integer("batch", 8, "Images in a batch when throughput is measured.", lower_bound=1)
+flags.DEFINE_string("dataset", None, "Dataset on which accuracy is measured too: TFDS name, or folder:PATH.")
+flags.DEFINE_string(
+    "data_dir", None, "TFDS data directory that holds the dataset; for a folder, the directory of PATH."
+)
+flags.DEFINE_string("split", "test", "Split on which accuracy is measured, whole.")
 flags.DEFINE_string("output", None, "Folder to write to.")
 
+# {key in benchmark.json: header of the printed table}
 COLUMNS = {
     "file": "file",
     "latency_ms_p50": "p50 ms",
@@ -47,26 +52,38 @@ COLUMNS = {
     "weight_entropy_bits": "bits/weight",
     "top1_percent": "top-1 %",
 }
+THROUGHPUT_RUNS = 10
 
 
-def accuracy(name, file):
-    """Top-1 in percent on --dataset, preprocessed as the file's own metadata say."""
-    content = file.metadata(METADATA_NAME)
-    if content is None:
-        raise ValueError(
-            f"{name}: no metadata block {METADATA_NAME}, which tells how images are preprocessed; --dataset is for "
-            "files of export/main.py"
-        )
-    data = ClassificationData(FLAGS.dataset, FLAGS.data_dir, Preprocessing.from_facts(json.loads(content)))
-    right, total = 0, data.num_examples(FLAGS.split)
-    with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
-        for images, labels in data.evaluation(FLAGS.split).as_numpy_iterator():
-            right += int(np.sum(np.argmax(file.predict(images), axis=1) == labels))
-            bar.update(len(images))
-    return 100 * right / total
+def main(_):
+    with cli.bad_input_exits(), contextlib.ExitStack() as stack:
+        paths = [Path(name) for name in FLAGS.files]
+        files = {
+            str(path): stack.enter_context(Isolated(path.name, path.read_bytes(), FLAGS.threads)) for path in paths
+        }
+        times = time_by_turns(files, FLAGS.runs, FLAGS.warmup_runs, FLAGS.runs_per_turn)
+        rows = [measure(path, files[str(path)], times[str(path)], FLAGS.batch) for path in paths]
+        if FLAGS.dataset:
+            for row in rows:
+                row["top1_percent"] = round(measure_accuracy(row["file"], files[row["file"]]), 3)
+        output = storage.claim_folder(FLAGS.output) if FLAGS.output else None
+    print_table(rows)
+    if output:
+        write_results(output, rows)
 
 
-def row(path, file, times):
+def measure(path: Path, file: Isolated, times: Sequence[float], batch: int) -> dict[str, Any]:
+    """Measures all but the accuracy of a file.
+
+    Args:
+      path: Path of the file.
+      file: The file in its process.
+      times: Milliseconds of single inferences.
+      batch: Images in a batch when throughput is measured.
+
+    Returns:
+      Entry of the file in benchmark.json.
+    """
     costs = file.costs()
     p50, p90, p99 = np.percentile(times, [50, 90, 99])
     return {
@@ -74,7 +91,7 @@ def row(path, file, times):
         "latency_ms_p50": round(float(p50), 4),
         "latency_ms_p90": round(float(p90), 4),
         "latency_ms_p99": round(float(p99), 4),
-        "throughput_images_per_second": round(file.throughput(FLAGS.batch, 10), 2),
+        "throughput_images_per_second": round(file.throughput(batch, THROUGHPUT_RUNS), 2),
         "peak_memory_mib": round(file.peak_memory_mib(), 1),
         "file_bytes": path.stat().st_size,
         "weight_bytes": costs.weight_bytes,
@@ -84,34 +101,41 @@ def row(path, file, times):
     }
 
 
-def write(output, rows):
-    storage.write_json(
-        output / "benchmark.json", {"flags": cli.key_flags(), "machine": provenance.machine(), "files": rows}
-    )
+def measure_accuracy(name: str, file: Isolated) -> float:
+    """Top-1 accuracy in percent on --dataset, preprocessed as the metadata in the file require."""
+    content = file.metadata(METADATA_NAME)
+    if content is None:
+        raise ValueError(
+            f"{name}: no metadata block {METADATA_NAME}, which describes how images are preprocessed; --dataset is for "
+            "files of export/main.py"
+        )
+    data = ClassificationData(FLAGS.dataset, FLAGS.data_dir, Preprocessing.from_metadata(json.loads(content)))
+    correct, total = 0, data.num_examples(FLAGS.split)
+    with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
+        for images, labels in data.evaluation(FLAGS.split).as_numpy_iterator():
+            logits = file.predict(images)
+            if isinstance(logits, dict):
+                raise ValueError(f"{name}: it has {len(logits)} outputs; accuracy is measured on files with one")
+            correct += int(np.sum(np.argmax(logits, axis=1) == labels))
+            bar.update(len(images))
+    return 100 * correct / total
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = {key: header for key, header in COLUMNS.items() if key in rows[0]}
+    print(f"{FLAGS.runs} runs, {FLAGS.threads} thread(s), batch 1; throughput in batches of {FLAGS.batch}; LiteRT\n")
+    print(tabulate([[row[key] for key in columns] for row in rows], list(columns.values()), intfmt=","))
+
+
+def write_results(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes benchmark.json and benchmark.csv."""
+    record = {"flags": cli.key_flags(__name__), "machine": provenance.machine(), "files": rows}
+    storage.write_json(output / "benchmark.json", record)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     storage.write_bytes(output / "benchmark.csv", table.getvalue().encode())
-
-
-def main(_):
-    with cli.bad_input_exits(), contextlib.ExitStack() as stack:
-        paths = [Path(name) for name in FLAGS.files]
-        files = {
-            str(path): stack.enter_context(Isolated(path.name, path.read_bytes(), FLAGS.threads)) for path in paths
-        }
-        times = interleaved_times(files, FLAGS.runs, FLAGS.warmup_runs, FLAGS.runs_per_turn)
-        rows = [row(path, files[str(path)], times[str(path)]) for path in paths]
-        if FLAGS.dataset:
-            for each in rows:
-                each["top1_percent"] = round(accuracy(each["file"], files[each["file"]]), 3)
-        output = FLAGS.output and storage.claim_folder(FLAGS.output)
-    columns = {key: words for key, words in COLUMNS.items() if key in rows[0]}
-    print(f"{FLAGS.runs} runs, {FLAGS.threads} thread(s), batch 1; throughput in batches of {FLAGS.batch}; LiteRT\n")
-    print(tabulate([[each[key] for key in columns] for each in rows], list(columns.values()), intfmt=","))
-    if output:
-        write(output, rows)
 
 
 if __name__ == "__main__":

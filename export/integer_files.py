@@ -1,33 +1,52 @@
-"""The integer files that export/main.py writes of one model: flags of it, and what quantizes and converts."""
+"""The integer files that export/main.py makes from one model: the flags that describe them, and how they are made."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
+# Before TensorFlow and Keras, so that they start without messages.
+from tf_repvgg import cli, provenance, storage, tflite
+
+# isort: split
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import cli, provenance, runs, storage, tflite
-from tf_repvgg.quantization import ptq
+from tf_repvgg.quantization import ptq, quantizers
 from tf_repvgg.quantization.uniform import GRANULARITIES
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, 2 to 8; one file each.")
-flags.DEFINE_list("granularity", ["per_channel"], "Weight scales: per_tensor, per_channel, or both; one file each.")
+flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, from 2 to 8; one file for each.")
+flags.DEFINE_list(
+    "granularity", ["per_channel"], "Granularities of weight scales, per_tensor or per_channel; one file for each."
+)
 flags.DEFINE_string(
     "ptq",
     "min_max",
-    f"How weights and ranges are found: {', '.join(ptq.METHODS)}, or several in a row as in equalize+adaquant.",
+    f"Method of post-training quantization: {', '.join(ptq.METHODS)}; or several in a row, as in equalize+adaquant.",
 )
-flags.DEFINE_string("layer_bits", None, "Layers of other widths, by patterns of names: stem=8,logits=8.")
-flags.DEFINE_integer("ptq_iterations", ptq.Options.iterations, "Steps per layer of methods that learn.", lower_bound=1)
+flags.DEFINE_string(
+    "layer_bits", None, "Widths of weights in layers that differ from --weight_bits, by name pattern: stem=8,logits=8."
+)
 flags.DEFINE_integer(
-    "number_of_clusters", None, "States of codebooks, by default 2^bits.", lower_bound=2, upper_bound=256
+    "ptq_iterations", ptq.Options.iterations, "Optimizer steps for each layer, in methods that learn.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "number_of_clusters",
+    None,
+    "Number of clusters of each codebook, by default 2^bits.",
+    lower_bound=2,
+    upper_bound=256,
 )
 flags.DEFINE_integer("ptq_seed", 0, "Seed of methods that learn.")
-flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Of activations, input included.")
+flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Bits of activations, the input included.")
 flags.DEFINE_enum(
     "inference_type",
     None,
@@ -35,107 +54,269 @@ flags.DEFINE_enum(
     "Type of the file's input and output; by default that of its activations, int8 or int16.",
 )
 
-PTQ_FLAGS = ("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits")  # alike for all files
+# Flags that shape files of a float model only: training has quantized the other models already.
+_FLOAT_MODEL_FLAGS = (
+    *("weight_bits", "granularity", "layer_bits"),
+    *("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits"),
+)
+# Images on which the activations of each layer are compared with the float model's.
+_FIDELITY_IMAGES = 32
 
 
-def read_flags():
-    """(bits, granularities) as asked for; the flags are lists of words."""
-    unknown = [word for word in FLAGS.granularity if word not in GRANULARITIES]
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The values of the flags; names are those of the flags.
+
+    Attributes:
+      weight_bits: Widths of the uniform weight grid; one file for each, and for each granularity.
+      granularities: Names of granularities.
+      layer_bits: Widths in some layers, by name pattern; None for the same width in all.
+      ptq: Method of post-training quantization, or several joined by "+".
+      ptq_iterations: Optimizer steps for each layer.
+      ptq_seed: Seed of methods that learn.
+      number_of_clusters: Number of clusters of each codebook; None for 2^bits.
+      activation_bits: Bits of activations.
+      inference_type: Type of input and output; None for that of the activations.
+    """
+
+    weight_bits: tuple[int, ...]
+    granularities: tuple[str, ...]
+    layer_bits: str | None
+    ptq: str
+    ptq_iterations: int
+    ptq_seed: int
+    number_of_clusters: int | None
+    activation_bits: int
+    inference_type: str | None
+
+    @property
+    def suits_converter(self) -> bool:
+        """Whether TensorFlow's own calibration serves all files, so that only weights need to be rounded."""
+        return self.ptq == "min_max" and self.layer_bits is None and self.activation_bits == 8
+
+    def bits_by_pattern(self, bits: int) -> str:
+        """Widths of the layers in the file for one of `weight_bits`, by name pattern."""
+        return ",".join(filter(None, [self.layer_bits, f".*={bits}"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A model and the integer files to make from it.
+
+    Attributes:
+      settings: Values of the flags.
+      model: Fused float model, or a quantized model.
+      model_sha256: Hash of the file from which the model was loaded.
+      calibration: Normalized calibration images.
+      input_range: Lowest and highest value of a normalized image.
+      metadata: Content that is stored in every file.
+    """
+
+    settings: Settings
+    model: keras.Model
+    model_sha256: str
+    calibration: tf.data.Dataset
+    input_range: tuple[float, float]
+    metadata: dict[str, Any]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model has been trained with quantization."""
+        return bool(quantizers(self.model))
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the files take so long that they are kept for the case that the run is interrupted."""
+        return not (self.is_quantized or self.settings.suits_converter)
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of activations in the files."""
+        return tflite.activation_bits(self.model) if self.is_quantized else self.settings.activation_bits
+
+    @property
+    def inference_type(self) -> str:
+        """Type of the files' input and output."""
+        return tflite.resolve_inference_type(self.settings.inference_type, self.activation_bits)
+
+    @functools.cached_property
+    def fidelity_images(self) -> np.ndarray:
+        """Images on which the activations of each layer are compared, [count, height, width, channels]."""
+        return np.stack(list(self.calibration.take(_FIDELITY_IMAGES).as_numpy_iterator()))
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerFile:
+    """An integer file.
+
+    Attributes:
+      name: Name of the file.
+      record: Description for export.json: how the file was made, and the fidelity of its layers.
+      content: Content of the file.
+    """
+
+    name: str
+    record: dict[str, Any]
+    content: bytes
+
+
+def read_settings() -> Settings:
+    """Reads the flags.
+
+    Raises:
+      ValueError: If a flag has a value that its type allows and its meaning does not.
+    """
+    unknown = [name for name in FLAGS.granularity if name not in GRANULARITIES]
     if unknown or not FLAGS.granularity:
         raise ValueError(f"--granularity is {','.join(FLAGS.granularity)!r}; known: {', '.join(GRANULARITIES)}")
-    bits = [int(word) if word.isdigit() else 0 for word in FLAGS.weight_bits]
-    if not bits or not all(2 <= width <= 8 for width in bits):
+    weight_bits = tuple(int(text) if text.isdigit() else 0 for text in FLAGS.weight_bits)
+    if not weight_bits or not all(2 <= bits <= 8 for bits in weight_bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     ptq.parse_method(FLAGS.ptq)
-    return bits, FLAGS.granularity
-
-
-def check_trained_codes():
-    """Refuses flags that would quantize what training has quantized."""
-    for name in ("weight_bits", "granularity", "layer_bits", *PTQ_FLAGS):
-        if FLAGS[name].value != FLAGS[name].default:
-            raise ValueError(
-                f"--{name}={FLAGS[name].value} does not go with a model that was trained quantized; leave it"
-            )
-
-
-def trained_file(model, seen, inference_type, metadata):
-    """As `make_files`, the one file of a quantized model: its codes and ranges."""
-    file = tflite.convert(model, inference_type=inference_type, metadata=metadata)
-    return f"{inference_type}_trained.tflite", {"weights": "as trained", "layers": fidelity(file, model, seen)}, file
-
-
-def fidelity(file, model, seen):
-    """What `tflite.layers` says of a file, for JSON."""
-    return [dataclasses.asdict(layer) for layer in tflite.layers(file, model, seen)]
-
-
-def widths(bits):
-    """Bits by pattern of layer names, as one file has them."""
-    return ",".join(filter(None, [FLAGS.layer_bits, f".*={bits}"]))
-
-
-def file_facts(width, granularity, started):
-    seconds = round(time.monotonic() - started, 1)
-    return {"weight_bits": width, "granularity": granularity, "ptq": FLAGS.ptq, "quantization_seconds": seconds}
-
-
-def make_files(fused, calibration, seen, bits, granularities, inference_type, metadata):
-    """Yields (file name, what it is, bytes) for every width and granularity, by TensorFlow's own calibration."""
-    calibrated = tflite.convert(fused, calibration, inference_type=inference_type)
-    for width, granularity in itertools.product(bits, granularities):
-        started = time.monotonic()
-        file = tflite.with_weights(calibrated, fused, width, granularity == "per_channel", metadata=metadata)
-        facts = file_facts(width, granularity, started) | {"layers": fidelity(file, fused, seen)}
-        yield f"{inference_type}_w{width}_{granularity}.tflite", facts, file
-
-
-def make_ptq_files(fused, images, seen, input_range, bits, granularities, inference_type, metadata, unfinished):
-    """As `make_files`, by --ptq; takes what an interrupted run of the same command has left, and leaves each file."""
-    for width, granularity in itertools.product(bits, granularities):
-        name = f"{inference_type}_w{width}_{granularity}_{FLAGS.ptq.replace('+', '_')}.tflite"
-        step = {"weight_bits": widths(width), "granularity": granularity}
-        if (kept := unfinished.read(**step)) is not None:
-            print(f"{name}: taken from the run that was interrupted", file=sys.stderr)
-            yield name, *kept
-            continue
-        started = time.monotonic()
-        with cli.bad_input_exits():
-            network = ptq.quantize_network(
-                fused,
-                FLAGS.ptq,
-                widths(width),
-                granularity == "per_channel",
-                images,
-                iterations=FLAGS.ptq_iterations,
-                number_of_clusters=FLAGS.number_of_clusters,
-                activation_bits=int(FLAGS.activation_bits),
-                input_range=input_range,
-                seed=FLAGS.ptq_seed,
-                progress=True,
-            )
-        file = tflite.convert(network.quantized, inference_type=inference_type, metadata=metadata)
-        facts = file_facts(width, granularity, started) | {"layer_bits": FLAGS.layer_bits, "notes": network.notes}
-        facts["layers"] = fidelity(file, network.float, seen)  # which a method may have equalized, say
-        unfinished.keep(facts, file, **step)
-        yield name, facts, file
-
-
-def quantized_files(fused, calibration, seen, data, output, bits, granularities, inference_type, metadata):
-    """(what yields the files, what to remove once they are written or None)."""
-    asked = bits, granularities, inference_type, metadata
-    # Without further wishes, TensorFlow's own calibration serves all files.
-    if FLAGS.ptq == "min_max" and FLAGS.layer_bits is None and FLAGS.activation_bits == "8":
-        return make_files(fused, calibration, seen, *asked), None
-    images = list(calibration.as_numpy_iterator()) if ptq.needs_calibration(FLAGS.ptq) else None
-    unfinished = storage.Unfinished(
-        output,
-        model=runs.model_sha256(FLAGS.workdir),
-        sources=provenance.sources_sha256(),
-        tensorflow=provenance.machine()["tensorflow"],
-        calibration=images and hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
-        flags={name: FLAGS[name].value for name in PTQ_FLAGS},
-        inference_type=inference_type,
-        metadata=metadata,
+    return Settings(
+        weight_bits=weight_bits,
+        granularities=tuple(FLAGS.granularity),
+        layer_bits=FLAGS.layer_bits,
+        ptq=FLAGS.ptq,
+        ptq_iterations=FLAGS.ptq_iterations,
+        ptq_seed=FLAGS.ptq_seed,
+        number_of_clusters=FLAGS.number_of_clusters,
+        activation_bits=int(FLAGS.activation_bits),
+        inference_type=FLAGS.inference_type,
     )
-    return make_ptq_files(fused, images, seen, data.preprocessing.range(), *asked, unfinished), unfinished
+
+
+def check_request(request: Request) -> None:
+    """Checks that the settings fit the model.
+
+    Raises:
+      ValueError: If they do not.
+    """
+    if request.is_quantized:
+        for name in _FLOAT_MODEL_FLAGS:
+            if FLAGS[name].value != FLAGS[name].default:
+                raise ValueError(
+                    f"--{name}={FLAGS[name].value} does not go with a model that was trained quantized; leave it out"
+                )
+    tflite.resolve_inference_type(request.settings.inference_type, request.activation_bits)
+    if not request.is_quantized:
+        ptq.bits_by_layer(request.model, request.settings.bits_by_pattern(request.settings.weight_bits[0]))
+        ptq.check_data_free(request.model, request.settings.ptq)
+
+
+def make_files(request: Request, finished_work: storage.FinishedWork) -> Iterator[IntegerFile]:
+    """Makes the files one after the other.
+
+    Args:
+      request: The model, and the files to make from it.
+      finished_work: Files that an interrupted run of the same command has made, if the request is resumable.
+
+    Yields:
+      Each file as soon as it is made.
+    """
+    if request.is_quantized:
+        yield convert_quantized(request)
+    elif request.is_resumable:
+        yield from quantize(request, finished_work)
+    else:
+        yield from round_weights(request)
+
+
+def convert_quantized(request: Request) -> IntegerFile:
+    """Makes the one file of a quantized model, with its codes and ranges."""
+    content = tflite.convert(request.model, inference_type=request.inference_type, metadata=request.metadata)
+    record = {"weights": "as trained", "layers": _compare_layers(content, request.model, request)}
+    return IntegerFile(f"{request.inference_type}_trained.tflite", record, content)
+
+
+def round_weights(request: Request) -> Iterator[IntegerFile]:
+    """Makes a file for every width and granularity: min-max weights, and ranges by TensorFlow's own calibration."""
+    calibrated = tflite.convert(request.model, request.calibration, inference_type=request.inference_type)
+    for bits, granularity in _widths_and_granularities(request):
+        started = time.monotonic()
+        content = tflite.with_weights(
+            calibrated, request.model, bits, granularity == "per_channel", metadata=request.metadata
+        )
+        record = _describe(request, bits, granularity, started)
+        record["layers"] = _compare_layers(content, request.model, request)
+        yield IntegerFile(f"{request.inference_type}_w{bits}_{granularity}.tflite", record, content)
+
+
+def quantize(request: Request, finished_work: storage.FinishedWork) -> Iterator[IntegerFile]:
+    """Makes a file for every width and granularity by a method of post-training quantization."""
+    settings = request.settings
+    images = list(request.calibration.as_numpy_iterator()) if ptq.needs_calibration(settings.ptq) else None
+    inputs = _inputs_of_all_files(request, images)
+    for bits, granularity in _widths_and_granularities(request):
+        name = f"{request.inference_type}_w{bits}_{granularity}_{settings.ptq.replace('+', '_')}.tflite"
+        inputs |= {"weight_bits": settings.bits_by_pattern(bits), "granularity": granularity}
+        if (finished := finished_work.find(name, inputs)) is not None:
+            print(f"{name}: taken from the run that was interrupted", file=sys.stderr)
+            yield IntegerFile(name, finished["record"], finished_work.read_content(name))
+            continue
+        file = _quantize_once(request, images, bits, granularity, name)
+        finished_work.keep(name, inputs, {"record": file.record}, file.content)
+        yield file
+
+
+def _inputs_of_all_files(request, images):
+    """Everything that files depend on beside bits and granularity, JSON-serializable."""
+    settings = dataclasses.asdict(request.settings)
+    for name in ("weight_bits", "granularities", "layer_bits"):
+        del settings[name]
+    return {
+        "model_sha256": request.model_sha256,
+        "sources_sha256": provenance.sources_sha256(),
+        "tensorflow": provenance.machine()["tensorflow"],
+        "calibration_sha256": images and _hash_images(images),
+        "fidelity_images_sha256": _hash_images(request.fidelity_images),
+        "input_range": request.input_range,
+        "settings": settings,
+        "metadata": request.metadata,
+    }
+
+
+def _hash_images(images):
+    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+
+
+def _quantize_once(request, images, bits, granularity, name):
+    settings, started = request.settings, time.monotonic()
+    with cli.bad_input_exits():
+        network = ptq.quantize_network(
+            request.model,
+            settings.ptq,
+            settings.bits_by_pattern(bits),
+            granularity == "per_channel",
+            images,
+            iterations=settings.ptq_iterations,
+            number_of_clusters=settings.number_of_clusters,
+            activation_bits=settings.activation_bits,
+            input_range=request.input_range,
+            seed=settings.ptq_seed,
+            progress=True,
+        )
+    content = tflite.convert(network.quantized, inference_type=request.inference_type, metadata=request.metadata)
+    record = _describe(request, bits, granularity, started)
+    record |= {"layer_bits": settings.layer_bits, "notes": network.notes}
+    # Not compared with the request's model: methods such as equalize change the float weights before they are rounded.
+    record["layers"] = _compare_layers(content, network.float, request)
+    return IntegerFile(name, record, content)
+
+
+def _widths_and_granularities(request):
+    return itertools.product(request.settings.weight_bits, request.settings.granularities)
+
+
+def _describe(request, bits, granularity, started) -> dict[str, Any]:
+    return {
+        "weight_bits": bits,
+        "granularity": granularity,
+        "ptq": request.settings.ptq,
+        "quantization_seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _compare_layers(content, model, request):
+    """The fidelity of each layer, for JSON."""
+    return [dataclasses.asdict(layer) for layer in tflite.layers(content, model, request.fidelity_images)]

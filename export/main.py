@@ -1,21 +1,29 @@
 """Fuses a trained RepVGG, writes integer TFLite files and runs them: python export/main.py --workdir=runs/x
 
-Writes one file per weight width and granularity to the output folder, export.json with everything measured, and
-predictions.npz: for each image the label and the class that every form and file finds.
+Writes one file for each weight width and granularity to the output folder, export.json with everything measured, and
+predictions.npz: for each image its label and the class that every model and file predicts.
 """
 
 import collections
+import dataclasses
 import functools
 import io
 import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+# Before Keras, so that TensorFlow starts without messages.
+from tf_repvgg import cli, fusion, outliers, provenance, report, runs, storage, tflite
+
+# isort: split
 import integer_files
 import numpy as np
+import tf_keras as keras
 from absl import flags
+from evaluation import Evaluation, classify, measure_latency, measure_target
 from tabulate import tabulate
-from tqdm import tqdm
 
-from tf_repvgg import cli, fusion, outliers, provenance, report, runs, storage, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
@@ -26,40 +34,40 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("workdir", None, "Run folder of train/main.py, or a .keras file.", required=True)
 flags.DEFINE_string("output", None, "Folder to write to; by default 'export' in the workdir.")
-flags.DEFINE_string("dataset", None, "TFDS name, or folder:PATH; by default the one the run was trained on.")
+flags.DEFINE_string("dataset", None, "TFDS name, or folder:PATH; by default the dataset of the run.")
 flags.DEFINE_string(
-    "data_dir", None, "TFDS data directory that holds the set, by default TFDS's own; for a folder, where PATH starts."
+    "data_dir",
+    None,
+    "TFDS data directory that holds the dataset, by default TFDS's own; for a folder, the directory of PATH.",
 )
 flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of a folder that cannot be used.")
-flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Images of a folder that are larger are bad.", lower_bound=0)
-flags.DEFINE_list(
-    "targets", ["litert_int8"], f"Runtimes that each file is also made ready for: {', '.join(targets.TARGETS)}."
+flags.DEFINE_float(
+    "max_megapixels", MAX_MEGAPIXELS, "Largest size of images of a folder; larger ones are bad.", lower_bound=0
 )
-flags.DEFINE_bool("report", False, "Leave report.html too: one page to look at, which needs no network.")
-flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split whose images set activation ranges.")
-flags.DEFINE_integer("calibration_images", 512, "How many of them, from the start of the split.", lower_bound=1)
+flags.DEFINE_list("targets", ["litert_int8"], f"Runtimes that each file is prepared for: {', '.join(targets.TARGETS)}.")
+flags.DEFINE_bool("report", False, "Write report.html too: one page that needs no network.")
+flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split of the calibration images.")
+flags.DEFINE_integer(
+    "calibration_images", 512, "Number of calibration images, from the start of the split.", lower_bound=1
+)
 flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
-flags.DEFINE_integer("latency_runs", 100, "Timed inferences, 50 or more; 0 leaves them out.", lower_bound=0)
-flags.register_validator("latency_runs", lambda runs: runs == 0 or runs >= 50, "must be 0, or 50 or more")
+flags.DEFINE_integer("latency_runs", 100, "Number of timed inferences, 50 or more; 0 times none.", lower_bound=0)
+flags.register_validator("latency_runs", lambda count: count == 0 or count >= 50, "must be 0, or 50 or more")
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
-flags.adopt_module_key_flags(integer_files)  # they are this program's own too: export.json holds them
+flags.adopt_module_key_flags(integer_files)  # so that export.json holds them
 
-# Images on which the activations of each layer are compared with the float model's.
-FIDELITY_IMAGES = 32
-# Interpreters of targets are slow: batches small enough that progress is seen, and few timed inferences.
-TARGET_BATCH = 100
-SLOW_RUNS = 10
-# The Keras models that files are compared with, the last in order of those that there are: key in export.json, words.
+# Keras models that are evaluated beside the files: {key in export.json: label}.
 FORMS = {
     "float_training_form": "float, training form",
     "float_fused": "float, fused",
     "trained_model": "quantized, as trained",
 }
+# {form that files are made from: key in export.json of their agreement with it}
 AGREEMENT = {
     "float_fused": "agreement_with_float_percent",
     "trained_model": "agreement_with_trained_model_percent",
 }
-# Why a fully integer RepVGG may hold more than convolutions, a mean and a dense layer.
+# Reasons why a fully integer RepVGG may hold more than convolutions, a mean and a dense layer.
 EXTRA_OPERATORS = {
     "PAD": "symmetric padding of a strided block",
     "LOGISTIC": "sigmoid of a block's squeeze-and-excite",
@@ -69,250 +77,262 @@ EXTRA_OPERATORS = {
 }
 
 
-def read_flags():
-    """(bits, granularities) as asked for."""
-    asked = integer_files.read_flags()
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained run and its data.
+
+    Attributes:
+      model: Model of the run.
+      metadata: Content of input.json: the dataset and preprocessing of the run.
+      data: Dataset of the flags, preprocessed as the model was trained.
+    """
+
+    model: keras.Model
+    metadata: dict[str, Any]
+    data: ClassificationData
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """The Keras models that are evaluated beside the files.
+
+    Attributes:
+      models: {key in `FORMS`: model}.
+      reference: Key of the model that files are made from and compared with.
+    """
+
+    models: dict[str, keras.Model]
+    reference: str
+
+    @property
+    def reference_model(self) -> keras.Model:
+        return self.models[self.reference]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """An integer file with its targets.
+
+    Attributes:
+      file: The file.
+      targets: {target: result of building the file for it}.
+    """
+
+    file: integer_files.IntegerFile
+    targets: dict[str, targets.Built]
+
+
+def main(_):
+    with cli.bad_input_exits():
+        settings = read_settings()
+        source = load_source(FLAGS.workdir)
+        forms = make_forms(source.model)
+        request = make_request(settings, source, forms)
+        output = storage.claim_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+    finished_work = storage.FinishedWork(output / ".unfinished")
+    exports = [
+        Export(file, build_targets(file.name, file.content))
+        for file in integer_files.make_files(request, finished_work)
+    ]
+    write_files(output, exports)  # now that no target refuses one
+    evaluation = evaluate(source.data, forms, exports)
+    write_predictions(output / "predictions.npz", evaluation)
+    record = make_record(source, forms, request, evaluation)
+    record["files"] = [describe_export(export, forms.reference, evaluation) for export in exports]
+    record["machine"] = provenance.machine()
+    storage.write_json(output / "export.json", record)
+    if request.is_resumable:
+        finished_work.remove()
+    print_table(record)
+    if FLAGS.report:
+        report.write(output / "report.html", [report.gather("", FLAGS.workdir, [output], source.data)])
+    print(f"written to {output}")
+
+
+def read_settings() -> integer_files.Settings:
+    """Checks all flags whose check needs no model, and returns those that describe the files."""
+    settings = integer_files.read_settings()
     targets.check_installed(targets.parse(FLAGS.targets))
     if FLAGS.report:
         report.check_installed()
         if not FLAGS.latency_runs:
             raise ValueError("--report shows latencies; leave --latency_runs=0 out")
-    return asked
+    return settings
 
 
-def make_data(trained_on):
-    """The dataset of the flags, preprocessed as the model was trained."""
+def load_source(workdir: str) -> Source:
+    """Loads a run and the dataset of the flags, which must have the classes of the run."""
+    metadata = runs.read_input(workdir)
+    model = runs.load_model(workdir)
     data = ClassificationData(
-        FLAGS.dataset or trained_on["dataset"],
+        FLAGS.dataset or metadata["dataset"],
         FLAGS.data_dir,
-        Preprocessing.from_facts(trained_on),
-        hold_out=trained_on["validation_held_out"],
+        Preprocessing.from_metadata(metadata),
+        hold_out=metadata["validation_held_out"],
         bad_images=FLAGS.bad_images,
         max_megapixels=FLAGS.max_megapixels,
     )
     if FLAGS.dataset:
-        FLAGS.dataset = data.name  # export.json is for other machines too: without the path to a folder
-    return data
-
-
-def check_fits(model, trained_on, data):
-    """Refuses a dataset that the model is not for."""
+        FLAGS.dataset = data.name  # without the path to a folder: export.json is for other machines too
     finished_runs.check_fits(model, data)
-    for number, (its, ours) in enumerate(zip(trained_on.get("labels", data.labels), data.labels, strict=True)):
-        if its != ours:
-            raise ValueError(f"class {number} of the model is {its!r}, but that of {data.name!r} is {ours!r}")
+    for number, (label, expected) in enumerate(zip(data.labels, metadata.get("labels", data.labels), strict=True)):
+        if label != expected:
+            raise ValueError(f"class {number} of the model is {expected!r}, but that of {data.name!r} is {label!r}")
+    if FLAGS.evaluation_split == "validation" and not metadata["validation_held_out"]:
+        raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
+    return Source(model, metadata, data)
 
 
-def classify(data, split, predictors):
-    """Labels of a split, and the classes that each predictor {name: images -> logits} finds.
-
-    Batch by batch: a split need not fit into memory.
-    """
-    labels, classes = [], {name: [] for name in predictors}
-    with tqdm(total=data.num_examples(split), desc=f"{split} split", unit="image", leave=False) as bar:
-        for images, its_labels in data.evaluation(split).as_numpy_iterator():
-            labels.append(its_labels)
-            for name, predict in predictors.items():
-                classes[name].append(np.argmax(predict(images), axis=1))
-            bar.update(len(images))
-    return np.concatenate(labels), {name: np.concatenate(parts) for name, parts in classes.items()}
-
-
-def build_targets(name, file):
-    """{target: `targets.Built`} of one file.
-
-    Raises:
-      ValueError: if a target cannot take it; names both.
-    """
-    found = {}
-    for target in targets.parse(FLAGS.targets):
-        try:
-            found[target] = targets.TARGETS[target](file)
-        except ValueError as error:
-            raise ValueError(f"{name}, target {target}: {error}") from None
-    return found
-
-
-def measure_target(data, split, name, built, classes, labels):
-    """What a target's own interpreter finds on a split, if there is one: accuracy, and equality with the int8 file."""
-    measured = {} if built.in_litert is None else latency_facts(built.in_litert, SLOW_RUNS)
-    if built.predict is None:
-        return measured
-    found, equal = [], []
-    with tqdm(total=len(labels), desc=name, unit="image", leave=False) as bar:
-        for images, _ in data.evaluation(split, TARGET_BATCH).as_numpy_iterator():
-            logits = built.predict(images)
-            equal.append(np.all(logits == built.predict_int8(images), axis=1))
-            found.append(np.argmax(logits, axis=1))
-            bar.update(len(images))
-    found = np.concatenate(found)
-    return measured | {
-        "top1_percent": percent(found == labels),
-        "equal_to_int8_file_on_same_kernels_percent": percent(np.concatenate(equal)),
-        "agreement_with_litert_percent": percent(found == classes),
-    }
-
-
-def latency_facts(file, runs):
-    latency = tflite.latency(file, FLAGS.threads, runs)
-    return {
-        "latency_ms_p50": round(latency.p50_ms, 4),
-        "latency_ms_p90": round(latency.p90_ms, 4),
-        "latency_runs": latency.runs,
-        "latency_threads": latency.threads,
-    }
-
-
-def write_predictions(path, labels, classes):
-    """{"labels": [images], form or file name: [images]}, as small integers."""
-    content = io.BytesIO()
-    np.savez_compressed(content, labels=labels.astype(np.int32), **{k: v.astype(np.int32) for k, v in classes.items()})
-    storage.write_bytes(path, content.getvalue())
-
-
-def calibrated_on(reference):
-    """In words, where activation ranges come from."""
-    if reference == "trained_model":
-        return "as trained"
-    if not ptq.needs_calibration(FLAGS.ptq):
-        return "statistics of the normalizations, no images"
-    return f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}"
-
-
-def percent(matches):
-    return round(100 * float(np.mean(matches)), 3)
-
-
-def forms_of(model):
-    """{key of FORMS: the model in that form}."""
+def make_forms(model: keras.Model) -> Forms:
+    """Fuses a float model; a model that was trained with quantization stays as it is."""
     if quantizers(model):
-        return {"trained_model": model}
+        return Forms({"trained_model": model}, "trained_model")
     for weight in model.weights:
         if not np.all(np.isfinite(weight)):
             raise ValueError(f"weight {weight.name!r} of the model holds infinities or NaN; was training stable?")
     if not fusion.needs_fusing(model):
-        return {"float_fused": model}
+        return Forms({"float_fused": model}, "float_fused")
     try:
-        return {"float_training_form": model, "float_fused": fusion.fuse(model)}
-    except ArithmeticError as error:  # weights that are not finite, say
+        fused = fusion.fuse(model)
+    except ArithmeticError as error:  # for example because of weights that are not finite
         raise ValueError(error) from None
+    return Forms({"float_training_form": model, "float_fused": fused}, "float_fused")
 
 
-def measure(file, classes, labels):
-    """What there is to say about one written file that found these classes."""
+def make_request(settings: integer_files.Settings, source: Source, forms: Forms) -> integer_files.Request:
+    """Describes the files to make, and checks that flags and model fit."""
+    request = integer_files.Request(
+        settings=settings,
+        model=forms.reference_model,
+        model_sha256=runs.model_sha256(FLAGS.workdir),
+        calibration=source.data.calibration(FLAGS.calibration_images, FLAGS.calibration_split),
+        input_range=source.data.preprocessing.range(),
+        metadata=source.metadata,
+    )
+    integer_files.check_request(request)
+    return request
+
+
+def build_targets(name: str, content: bytes) -> dict[str, targets.Built]:
+    """Builds one file for every target; exits if a target refuses it."""
+    results = {}
+    with cli.bad_input_exits():
+        for target in targets.parse(FLAGS.targets):
+            try:
+                results[target] = targets.TARGETS[target](content)
+            except ValueError as error:
+                raise ValueError(f"{name}, target {target}: {error}") from None
+    return results
+
+
+def write_files(output: Path, exports: Iterable[Export]) -> None:
+    """Writes the integer files, and the files of the targets beside them."""
+    for export in exports:
+        storage.write_bytes(output / export.file.name, export.file.content)
+        target_files = itertools.chain.from_iterable(result.files.items() for result in export.targets.values())
+        for suffix, content in target_files:
+            storage.write_bytes(output / f"{export.file.name.removesuffix('.tflite')}{suffix}", content)
+
+
+def evaluate(data: ClassificationData, forms: Forms, exports: Iterable[Export]) -> Evaluation:
+    """Runs every form and every file on the evaluation split."""
+    predictors: dict[str, Callable[[np.ndarray], Any]] = {
+        form: model.predict_on_batch for form, model in forms.models.items()
+    }
+    for export in exports:
+        predictors[export.file.name] = functools.partial(tflite.predict, export.file.content)
+    return classify(data, FLAGS.evaluation_split, predictors)
+
+
+def write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """Writes {"labels": [images], form or file name: [images]}, as small integers."""
+    arrays: dict[str, Any] = {"labels": evaluation.labels, **evaluation.classes}
+    content = io.BytesIO()
+    np.savez_compressed(content, **{name: classes.astype(np.int32) for name, classes in arrays.items()})
+    storage.write_bytes(path, content.getvalue())
+
+
+def make_record(source: Source, forms: Forms, request: integer_files.Request, evaluation: Evaluation) -> dict[str, Any]:
+    """Content of export.json that does not belong to a single file."""
     return {
-        "top1_percent": percent(classes == labels),
-        "file_bytes": len(file),
-        **(latency_facts(file, FLAGS.latency_runs) if FLAGS.latency_runs else {}),
-        "operators": dict(collections.Counter(operator.name for operator in tflite.operators(file))),
+        "input": source.metadata,
+        "evaluation_dataset": source.data.name,
+        "flags": cli.key_flags(__name__),
+        "model_sha256": request.model_sha256,
+        "evaluation_split": FLAGS.evaluation_split,
+        "images": len(evaluation.labels),
+        "calibration": describe_calibration(request),
+        "inference_type": request.inference_type,
+        **{f"{form}_top1_percent": evaluation.top1_percent(form) for form in forms.models},
+        "outliers": outliers.as_records(outliers.report(source.model)),
     }
 
 
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def describe_calibration(request: integer_files.Request) -> str:
+    """The origin of the calibration ranges, in prose."""
+    if request.is_quantized:
+        return "as trained"
+    if not ptq.needs_calibration(request.settings.ptq):
+        return "statistics of the normalizations, no images"
+    return f"first {FLAGS.calibration_images} images of {FLAGS.calibration_split}"
 
 
-def print_table(record):
+def describe_export(export: Export, reference: str, evaluation: Evaluation) -> dict[str, Any]:
+    """Content of export.json for one file; measures its latency, and accuracy in the interpreters of targets."""
+    file = export.file
+    latency = measure_latency(file.content, FLAGS.threads, FLAGS.latency_runs) if FLAGS.latency_runs else {}
+    return {
+        "file": file.name,
+        **file.record,
+        "top1_percent": evaluation.top1_percent(file.name),
+        "file_bytes": len(file.content),
+        **latency,
+        "operators": dict(collections.Counter(operator.name for operator in tflite.operators(file.content))),
+        AGREEMENT[reference]: evaluation.agreement_percent(file.name, reference),
+        "targets": {
+            target: result.record | measure_target(file.name, target, result, evaluation, FLAGS.threads)
+            for target, result in export.targets.items()
+        },
+    }
+
+
+def print_table(record: Mapping[str, Any]) -> None:
+    """Prints the content of export.json that a user looks for first."""
+    files = record["files"]
     print(f"\n{record['evaluation_split']} split, {record['images']} images")
-    for form, words in FORMS.items():
+    for form, label in FORMS.items():
         if (top1 := record.get(f"{form}_top1_percent")) is not None:
-            print(f"{words:21}  {top1:6.2f} %")
+            print(f"{label:21}  {top1:6.2f} %")
     print()
     columns = {
         "file": "file",
         "top1_percent": "top-1 %",
-        **{key: "agrees %" for key in AGREEMENT.values() if key in record["files"][0]},
+        **{key: "agrees %" for key in AGREEMENT.values() if key in files[0]},
         "file_bytes": "bytes",
         **({"latency_ms_p50": "p50 ms", "latency_ms_p90": "p90 ms"} if FLAGS.latency_runs else {}),
     }
-    rows = [[entry[key] for key in columns] for entry in record["files"]]
+    rows = [[entry[key] for key in columns] for entry in files]
     print(tabulate(rows, list(columns.values()), intfmt=",", floatfmt=("", ".2f", ".2f", "", ".3f", ".3f")))
-    for note in dict.fromkeys(note for entry in record["files"] for note in entry.get("notes", ())):
-        print(f"{record['files'][0]['ptq']}: {note}")
+    for note in dict.fromkeys(note for entry in files for note in entry.get("notes", ())):
+        print(f"{files[0]['ptq']}: {note}")
     if FLAGS.latency_runs:
         print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK")
     print()
-    for entry in record["files"]:
-        for target, facts in entry["targets"].items():
-            words = (f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items() if _is_number(value))
-            print(f"{entry['file']}, {target}: {', '.join(words)}")
-    found = record["files"][0]["operators"]
-    print("\noperators: " + ", ".join(f"{count} {name}" for name, count in found.items()))
-    for name in sorted(EXTRA_OPERATORS.keys() & found.keys()):
+    for entry in files:
+        for target, measurements in entry["targets"].items():
+            numbers = {key: value for key, value in measurements.items() if _is_number(value)}
+            print(
+                f"{entry['file']}, {target}: "
+                + ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in numbers.items())
+            )
+    operators = files[0]["operators"]
+    print("\noperators: " + ", ".join(f"{count} {name}" for name, count in operators.items()))
+    for name in sorted(EXTRA_OPERATORS.keys() & operators.keys()):
         print(f"  {name}: {EXTRA_OPERATORS[name]}")
 
 
-def main(_):
-    with cli.bad_input_exits():
-        bits, granularities = read_flags()
-        trained_on = runs.read_input(FLAGS.workdir)
-        model = runs.load_model(FLAGS.workdir)
-        data = make_data(trained_on)
-        calibration = data.calibration(FLAGS.calibration_images, FLAGS.calibration_split)
-        check_fits(model, trained_on, data)
-        if FLAGS.evaluation_split == "validation" and not trained_on["validation_held_out"]:
-            raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
-        forms = forms_of(model)
-        *_, reference = forms
-        if reference == "trained_model":
-            integer_files.check_trained_codes()
-            inference_type = tflite.resolve_inference_type(FLAGS.inference_type, tflite.activation_bits(model))
-        else:
-            inference_type = tflite.resolve_inference_type(FLAGS.inference_type, int(FLAGS.activation_bits))
-            ptq.bits_by_layer(forms[reference], integer_files.widths(bits[0]))
-            ptq.check_data_free(forms[reference], FLAGS.ptq)
-        output = storage.claim_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
-    seen = np.stack(list(calibration.take(FIDELITY_IMAGES).as_numpy_iterator()))
-    unfinished = None
-    if reference == "trained_model":
-        made = [integer_files.trained_file(model, seen, inference_type, trained_on)]
-    else:
-        made, unfinished = integer_files.quantized_files(
-            forms[reference], calibration, seen, data, output, bits, granularities, inference_type, trained_on
-        )
-    files, grids, built = {}, {}, {}
-    for name, facts, file in made:
-        files[name], grids[name] = file, facts
-        with cli.bad_input_exits():
-            built[name] = build_targets(name, file)
-    for name, file in files.items():  # now that no target refuses one
-        storage.write_bytes(output / name, file)
-        for suffix, content in itertools.chain.from_iterable(each.files.items() for each in built[name].values()):
-            storage.write_bytes(output / f"{name.removesuffix('.tflite')}{suffix}", content)
-    predictors = {form: its_model.predict_on_batch for form, its_model in forms.items()}
-    predictors |= {name: functools.partial(tflite.predict, file) for name, file in files.items()}
-    labels, classes = classify(data, FLAGS.evaluation_split, predictors)
-    write_predictions(output / "predictions.npz", labels, classes)
-    record = {
-        "input": trained_on,
-        "evaluation_dataset": data.name,
-        "flags": cli.key_flags(),
-        "model_sha256": runs.model_sha256(FLAGS.workdir),
-        "evaluation_split": FLAGS.evaluation_split,
-        "images": len(labels),
-        "calibration": calibrated_on(reference),
-        "inference_type": inference_type,
-        **{f"{form}_top1_percent": percent(classes[form] == labels) for form in forms},
-        "outliers": outliers.as_records(outliers.report(model)),
-        "files": [],
-        "machine": provenance.machine(),
-    }
-    for name, file in files.items():
-        agreement = {AGREEMENT[reference]: percent(classes[name] == classes[reference])}
-        its_targets = {
-            target: each.facts
-            | measure_target(data, FLAGS.evaluation_split, f"{name}: {target}", each, classes[name], labels)
-            for target, each in built[name].items()
-        }
-        measured = measure(file, classes[name], labels)
-        record["files"].append({"file": name} | grids[name] | measured | agreement | {"targets": its_targets})
-    storage.write_json(output / "export.json", record)
-    if unfinished:
-        unfinished.remove()
-    print_table(record)
-    if FLAGS.report:
-        report.write(output / "report.html", [report.gather("", FLAGS.workdir, [output], data)])
-    print(f"written to {output}")
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Shared fixtures: one prepared data directory, one trained digits model, and programs run as a user runs them."""
+"""Fixtures for all tests: a prepared data set, a model trained on it, and programs run as a user runs them."""
 
-# ruff: noqa: E402  (the environment must be set before TensorFlow and TFDS read it)
+# ruff: noqa: E402  (TensorFlow and TFDS read the environment when they are imported)
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Digits are written once per session, away from the user's own TFDS folder; subprocesses inherit the place.
+# The digits data set is prepared once per session, outside the user's own TFDS folder; subprocesses inherit the path.
 _TFDS_FOLDER = tempfile.TemporaryDirectory(prefix="tf_repvgg_tfds_")
 os.environ["TFDS_DATA_DIR"] = _TFDS_FOLDER.name
 
@@ -28,7 +28,7 @@ from tf_repvgg.training import optimization
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The same examples on every run: a failure in CI is one that anyone can see again.
+# The same examples on every run, so that anyone can reproduce a failure in CI.
 settings.register_profile(
     "stable",
     derandomize=True,
@@ -41,19 +41,19 @@ settings.load_profile("stable")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=20, help="How often tests/test_surviving.py kills.")
-    parser.addoption("--full_width", action="store_true", help="tests/test_models.py fuses variants as published.")
+    parser.addoption("--kills", type=int, default=20, help="Number of kills in tests/test_surviving.py.")
+    parser.addoption("--full_width", action="store_true", help="Full-width variants in tests/test_models.py.")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that run whole programs come first: they take longest, and what begins last decides when all has ended."""
-    running = {item.path for item in items if {"run_program", "run_forked"} & set(item.fixturenames)}
-    items.sort(key=lambda item: item.path not in running)
+    """Puts files that run programs first: they take longest, and a long file at the end would keep one worker busy."""
+    slow_files = {item.path for item in items if {"run_program", "run_forked"} & set(item.fixturenames)}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
-    """Every test starts from the same seed and leaves the dtype policy as it was."""
+def _isolate_keras():
+    """Starts every test from the same seed, and resets the state of Keras after it."""
     keras.utils.set_random_seed(0)
     yield
     keras.mixed_precision.set_global_policy("float32")
@@ -62,7 +62,7 @@ def _same_start():
 
 @pytest.fixture(scope="session")
 def run_program():
-    """run_program("train/main.py", "--epochs=1", ...) -> CompletedProcess with text output, run in the repository."""
+    """run_program("train/main.py", "--epochs=1", ...) -> CompletedProcess with text output; runs in the repository."""
 
     def run(*command, timeout=400, **kwargs):
         return subprocess.run(
@@ -74,19 +74,20 @@ def run_program():
 
 @pytest.fixture(scope="session")
 def run_forked(tmp_path_factory):
-    """run_forked("train/main.py", "--epochs=1", ...) -> status, stdout, stderr; TensorFlow is imported only once.
+    """run_forked("train/main.py", "--epochs=1", ...) -> status, stdout, stderr; imports TensorFlow only once.
 
-    kill={"folder": path, "event": number, "seconds": delay} ends it early: see helpers/preloaded.py.
+    With import_from="train", a script somewhere else imports modules as the programs in that folder do. With
+    kill={"folder": path, "event": number, "seconds": delay}, the program is killed: see helpers/preloaded.py.
     """
     folder = tmp_path_factory.mktemp("forked")
     numbers = itertools.count()
     command = [sys.executable, "tests/helpers/preloaded.py"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
-        def run(*command, **case):
+        def run(*command, **options):
             output = folder / str(next(numbers))
-            case |= {"command": [str(word) for word in command], "output": str(output)}
-            print(json.dumps(case), file=server.stdin, flush=True)
+            request = {"command": [str(argument) for argument in command], "output": str(output), **options}
+            print(json.dumps(request), file=server.stdin, flush=True)
             return SimpleNamespace(
                 status=int(server.stdout.readline()),
                 stdout=output.with_suffix(".out").read_text(),
@@ -97,6 +98,14 @@ def run_forked(tmp_path_factory):
         server.stdin.close()
 
 
+@pytest.fixture(scope="module")
+def experiments():
+    """Makes the modules in experiments/ importable, as the programs there import them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "experiments")
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits():
     return ClassificationData("digits", hold_out=False, crop_padding=1)
@@ -104,14 +113,14 @@ def digits():
 
 @pytest.fixture(scope="session")
 def digits_test_split(digits):
-    """(normalised images, labels) of the whole test split."""
+    """(normalized images, labels) of the whole test split, as two arrays."""
     batches = [(images.numpy(), labels.numpy()) for images, labels in digits.evaluation("test", 500)]
     return tuple(np.concatenate(part) for part in zip(*batches, strict=True))
 
 
 @pytest.fixture(scope="session")
 def trained_digits(digits):
-    """A RepVGG with OABN after a few epochs on digits, in training form."""
+    """A RepVGG with OABN, trained on digits for a few epochs, in training form."""
     keras.utils.set_random_seed(0)
     epochs, batch_size = 6, 64
     model = build_repvgg("digits", digits.image_shape, digits.num_classes, norm="oabn", oabn_k=0.1)

@@ -2,29 +2,22 @@
 
 import copy
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from helpers.blocks import clip_ratio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_repvgg.layers import CLIP_MODES, OutlierAwareBatchNormalization, RepVGGBlock
+from tf_repvgg.layers import CLIP_MODES, OutlierAwareBatchNormalization
 
 SLACK = 1 + 1e-6
 CHANNELS = 5
 
 
-def ratio(norm):
-    """|gamma_hat| / sqrt(running variance + epsilon), in double precision."""
-    variance = norm.moving_variance.numpy().astype(np.float64)
-    return np.abs(norm.effective_gamma().numpy().astype(np.float64)) / np.sqrt(variance + norm.epsilon)
-
-
-def built(channels=CHANNELS, **kwargs):
+def make_norm(channels=CHANNELS, **kwargs):
     norm = OutlierAwareBatchNormalization(**kwargs)
     norm.build((None, 4, 4, channels))
     return norm
@@ -54,15 +47,15 @@ finite = {"allow_nan": False, "allow_subnormal": False, "width": 32}
     mode=st.sampled_from(CLIP_MODES),
 )
 def test_bound_and_clip_of_any_gamma(gamma, variance, k, mode):
-    norm = built(k=k, clip_mode=mode)
+    norm = make_norm(k=k, clip_mode=mode)
     norm.set_weights([np.float32(gamma), np.zeros(CHANNELS), np.zeros(CHANNELS), np.float32(variance)])
-    assert np.all(ratio(norm) <= k * SLACK)
+    assert np.all(clip_ratio(norm) <= k * SLACK)
     limit = k * np.sqrt(np.float64(np.float32(variance)) + norm.epsilon)
     np.testing.assert_allclose(norm.effective_gamma(), np.clip(gamma, -limit, limit), rtol=1e-6, atol=1e-30)
     # The inference output moves by gamma_hat / sigma when the input moves by one.
     images = np.stack([np.zeros((4, 4, CHANNELS)), np.ones((4, 4, CHANNELS))]).astype("float32")
-    zero, one = norm(images, training=False).numpy()
-    assert np.all(np.abs(one - zero) <= k * (1 + 1e-5))
+    at_zero, at_one = norm(images, training=False).numpy()
+    assert np.all(np.abs(at_one - at_zero) <= k * (1 + 1e-5))
 
 
 @pytest.mark.parametrize("mode", CLIP_MODES)
@@ -82,7 +75,7 @@ def test_bound_after_every_step_of_a_custom_loop(mode):
     stored = []
     for index in range(12):
         step(*small_batch(index))
-        assert np.all(ratio(norm) <= 0.3 * SLACK)
+        assert np.all(clip_ratio(norm) <= 0.3 * SLACK)
         stored.append(norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy() + norm.epsilon))
     assert np.all(np.isfinite(stored))
     if mode == "project":
@@ -94,7 +87,7 @@ def test_bound_after_every_step_of_fit(mode):
     model = small_model(k=0.2, clip_mode=mode)
     ratios = []
     record = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda *_: ratios.append(ratio(model.get_layer("norm")).max())
+        on_train_batch_end=lambda *_: ratios.append(clip_ratio(model.get_layer("norm")).max())
     )
     model.compile(keras.optimizers.Adam(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(*small_batch(count=64), batch_size=8, epochs=2, verbose=0, callbacks=[record])
@@ -105,7 +98,7 @@ def test_bound_after_every_step_of_fit(mode):
 
 def test_training_output_uses_the_clipped_gamma():
     """In training mode the batch is normalised by its own variance and scaled by gamma_hat of the running one."""
-    norm = built(k=0.1, epsilon=1e-9)
+    norm = make_norm(k=0.1, epsilon=1e-9)
     norm.moving_variance.assign([0.01, 0.1, 1, 10, 100])
     gamma_hat = norm.effective_gamma().numpy()
     images = np.random.default_rng(0).standard_normal((32, 4, 4, CHANNELS)).astype("float32")
@@ -128,7 +121,7 @@ def test_bound_under_averaged_weights():
     assert np.any(averaged != last)
     limit = 0.25 * np.sqrt(model.get_layer("norm").moving_variance.numpy() + 1e-3)
     assert np.any(np.abs(averaged) > limit * SLACK)  # the average remembers gammas from before any clip
-    assert np.all(ratio(model.get_layer("norm")) <= 0.25 * SLACK)
+    assert np.all(clip_ratio(model.get_layer("norm")) <= 0.25 * SLACK)
 
 
 @pytest.mark.parametrize("form", ["model.keras", "saved_model", "model.h5"])
@@ -146,28 +139,28 @@ def test_bound_and_function_after_save_and_load(tmp_path, form, mode):
     norm = loaded.get_layer("norm")
     assert isinstance(norm, OutlierAwareBatchNormalization)
     assert (norm.k, norm.clip_mode) == (0.1, mode)
-    assert np.all(ratio(norm) <= 0.1 * SLACK)
+    assert np.all(clip_ratio(norm) <= 0.1 * SLACK)
     np.testing.assert_array_equal(norm.gamma, model.get_layer("norm").gamma)
     # Loaded layers keep on clipping what is stored, in project mode.
     loaded.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     loaded.train_on_batch(*small_batch())
     stored = np.abs(norm.gamma.numpy()) / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
-    assert np.all(ratio(norm) <= 0.1 * SLACK)
+    assert np.all(clip_ratio(norm) <= 0.1 * SLACK)
     assert (np.max(stored) <= 0.1 * SLACK) == (mode == "project")
 
 
 @pytest.mark.parametrize("suffix", ["weights.h5", "checkpoint"])
 def test_bound_after_loading_weights_of_plain_batch_norm(tmp_path, suffix):
-    """Weights of an ordinary batch normalization fit, whatever their gammas, and are clipped in force."""
+    """Weights of an ordinary batch normalization fit, whatever their gammas, and take effect clipped."""
     plain = keras.Sequential([keras.layers.BatchNormalization(input_shape=(4, 4, CHANNELS))])
     generator = np.random.default_rng(0)
     plain.set_weights([generator.uniform(0.5, 3, CHANNELS) for _ in range(4)])
     plain.save_weights(str(tmp_path / suffix))
-    ours = keras.Sequential([OutlierAwareBatchNormalization(k=0.05, input_shape=(4, 4, CHANNELS))])
-    ours.load_weights(str(tmp_path / suffix))
-    for mine, its in zip(ours.get_weights(), plain.get_weights(), strict=True):
-        np.testing.assert_array_equal(mine, its)
-    assert np.all(ratio(ours.layers[0]) <= 0.05 * SLACK)
+    clipped = keras.Sequential([OutlierAwareBatchNormalization(k=0.05, input_shape=(4, 4, CHANNELS))])
+    clipped.load_weights(str(tmp_path / suffix))
+    for actual, expected in zip(clipped.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert np.all(clip_ratio(clipped.layers[0]) <= 0.05 * SLACK)
 
 
 def test_training_checkpoint_restores_everything(tmp_path):
@@ -206,15 +199,15 @@ def test_infinite_k_is_batch_normalization_bit_for_bit(shape, k):
         return [outputs, *gradients, *norm.get_weights()]
 
     for training in (True, False):
-        ours = run(OutlierAwareBatchNormalization(k=k), training)
-        theirs = run(keras.layers.BatchNormalization(), training)
-        assert len(ours) == len(theirs) == 1 + 3 + 4
-        for mine, its in zip(ours, theirs, strict=True):
-            np.testing.assert_array_equal(mine, its)
+        actual = run(OutlierAwareBatchNormalization(k=k), training)
+        expected = run(keras.layers.BatchNormalization(), training)
+        assert len(actual) == len(expected) == 1 + 3 + 4
+        for tensor, expected_tensor in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(tensor, expected_tensor)
 
 
 def test_infinite_k_trains_like_batch_normalization_bit_for_bit():
-    def weights_after_training(norm):
+    def train(norm):
         keras.utils.set_random_seed(1)
         model = keras.Sequential([keras.Input((6, 6, CHANNELS)), norm, keras.layers.Flatten(), keras.layers.Dense(3)])
         model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -222,24 +215,24 @@ def test_infinite_k_trains_like_batch_normalization_bit_for_bit():
             model.train_on_batch(*small_batch(seed))
         return norm.get_weights()
 
-    ours = weights_after_training(OutlierAwareBatchNormalization(k=math.inf))
-    theirs = weights_after_training(keras.layers.BatchNormalization())
-    for mine, its in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(mine, its)
+    actual = train(OutlierAwareBatchNormalization(k=math.inf))
+    expected = train(keras.layers.BatchNormalization())
+    for weight, expected_weight in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(weight, expected_weight)
 
 
 def test_a_limit_that_is_not_reached_changes_nothing():
     images, _ = small_batch()
-    ours, theirs = OutlierAwareBatchNormalization(k=1e6), keras.layers.BatchNormalization()
+    clipped, plain = OutlierAwareBatchNormalization(k=1e6), keras.layers.BatchNormalization()
     for training in (True, False):
-        np.testing.assert_array_equal(ours(images, training=training), theirs(images, training=training))
+        np.testing.assert_array_equal(clipped(images, training=training), plain(images, training=training))
 
 
 @pytest.mark.parametrize("mode", CLIP_MODES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_clipped_channel_can_come_back(mode, sign):
-    """Gamma is pushed against its limit, then the loss turns round: it must leave the limit again."""
-    norm = built(k=0.5, clip_mode=mode, momentum=1.0, epsilon=0.0)  # running variance stays 1: the limit is 0.5
+    """Gamma is pushed against its limit, then the loss reverses: gamma must leave the limit again."""
+    norm = make_norm(k=0.5, clip_mode=mode, momentum=1.0, epsilon=0.0)  # running variance stays 1: the limit is 0.5
     norm.gamma.assign(np.full(CHANNELS, sign * 0.4))
     optimizer = keras.optimizers.SGD(0.05)
 
@@ -267,7 +260,7 @@ def test_gradients_of_the_three_clip_modes():
         "return_only": [1.0, 1.0, 0.0, 0.0, -1.0],
     }
     for mode in CLIP_MODES:
-        norm = built(k=0.5, clip_mode=mode, epsilon=0.0)
+        norm = make_norm(k=0.5, clip_mode=mode, epsilon=0.0)
         norm.gamma.assign(gamma)
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(norm.effective_gamma() * upstream)
@@ -278,14 +271,14 @@ def test_gamma_gradient_through_the_layer_is_that_of_batch_normalization():
     """dL/dgamma_hat does not depend on gamma, so the straight-through gradient of a clipped gamma is BN's."""
     images, _ = small_batch()
 
-    def gamma_gradient(norm):
+    def compute_gamma_gradient(norm):
         norm.build(images.shape)
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(norm(images, training=True) ** 2 * 0 + norm(images, training=True) * images)
         return tape.gradient(loss, norm.trainable_variables[0])
 
-    ours = gamma_gradient(OutlierAwareBatchNormalization(k=0.01, clip_mode="straight_through"))
-    np.testing.assert_allclose(ours, gamma_gradient(keras.layers.BatchNormalization()), rtol=1e-4, atol=1e-4)
+    actual = compute_gamma_gradient(OutlierAwareBatchNormalization(k=0.01, clip_mode="straight_through"))
+    np.testing.assert_allclose(actual, compute_gamma_gradient(keras.layers.BatchNormalization()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [0, -1, -0.1, "0", "0std", "-6std", "wide", "std", float("nan"), None])
@@ -305,10 +298,10 @@ def test_other_bad_arguments():
 
 
 def test_no_extra_weights():
-    ours, theirs = built(k=0.1), keras.layers.BatchNormalization()
-    theirs.build((None, 4, 4, CHANNELS))
-    assert [w.name.split("/")[-1] for w in ours.weights] == [w.name.split("/")[-1] for w in theirs.weights]
-    assert [w.shape for w in ours.trainable_variables] == [w.shape for w in theirs.trainable_variables]
+    clipped, plain = make_norm(k=0.1), keras.layers.BatchNormalization()
+    plain.build((None, 4, 4, CHANNELS))
+    assert [w.name.split("/")[-1] for w in clipped.weights] == [w.name.split("/")[-1] for w in plain.weights]
+    assert [w.shape for w in clipped.trainable_variables] == [w.shape for w in plain.trainable_variables]
 
 
 def test_no_tensor_sized_extra_work():
@@ -333,7 +326,7 @@ def test_mixed_bfloat16():
     before = norm.gamma.numpy()
     for seed in range(3):
         assert np.isfinite(model.train_on_batch(*small_batch(seed)))
-        assert np.all(ratio(norm) <= 0.1 * SLACK)
+        assert np.all(clip_ratio(norm) <= 0.1 * SLACK)
     assert norm.gamma.dtype == norm.effective_gamma().dtype == tf.float32
     assert np.any(norm.gamma.numpy() != before)
     assert norm(small_batch()[0]).dtype == tf.bfloat16
@@ -343,21 +336,21 @@ def test_mixed_bfloat16():
 def test_other_axes_and_ranks(shape, axis):
     generator = np.random.default_rng(0)
     images = generator.standard_normal(shape).astype("float32")
-    ours, theirs = OutlierAwareBatchNormalization(k=0.2, axis=axis), keras.layers.BatchNormalization(axis=axis)
+    clipped, plain = OutlierAwareBatchNormalization(k=0.2, axis=axis), keras.layers.BatchNormalization(axis=axis)
     weights = [generator.normal(0, 2, 3), generator.normal(0, 1, 3), generator.normal(0, 1, 3), np.float32([0.1, 1, 4])]
-    for norm in (ours, theirs):
+    for norm in (clipped, plain):
         norm.build(shape)
         norm.set_weights(weights)
-    assert np.all(ratio(ours) <= 0.2 * SLACK)
+    assert np.all(clip_ratio(clipped) <= 0.2 * SLACK)
     # Plain batch normalization with the clipped gamma in its place is what OABN must compute.
-    theirs.gamma.assign(ours.effective_gamma())
-    np.testing.assert_allclose(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ours(images, training=True), theirs(images, training=True), rtol=1e-5, atol=1e-6)
+    plain.gamma.assign(clipped.effective_gamma())
+    np.testing.assert_allclose(clipped(images), plain(images), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(clipped(images, training=True), plain(images, training=True), rtol=1e-5, atol=1e-6)
 
 
 def test_drop_in_arguments():
     """A user's own constraint and regularizer on gamma work beside the projection, and are serialized."""
-    norm = built(
+    norm = make_norm(
         k=10.0,
         gamma_constraint="non_neg",
         gamma_regularizer=keras.regularizers.L2(0.5),
@@ -374,108 +367,16 @@ def test_drop_in_arguments():
 
 
 def test_frozen_layer_keeps_the_bound_and_its_statistics():
-    norm = built(k=0.1)
+    norm = make_norm(k=0.1)
     norm.trainable = False
     before = norm.get_weights()
     norm(small_batch()[0], training=True)
     for old, new in zip(before, norm.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    assert np.all(ratio(norm) <= 0.1 * SLACK)
+    assert np.all(clip_ratio(norm) <= 0.1 * SLACK)
 
 
 def test_layer_can_be_copied_like_its_parent():
-    copied = copy.deepcopy(OutlierAwareBatchNormalization(k=0.1))
-    copied(small_batch()[0])
-    assert np.all(ratio(copied) <= 0.1 * SLACK)
-
-
-def relative_block(**kwargs):
-    inputs = keras.Input((6, 6, 8))
-    features = RepVGGBlock(8, norm="oabn", oabn_k="6std", momentum=0.5, name="block", **kwargs)(inputs)
-    return keras.Model(inputs, keras.layers.Dense(3, dtype="float32")(keras.layers.GlobalAveragePooling2D()(features)))
-
-
-def relative_k(block):
-    """Six standard deviations of the merged 3x3 and 1x1 kernels, straight from the weights."""
-    merged = np.zeros(block.conv3x3.kernel.shape)
-    for conv, norm, taps in ((block.conv3x3, block.norm3x3, slice(0, 3)), (block.conv1x1, block.norm1x1, slice(1, 2))):
-        scale = norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
-        merged[taps, taps] += conv.kernel.numpy() * scale
-    return 6 * merged.std()
-
-
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("mode", CLIP_MODES)
-def test_relative_k_follows_the_kernel(policy, mode):
-    keras.mixed_precision.set_global_policy(policy)
-    model = relative_block(clip_mode=mode)
-    block = model.get_layer("block")
-    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    images = np.random.default_rng(0).standard_normal((16, 6, 6, 8)).astype("float32")
-    limits = []
-    for _ in range(4):
-        model.train_on_batch(images, np.arange(16) % 3)
-        limits.append(relative_k(block))
-        assert np.all(ratio(block.norm_identity) <= limits[-1] * (1 + 1e-5))
-    assert len(set(limits)) == 4
-    block.conv3x3.kernel.assign(block.conv3x3.kernel / 100)
-    block.conv1x1.kernel.assign(block.conv1x1.kernel / 100)
-    block.norm_identity.gamma.assign(np.full(8, 5.0))
-    np.testing.assert_allclose(ratio(block.norm_identity), relative_k(block), rtol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["model.keras", "saved_model"])
-def test_relative_k_survives_save_and_load(tmp_path, form):
-    model = relative_block()
-    model.get_layer("block").norm_identity.gamma.assign(np.full(8, 50.0))
-    model.save(tmp_path / form)
-    loaded = keras.models.load_model(tmp_path / form)
-    images = np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype("float32")
-    np.testing.assert_allclose(loaded(images), model(images), rtol=1e-6)
-    block = loaded.get_layer("block")
-    np.testing.assert_allclose(ratio(block.norm_identity), relative_k(block), rtol=1e-5)
-
-
-_DISTRIBUTED = """
-import numpy as np, tensorflow as tf
-import tf_repvgg, tf_keras as keras
-from tf_repvgg.layers import OutlierAwareBatchNormalization
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-assert strategy.num_replicas_in_sync == 2
-generator = np.random.default_rng(0)
-images = generator.standard_normal((16, 4, 4, 3)).astype("float32") * [1, 5, 0.1] + [0, 3, 1]
-# The halves that the two replicas see differ, so unsynchronized statistics would show.
-images[8:] += 2
-labels = generator.integers(0, 2, 16)
-
-def train(scope, synchronized):
-    keras.utils.set_random_seed(0)
-    with scope:
-        norm = OutlierAwareBatchNormalization(k=0.1, momentum=0.5, synchronized=synchronized)
-        model = keras.Sequential([keras.Input((4, 4, 3)), norm, keras.layers.Flatten(), keras.layers.Dense(2)])
-        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    for _ in range(3):
-        model.train_on_batch(images, labels)
-        ratio = np.abs(norm.effective_gamma()) / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
-        assert np.all(ratio <= 0.1 * (1 + 1e-6)), ratio
-        stored = np.abs(norm.gamma.numpy()) / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
-        # Without synchronization each replica projects against its own running variance.
-        assert np.all(stored <= 0.1 * (1 + 1e-6)) or not synchronized, stored
-    return model.get_weights()
-
-import contextlib
-two, one = train(strategy.scope(), True), train(contextlib.nullcontext(), False)
-# Unsynchronized layers of one device count variances with n - 1 (Bessel), synchronized ones with n = 256.
-for mine, its in zip(two, one, strict=True):
-    np.testing.assert_allclose(mine, its, rtol=1e-2, atol=1e-3)
-apart = train(strategy.scope(), False)
-assert not np.allclose(apart[3], one[3], rtol=0.1)
-"""
-
-
-def test_synchronized_over_two_replicas():
-    """Two replicas with synchronized statistics train like one device on the whole batch, within the bound."""
-    result = subprocess.run([sys.executable, "-c", _DISTRIBUTED], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    norm = copy.deepcopy(OutlierAwareBatchNormalization(k=0.1))
+    norm(small_batch()[0])
+    assert np.all(clip_ratio(norm) <= 0.1 * SLACK)

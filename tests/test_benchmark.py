@@ -1,4 +1,4 @@
-"""Measuring files side by side, and what damaged ones do: one line, whatever happens inside native code."""
+"""Measuring files side by side; a damaged file costs one line of error, whatever it does to native code."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import tf_keras as keras
 from helpers.networks import random_images, small_repvgg
 
 from tf_repvgg import tflite
-from tf_repvgg.tflite import isolated, reader
+from tf_repvgg.tflite import reader
 from tf_repvgg.tflite.isolated import Isolated
 
 DAMAGED_FILES = 500
@@ -25,30 +25,30 @@ def file():
 
 @pytest.fixture(scope="module")
 def digits_file(fused_digits, digits):
-    return tflite.convert(fused_digits, digits.calibration(32).as_numpy_iterator(), metadata=digits.facts())
+    return tflite.convert(fused_digits, digits.calibration(32).as_numpy_iterator(), metadata=digits.metadata())
 
 
 def test_costs(file):
     """6x6 outputs of 8 channels twice, and a dense layer."""
-    found = tflite.costs(file)
-    assert found.macs == 36 * 8 * 27 + 36 * 8 * 72 + 8 * 5
-    assert found.weight_bytes == 8 * 27 + 8 * 72 + 8 * 5
-    assert 5 < found.weight_entropy_bits < 8
+    costs = tflite.costs(file)
+    assert costs.macs == 36 * 8 * 27 + 36 * 8 * 72 + 8 * 5
+    assert costs.weight_bytes == 8 * 27 + 8 * 72 + 8 * 5
+    assert 5 < costs.weight_entropy_bits < 8
     assert reader.entropy_bits(np.int8([1, 1, 2, 2, 3, 3, 4, 4])) == 2
     assert reader.entropy_bits(np.int8([7, 7])) == 0
 
 
 def test_in_a_process_of_its_own(file):
-    with Isolated("a.tflite", file) as ours:
-        assert len(ours.times(5)) == 5 and min(ours.times(3)) > 0
-        assert ours.throughput(4, 3) > 0
-        np.testing.assert_array_equal(ours.predict(random_images(3)), tflite.predict(file, random_images(3)))
-        assert ours.costs() == tflite.costs(file)
-        assert ours.peak_memory_mib() >= 0
-        assert ours.metadata("nothing") is None
+    with Isolated("a.tflite", file) as isolated:
+        assert len(isolated.times(5)) == 5 and min(isolated.times(3)) > 0
+        assert isolated.throughput(4, 3) > 0
+        np.testing.assert_array_equal(isolated.predict(random_images(3)), tflite.predict(file, random_images(3)))
+        assert isolated.costs() == tflite.costs(file)
+        assert isolated.peak_memory_mib() >= 0
+        assert isolated.metadata("nothing") is None
 
 
-def mutated(file, seed):
+def mutate(file, seed):
     """Random bytes changed, or the end cut off, or both."""
     generator = np.random.default_rng(seed)
     content = np.frombuffer(file, np.uint8).copy()
@@ -61,27 +61,37 @@ def mutated(file, seed):
 
 
 def test_damaged_files(run_program, file, tmp_path):
-    """The command measures each, or refuses it in one line; none ends or blocks it."""
+    """The command measures each file or refuses it in one line; none crashes or blocks it."""
     for seed in range(DAMAGED_FILES):
-        (tmp_path / f"{seed:03}.tflite").write_bytes(mutated(file, seed))
+        (tmp_path / f"{seed:03}.tflite").write_bytes(mutate(file, seed))
     result = run_program("tests/helpers/damaged_files.py", tmp_path, 20, timeout=1200)
     assert result.returncode == 0, result.stderr[-3000:]
     outcomes = json.loads(result.stdout)
-    assert len(outcomes) == DAMAGED_FILES and {each["status"] for each in outcomes} == {0, 2}
-    refused = [each for each in outcomes if each["status"] == 2]
+    assert len(outcomes) == DAMAGED_FILES and {outcome["status"] for outcome in outcomes} == {0, 2}
+    refused = [outcome for outcome in outcomes if outcome["status"] == 2]
     assert len(refused) > DAMAGED_FILES / 2
-    for each in refused:
-        assert f"error: {each['file']}: " in each["stderr"].splitlines()[-1]
-    assert not any("Traceback" in each["stderr"] for each in outcomes)
+    for outcome in refused:
+        assert f"error: {outcome['file']}: " in outcome["stderr"].splitlines()[-1]
+    assert not any("Traceback" in outcome["stderr"] for outcome in outcomes)
 
 
-def test_crashes_are_told(file, monkeypatch):
-    def crash(*_):
-        os.kill(os.getpid(), signal.SIGSEGV)
+def test_crashes_are_reported(file):
+    with Isolated("a.tflite", file) as isolated:
+        isolated.times(1)
+        os.kill(isolated.process_id, signal.SIGSEGV)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"a.tflite: LiteRT crashed \(SIGSEGV\); the file may be damaged"):
+                isolated.times(1)
 
-    monkeypatch.setattr(isolated.interpreter, "loaded", crash)
-    with Isolated("a.tflite", file) as crashing, pytest.raises(ValueError, match=r"LiteRT crashed \(SIGSEGV\)"):
-        crashing.times(1)
+
+def test_hangs_are_reported(file, monkeypatch):
+    monkeypatch.setattr("tf_repvgg.tflite.isolated.SECONDS", 0)
+    with Isolated("a.tflite", file) as isolated:
+        with pytest.raises(ValueError, match=r"a.tflite: LiteRT did not answer within 0 s; the file may be damaged"):
+            isolated.times(10**6)
+        process_id = isolated.process_id
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)
 
 
 def test_the_command(run_forked, digits_file, file, tmp_path):
@@ -105,13 +115,13 @@ def test_bad_input(run_forked, file, tmp_path):
     (tmp_path / "cut.tflite").write_bytes(file[:1000])
     (tmp_path / "text.tflite").write_text("nothing of the kind")
     (tmp_path / "whole.tflite").write_bytes(file)
-    for words, message in (
+    for arguments, message in (
         ([f"--files={tmp_path}/cut.tflite"], "cut.tflite: not a whole TFLite file"),
         ([f"--files={tmp_path}/whole.tflite,{tmp_path}/text.tflite"], "text.tflite: not a TFLite file"),
         ([f"--files={tmp_path}/gone.tflite"], "No such file"),
         ([f"--files={tmp_path}/whole.tflite", "--runs=10", "--dataset=digits"], "no metadata block TF_REPVGG_INPUT"),
     ):
-        result = run_forked("export/benchmark.py", *words, f"--output={tmp_path}/out")
+        result = run_forked("export/benchmark.py", *arguments, f"--output={tmp_path}/out")
         assert result.status == 2
         assert message in result.stderr.strip().splitlines()[-1]
         assert not (tmp_path / "out" / "benchmark.json").exists()

@@ -1,20 +1,44 @@
-"""README.md, BUILD.md and configs/ against what there is: flags, files, and tables of results."""
+"""The documents and configs/ against the code and the results: flags, files, links, tables, and examples that run."""
 
+import functools
+import importlib
+import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import tf_repvgg
+from tf_repvgg.models import VARIANTS
+from tf_repvgg.quantization.ptq import METHODS, parse_method
+from tf_repvgg.tflite.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "BUILD.md")
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "results/README.md", "experiments/README.md")
+    for path in ROOT.glob(pattern)
+)
+PAGES_WITH_EXAMPLES = [
+    document for document in DOCUMENTS if "```python" in (ROOT / document).read_text(encoding="utf-8")
+]
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 CHECKPOINTS = sorted((ROOT / "results" / "checkpoints").iterdir())
-# Of programs that are not ours: absl, TensorBoard, LiteRT's benchmark_model.
-OTHERS = {"flagfile", "help", "logdir", "graph", "num_threads"}
+FOLDERS = "configs|experiments|benchmarks|results|tests|train|export|docs|tf_repvgg"
+# Flags of other programs: absl, TensorBoard, LiteRT's benchmark_model, pip, pytest.
+FOREIGN_FLAGS = {"flagfile", "help", "logdir", "graph", "num_threads"}
+# Old paths, and placeholders for names that the reader chooses.
+PATHS_THAT_DO_NOT_EXIST = re.compile(r"NAME")
 
 _PARSING = """
 import runpy, sys
-sys.path.insert(0, "train")
 runpy.run_path("train/main.py", run_name="train_main")
 from absl import flags
 for path in sys.argv[1:]:
@@ -24,41 +48,230 @@ for path in sys.argv[1:]:
 """
 
 
-def tables(text):
+def read(document):
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def find_tables(text):
     """All tables of a page, each a list of lines; how far its columns are padded does not matter."""
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     return [[re.sub(r" +|-+", lambda run: run[0][0], line) for line in block.splitlines()] for block in blocks]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_flags_and_files_that_are_named_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
+def find_examples(document):
+    return re.findall(r"^```python\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL)
+
+
+def find_anchors(path):
+    """The anchors of a Markdown file's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@functools.cache
+def load_hooks():
+    return load_module(ROOT / "docs" / "hooks.py")
+
+
+def load_module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def defined_flags():
     sources = [
-        path for folder in ("train", "export", "experiments", "benchmarks") for path in (ROOT / folder).glob("*.py")
+        path for folder in ("train", "export", "experiments", "benchmarks") for path in (ROOT / folder).rglob("*.py")
     ]
-    defined = {
+    return {
         name
         for path in (*sources, ROOT / "tests" / "conftest.py")
         for name in re.findall(r'(?:DEFINE_\w+|addoption)\(\s*"(?:--)?(\w+)"', path.read_text(encoding="utf-8"))
     }
-    named = set(re.findall(r"--([a-z][a-z_0-9]*)", text))
-    assert len(named) > 10
-    assert {name for name in named if not {name, name.removeprefix("no")} & (defined | OTHERS)} == set()
-    paths = set(
-        re.findall(r"(?<![\w/])(?:configs|experiments|benchmarks|results|tests|train|export)/[\w*/]+\.\w+", text)
-    )
-    assert len(paths) > 3
-    assert {path for path in paths if not list(ROOT.glob(path))} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_flags_that_are_named_exist(document):
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)(?![a-z_0-9-])", read(document)))
+    assert {name for name in named if not {name, name.removeprefix("no")} & (defined_flags() | FOREIGN_FLAGS)} == set()
+
+
+def test_documents_name_many_flags_and_files():
+    """Or else the patterns of the tests around have stopped matching."""
+    text = "".join(map(read, DOCUMENTS))
+    assert len(set(re.findall(r"--([a-z][a-z_0-9]*)", text))) > 60
+    assert len(set(re.findall(rf"(?:{FOLDERS})/[\w*/]+\.\w+", text))) > 40
+
+
+# CHANGELOG.md names files that have moved, by their old paths.
+@pytest.mark.parametrize("document", sorted({*DOCUMENTS} - {"CHANGELOG.md"}))
+def test_files_that_are_named_exist(document):
+    files = set(re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w*/]+\.\w+", read(document)))
+    folders = set(re.findall(rf"(?<![\w/.:])(?:{FOLDERS})/[\w/]*(?=`)", read(document)))
+    named = {path for path in files | folders if not PATHS_THAT_DO_NOT_EXIST.search(path)}
+    assert {path for path in named if not list(ROOT.glob(path.rstrip("/")))} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_of_the_library_exist(document):
+    for name in set(re.findall(r"`(tf_repvgg(?:\.\w+)+)`", read(document))):
+        value = tf_repvgg
+        for part in name.split(".")[1:]:
+            if not hasattr(value, part):
+                importlib.import_module(f"{value.__name__}.{part}")
+            value = getattr(value, part)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_pictures_resolve(document):
+    prose = re.sub(r"^```.*?^```", "", read(document), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", prose):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / file if file else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in find_anchors(path), target
+
+
+def test_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 120
 
 
 def test_tables_in_the_readme_are_those_of_the_results():
-    """A table in README with the columns of one in results/ is one in results/."""
-    measured = [table for page in (ROOT / "results").glob("*.md") for table in tables(page.read_text(encoding="utf-8"))]
+    """The table of headline results as it is; any other table whose columns are those of one in results/ is there."""
+    tables = find_tables(read("README.md"))
+    (headline,) = find_tables(read("results/headline.md"))
+    assert headline in tables
+    measured = [table for page in (ROOT / "results").glob("*.md") for table in find_tables(page.read_text("utf-8"))]
     headers = {header for header, *_ in measured}
-    shown = [table for table in tables((ROOT / "README.md").read_text(encoding="utf-8")) if table[0] in headers]
-    assert len(shown) >= 2
-    for table in shown:
-        assert table in measured
+    for table in tables:
+        assert table[0] not in headers or table in measured
+
+
+def test_table_of_the_demo_in_the_readme_is_that_of_the_recorded_run():
+    models = json.loads(read("results/demo.json"))["models"]
+    text = read("README.md")
+    for name, record in models.items():
+        (row,) = re.findall(rf"^    {name}  +(\d+\.\d  .*)$", text, re.MULTILINE)
+        top1 = {
+            (file["weight_bits"], file["granularity"]): f"{file['top1_percent']:.1f}"
+            for file in record["export"]["files"]
+        }
+        cells = [f"{top1[bits, 'per_tensor']} / {top1[bits, 'per_channel']}" for bits in (8, 7, 6, 5, 4, 3)]
+        assert re.split("  +", row) == [f"{record['export']['float_fused_top1_percent']:.1f}", *cells]
+        largest = max(layer["outlier_ratio"] for layer in record["export"]["outliers"])
+        assert re.search(rf"^      {name} +{largest:.1f}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", sorted({*PAGES_WITH_EXAMPLES} - {"README.md"}))
+def test_examples_of_the_documents_run(run_forked, tmp_path, document):
+    (tmp_path / "example.py").write_text("\n".join(find_examples(document)), encoding="utf-8")
+    outcome = run_forked(tmp_path / "example.py")
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    assert outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the sources, so that building leaves nothing in the clone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tf_repvgg", folder / "source" / "tf_repvgg", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "source"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_file_of_the_package(wheel):
+    """By way of the source distribution, from which `python -m build` builds the wheel."""
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tf_repvgg").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if name.startswith("tf_repvgg/")} == expected
+    assert "tf_repvgg/report/page.html" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_example_of_the_readme_runs_from_the_wheel_without_the_clone(wheel, tmp_path):
+    """The pinned packages are those of this environment; the package itself comes from the wheel."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (example,) = find_examples("README.md")
+    (tmp_path / "example.py").write_text(f"{example}\nprint(tf_repvgg.__file__)\n", encoding="utf-8")
+    outcome = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert Path(outcome.stdout.splitlines()[-1]).is_relative_to(tmp_path)
+    accuracies = [float(percent) for percent in re.findall(r": ([\d.]+) %$", outcome.stdout, re.MULTILINE)]
+    assert len(accuracies) == 3 and min(accuracies) > 80  # far above chance, which is 10 %
+
+
+@pytest.mark.parametrize("program", load_hooks().PROGRAMS)
+def test_command_line_reference_has_every_flag(program):
+    page = load_hooks().on_page_markdown(read("docs/commands.md"))
+    section = page.split(f"## {program}\n")[1].split("\n## ")[0]
+    expected = {flag["name"] for flag in load_hooks().read_flags()[program]}
+    assert len(expected) > 9
+    assert {name.removeprefix("[no]") for name in re.findall(r"^\| `--(\S+)`", section, re.MULTILINE)} == expected
+
+
+def test_flags_of_the_reference_are_those_of_help(run_forked):
+    """`--help` prints all flags of the program itself; docs/list_flags.py finds them in another way."""
+    outcome = run_forked("export/benchmark.py", "--help")
+    printed = set(re.findall(r"^  --(?:\[no\])?(\w+):", outcome.stdout, re.MULTILINE))
+    assert printed == {flag["name"] for flag in load_hooks().read_flags()["export/benchmark.py"]}
+
+
+def test_methods_and_variants_are_generated_and_targets_complete():
+    ptq = load_hooks().on_page_markdown(read("docs/ptq.md"))
+    for name, method in METHODS.items():
+        assert f"| `{name}` | {method.summary} |" in ptq
+    (choice,) = [table for table in find_tables(read("docs/ptq.md")) if table[0] == "| situation | method |"]
+    for name in re.findall(r"`([\w+]+)`", "".join(choice)):
+        parse_method(name)  # raises for an unknown one
+    training = load_hooks().on_page_markdown(read("docs/training.md"))
+    assert all(f"| `{name}` |" in training for name in VARIANTS)
+    targets = set(re.findall(r"^\| `(\w+)`(?: to `(\w+)`)? \|", read("docs/exporting.md"), re.MULTILINE))
+    assert {name for pair in targets for name in pair if name} <= TARGETS.keys()
+    assert TARGETS.keys() <= {name for pair in targets for name in pair} | {
+        name for name in TARGETS if name.startswith("ethos_u")
+    }
+
+
+@pytest.mark.parametrize("figure", ["architecture", "data_flow"])
+def test_drawings_are_those_of_their_programs(figure, monkeypatch):
+    """That of the architecture is drawn from the imports of the source: redraw it after a change."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "figures")
+    expected = load_module(ROOT / "docs" / "figures" / f"{figure}.py").render()
+    assert read(f"docs/images/{figure}.svg") == expected, f"run: python docs/figures/{figure}.py"
+
+
+def test_every_picture_of_the_documentation_has_a_program():
+    programs = {path.stem for path in (ROOT / "docs" / "figures").glob("*.py")}
+    assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == programs - {"style"}
+
+
+def test_citation_names_version_and_papers():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["version"] == tf_repvgg.__version__
+    cited = {reference["identifiers"][0]["value"] for reference in citation["references"]}
+    sources = {method.source for method in METHODS.values() if method.source}
+    assert {f"arXiv:{source}" for source in sources | {"2402.07200", "2101.03697", "2212.01593"}} <= cited
+    assert citation["preferred-citation"]["title"] in read("README.md")
+    assert f"## [{tf_repvgg.__version__}]" in read("CHANGELOG.md")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -71,7 +284,8 @@ def test_configs_open_with_what_they_are_and_their_command(path):
 
 def test_configs_are_understood(run_forked, tmp_path):
     (tmp_path / "parsing.py").write_text(_PARSING)
-    outcome = run_forked(tmp_path / "parsing.py", *(path.relative_to(ROOT) for path in CONFIGS))
+    paths = (path.relative_to(ROOT) for path in CONFIGS)
+    outcome = run_forked(tmp_path / "parsing.py", *paths, import_from="train")
     assert outcome.status == 0, outcome.stderr[-3000:]
     assert len(outcome.stdout.splitlines()) == len(CONFIGS) > 10
 

@@ -1,4 +1,4 @@
-"""Folders of images: read as they are laid out, every unusual image converted or named, never a traceback."""
+"""Folders of images: read as they are laid out, with every unusual image converted or reported."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from tf_repvgg import runs
-from tf_repvgg.data import NORMALIZATIONS, ClassificationData, ImageFolder, Preprocessing, image_folder
+from tf_repvgg.data import NORMALIZATIONS, ClassificationData, ImageFolder, Preprocessing, image_checks
 from tf_repvgg.tflite import flatbuffer
 
 COLOURS = {"blue": (20, 50, 200), "green": (40, 160, 30), "red": (200, 50, 20)}
@@ -26,14 +26,14 @@ def noisy():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8))
 
 
-def encoded(image, kind, **options):
+def encode(image, kind, **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def png_header(width, height):
-    """A PNG that declares a size and has next to no pixels."""
+    """A PNG that declares a size but has almost no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -58,35 +58,35 @@ def flowers(tmp_path):
     return make_folder(tmp_path / "flowers", 2)
 
 
-# {file name: (its bytes, the red pixel it becomes, or the words that name what is wrong with it)}
+# {file name: (its bytes, and the red pixel that it becomes or the defect that is reported)}
 IMAGES = {
-    "grey.jpg": (encoded(plain(mode="L"), "JPEG"), (91, 91, 91)),
-    "cmyk.jpg": (encoded(plain(mode="CMYK"), "JPEG", quality=95), (200, 50, 20)),
+    "grey.jpg": (encode(plain(mode="L"), "JPEG"), (91, 91, 91)),
+    "cmyk.jpg": (encode(plain(mode="CMYK"), "JPEG", quality=95), (200, 50, 20)),
     "several_pictures.jpg": (
-        encoded(plain(), "MPO", save_all=True, append_images=[plain("blue", (8, 8))]),
+        encode(plain(), "MPO", save_all=True, append_images=[plain("blue", (8, 8))]),
         (198, 51, 18),
     ),
-    "palette.png": (encoded(plain().quantize(4), "PNG"), (200, 50, 20)),
-    "alpha.png": (encoded(Image.new("RGBA", SIZE, (200, 50, 20, 0)), "PNG"), (200, 50, 20)),
-    "grey_alpha.png": (encoded(plain(mode="LA"), "PNG"), (91, 91, 91)),
-    "16_bit.png": (encoded(Image.fromarray(np.full(SIZE, 40_000, np.uint16)), "PNG"), (156, 156, 156)),
-    "1_bit.png": (encoded(Image.new("1", SIZE, 1), "PNG"), (255, 255, 255)),
-    "still.gif": (encoded(plain(), "GIF"), (200, 50, 20)),
-    "plain.bmp": (encoded(plain(), "BMP"), (200, 50, 20)),
-    "jpeg_called.png": (encoded(plain(), "JPEG"), (198, 51, 18)),
+    "palette.png": (encode(plain().quantize(4), "PNG"), (200, 50, 20)),
+    "alpha.png": (encode(Image.new("RGBA", SIZE, (200, 50, 20, 0)), "PNG"), (200, 50, 20)),
+    "grey_alpha.png": (encode(plain(mode="LA"), "PNG"), (91, 91, 91)),
+    "16_bit.png": (encode(Image.fromarray(np.full(SIZE, 40_000, np.uint16)), "PNG"), (156, 156, 156)),
+    "1_bit.png": (encode(Image.new("1", SIZE, 1), "PNG"), (255, 255, 255)),
+    "still.gif": (encode(plain(), "GIF"), (200, 50, 20)),
+    "plain.bmp": (encode(plain(), "BMP"), (200, 50, 20)),
+    "jpeg_called.png": (encode(plain(), "JPEG"), (198, 51, 18)),
     "empty.jpg": (b"", "empty"),
-    "truncated.jpg": (encoded(noisy(), "JPEG")[:1500], "damaged or truncated JPEG"),
-    "truncated.png": (encoded(noisy(), "PNG")[:1500], "damaged or truncated PNG"),
-    "header_only.jpg": (encoded(noisy(), "JPEG")[:12], "no JPEG, PNG, GIF or BMP image"),
-    "text.jpg": (b"no image at all", "no JPEG, PNG, GIF or BMP image"),
-    "photo.webp": (encoded(plain(), "WEBP"), "no JPEG, PNG, GIF or BMP image"),
-    "animated.gif": (encoded(plain(), "GIF", save_all=True, append_images=[noisy()]), "animated GIF"),
-    "animated.png": (encoded(plain(), "PNG", save_all=True, append_images=[noisy()]), "animated PNG"),
-    "palette.bmp": (encoded(plain(mode="P"), "BMP"), "a BMP with a palette"),
+    "truncated.jpg": (encode(noisy(), "JPEG")[:1500], "damaged or truncated JPEG"),
+    "truncated.png": (encode(noisy(), "PNG")[:1500], "damaged or truncated PNG"),
+    "header_only.jpg": (encode(noisy(), "JPEG")[:12], "not a JPEG, PNG, GIF or BMP image"),
+    "text.jpg": (b"no image at all", "not a JPEG, PNG, GIF or BMP image"),
+    "photo.webp": (encode(plain(), "WEBP"), "not a JPEG, PNG, GIF or BMP image"),
+    "animated.gif": (encode(plain(), "GIF", save_all=True, append_images=[noisy()]), "animated GIF"),
+    "animated.png": (encode(plain(), "PNG", save_all=True, append_images=[noisy()]), "animated PNG"),
+    "palette.bmp": (encode(plain(mode="P"), "BMP"), "a BMP with a palette"),
     "bomb.png": (png_header(30_000, 30_000), "30000x30000 is more than 50 megapixels"),
     "large.png": (png_header(10_000, 6_000), "10000x6000 is more than 50 megapixels"),
 }
-BAD = {name: wanted for name, (_, wanted) in IMAGES.items() if isinstance(wanted, str)}
+DEFECTS = {name: outcome for name, (_, outcome) in IMAGES.items() if isinstance(outcome, str)}
 
 
 @pytest.fixture(scope="module")
@@ -101,45 +101,46 @@ def zoo(tmp_path_factory):
     return root
 
 
-def test_every_kind_of_image_is_converted_or_named(zoo, capfd):
+def test_every_kind_of_image_is_converted_or_reported(zoo, capfd):
     folder = ImageFolder(f"folder:{zoo}", bad_images="skip")
     lines = capfd.readouterr().err.splitlines()
-    named = {f"bad image 'train/red/{name}': {why}" for name, why in BAD.items()}
-    named |= {f"bad image 'train/red/{name}': no file" for name in ("folder.jpg", "nowhere.jpg")}
-    assert set(lines) == named and len(lines) == len(named)
+    expected = {f"bad image 'train/red/{name}': {defect}" for name, defect in DEFECTS.items()}
+    expected |= {f"bad image 'train/red/{name}': not a file" for name in ("folder.jpg", "nowhere.jpg")}
+    assert set(lines) == expected and len(lines) == len(expected)
     paths = [os.path.basename(path.decode()) for path in folder._files["train"][0].numpy()]
-    assert folder.num_examples("train") == 6 + len(IMAGES) - len(BAD)
-    assert not set(paths) & BAD.keys()
-    for path, (content, _) in zip(paths, folder.encoded("train").as_numpy_iterator(), strict=True):
+    assert folder.num_examples("train") == 6 + len(IMAGES) - len(DEFECTS)
+    assert not set(paths) & DEFECTS.keys()
+    for path, (content, _) in zip(paths, folder.read_encoded("train").as_numpy_iterator(), strict=True):
         if path in IMAGES:
             image = folder.decode(content).numpy()
             assert image.dtype == np.uint8 and image.shape[-1] == 3
             np.testing.assert_allclose(image[0, 0].astype(int), IMAGES[path][1], atol=3, err_msg=path)
 
 
-def test_what_was_kept_trains_and_evaluates(zoo, capfd):
-    """Through the whole pipeline: cropped by the decoder as well as decoded whole."""
+def test_usable_images_are_trained_on(zoo, capfd):
+    """Through the whole pipeline, both cropped while they are decoded and decoded whole."""
     for crop in ("pad", "random_resized"):
         data = ClassificationData(
             f"folder:{zoo}", None, Preprocessing((16, 16)), hold_out=False, crop=crop, flip=False, bad_images="skip"
         )
         batches = list(data.training(1, range(1)).as_numpy_iterator())
         assert len(batches) == data.num_examples("train")
-        of_red = [images for images, (label,) in batches if label == data.labels.index("red")]
-        found = {tuple(np.round(image[0, 8, 8] * 128 + 128).astype(int)) for image in of_red}
-        for _, (_, wanted) in IMAGES.items():
-            if not isinstance(wanted, str):
-                assert min(np.max(np.abs(np.subtract(pixel, wanted))) for pixel in found) <= 3, wanted
+        red_images = [images for images, (label,) in batches if label == data.labels.index("red")]
+        pixels = {tuple(np.round(image[0, 8, 8] * 128 + 128).astype(int)) for image in red_images}
+        for name, (_, outcome) in IMAGES.items():
+            if name not in DEFECTS:
+                assert min(np.max(np.abs(np.subtract(pixel, outcome))) for pixel in pixels) <= 3, name
 
 
 def test_bad_images_are_refused_unless_they_may_be_skipped(zoo, capfd):
-    with pytest.raises(ValueError, match=rf"{len(BAD) + 2} of the images of 'folder:zoo' cannot be used, see above"):
+    count = len(DEFECTS) + 2
+    with pytest.raises(ValueError, match=rf"{count} of the images of 'folder:zoo' cannot be used, see above"):
         ImageFolder(f"folder:{zoo}")
-    assert len(capfd.readouterr().err.splitlines()) == len(BAD) + 2
+    assert len(capfd.readouterr().err.splitlines()) == count
 
 
 def test_the_limit_of_megapixels_can_be_moved(flowers, capfd):
-    (flowers / "train" / "red" / "larger.png").write_bytes(encoded(plain(size=(100, 80)), "PNG"))
+    (flowers / "train" / "red" / "larger.png").write_bytes(encode(plain(size=(100, 80)), "PNG"))
     assert ImageFolder(f"folder:{flowers}", max_megapixels=0.008).num_examples("train") == 7
     ImageFolder(f"folder:{flowers}", bad_images="skip", max_megapixels=0.0079)
     assert capfd.readouterr().err == "bad image 'train/red/larger.png': 100x80 is more than 0.0079 megapixels\n"
@@ -147,15 +148,18 @@ def test_the_limit_of_megapixels_can_be_moved(flowers, capfd):
     with open(flowers / "train" / "red" / "larger.png", "ab") as file:
         file.truncate(70_000)
     ImageFolder(f"folder:{flowers}", bad_images="skip", max_megapixels=0.008)
-    assert "'train/red/larger.png': 70,000 bytes are more than 0.008 megapixels can have" in capfd.readouterr().err
+    assert (
+        "'train/red/larger.png': its 70,000 bytes are more than an image of 0.008 megapixels can have"
+        in capfd.readouterr().err
+    )
 
 
 def test_declared_sizes_are_refused_before_anything_is_decoded(flowers, monkeypatch):
     """Neither decoder sees the image, which would take 2.7 GB."""
     (flowers / "train" / "red" / "bomb.png").write_bytes(content := png_header(30_000, 30_000))
     decoded = []
-    decode = image_folder._decode
-    monkeypatch.setattr(image_folder, "_decode", lambda encoded: decoded.append(encoded.numpy()) or decode(encoded))
+    decode = image_checks.decode
+    monkeypatch.setattr(image_checks, "decode", lambda encoded: decoded.append(encoded.numpy()) or decode(encoded))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("Pillow decodes"))
     limit = Image.MAX_IMAGE_PIXELS
     assert ImageFolder(f"folder:{flowers}", bad_images="skip").num_examples("train") == 6
@@ -175,18 +179,18 @@ def test_layout_and_order(tmp_path):
     data = ClassificationData(f"folder:{root}", None, Preprocessing((8, 8)))
     assert [data.num_examples(split) for split in ("train", "validation", "test")] == [27, 3, 30]
     assert data.num_classes == 3 and data.image_shape == (8, 8, 3)
-    labels = [label for _, label in folder.encoded("train").as_numpy_iterator()]
+    labels = [label for _, label in folder.read_encoded("train").as_numpy_iterator()]
     assert sorted(labels) == [0] * 10 + [1] * 10 + [2] * 10
-    assert len(set(labels[:8])) == 3  # mixed, so that a tenth cut off is no single class
-    for images, its_labels in data.evaluation("test", 30).as_numpy_iterator():
-        for image, label in zip(images, its_labels, strict=True):
+    assert len(set(labels[:8])) == 3  # mixed, so that a tenth has images of every class
+    for images, image_labels in data.evaluation("test", 30).as_numpy_iterator():
+        for image, label in zip(images, image_labels, strict=True):
             np.testing.assert_allclose(image[4, 4] * 128 + 128, COLOURS[folder.labels[label]], atol=4)
-    # An image more moves none but those at the cut.
+    # A new image does not change the order of the others.
     paths = list(folder._files["train"][0].numpy())
     plain().save(root / "train" / "red" / "another.png")
     more = list(ImageFolder(f"folder:{root}")._files["train"][0].numpy())
     assert [path for path in more if b"another" not in path] == paths
-    first, second = ([label for _, label in folder.encoded("train", shuffle_seed=seed)] for seed in (1, 2))
+    first, second = ([label for _, label in folder.read_encoded("train", shuffle_seed=seed)] for seed in (1, 2))
     assert list(map(int, first)) != list(map(int, second))
 
 
@@ -198,36 +202,36 @@ def test_validation_folder_of_its_own(tmp_path):
     assert everything.num_examples("train") == 12
     assert len(list(everything.images("train"))) == 12
     (root / "validation").mkdir()
-    with pytest.raises(ValueError, match="'colours' has both validation and val"):
+    with pytest.raises(ValueError, match="'colours' has both validation and val; remove one of them"):
         ImageFolder(f"folder:{root}")
 
 
 def test_folders_that_cannot_be_used(tmp_path, flowers, capfd):
-    def refused(match, error=ValueError, **options):
+    def assert_refused(match, error=ValueError, **options):
         with pytest.raises(error, match=match):
             ClassificationData(f"folder:{flowers}", None, Preprocessing((8, 8)), hold_out=False, **options)
 
-    with pytest.raises(ValueError, match=r"images of dataset .* differ in size; say which to resize to"):
+    with pytest.raises(ValueError, match=r"images of dataset .* differ in size; give the size to resize them to"):
         ClassificationData(f"folder:{flowers}")
     (flowers / "test" / "yellow").mkdir()
     plain().save(flowers / "test" / "yellow" / "a.png")
-    refused("'folder:flowers' has the class 'yellow' in test but not in train")
+    assert_refused("'folder:flowers' has the class 'yellow' in test but not in train")
     (flowers / "train" / "yellow").mkdir()
-    refused("'folder:flowers' has no usable image of the class 'yellow' in train")
+    assert_refused("'folder:flowers' has no usable image of the class 'yellow' in train")
     (flowers / "train" / "yellow" / "a.png").write_bytes(b"")
-    refused("1 of the images of 'folder:flowers' cannot be used")
-    refused("no usable image of the class 'yellow' in train", bad_images="skip")
+    assert_refused("1 of the images of 'folder:flowers' cannot be used")
+    assert_refused("no usable image of the class 'yellow' in train", bad_images="skip")
     os.rename(flowers / "test", flowers / "tests")
     (flowers / "train" / "yellow" / "a.png").unlink()
     plain().save(flowers / "train" / "yellow" / "a.png")
-    refused("no test or validation split, but train")
+    assert_refused("no test or validation split, but train")
     os.rename(flowers / "train", flowers / "training")
-    refused("'flowers' has no folder 'train'; images belong into flowers/train/<label>/")
+    assert_refused("'flowers' has no folder 'train'; put the images into flowers/train/<label>/")
     (flowers / "train").mkdir()
-    refused("'folder:flowers' has 0 classes in train; a classifier needs at least two")
+    assert_refused("'folder:flowers' has 0 classes in train; a classifier needs at least two")
     (flowers / "train" / "red").mkdir()
-    refused("'folder:flowers' has 1 classes in train")
-    with pytest.raises(FileNotFoundError, match=r"no folder '.*/nothing'; give --dataset=folder:PATH"):
+    assert_refused("'folder:flowers' has 1 class in train")
+    with pytest.raises(FileNotFoundError, match=r"folder '.*/nothing' does not exist; give --dataset=folder:PATH"):
         ClassificationData(f"folder:{tmp_path}/nothing")
 
 
@@ -263,8 +267,8 @@ def exported(tmp_path_factory, run_forked):
 
 def test_labels_and_preprocessing_reach_the_exported_file(exported):
     root, workdir, printed = exported
-    facts = json.loads((workdir / "input.json").read_text())
-    assert facts == {
+    metadata = json.loads((workdir / "input.json").read_text())
+    assert metadata == {
         "dataset": "folder:colours",
         "validation_held_out": True,
         "size": [16, 16],
@@ -276,7 +280,7 @@ def test_labels_and_preprocessing_reach_the_exported_file(exported):
     content = (workdir / "export" / "int8_w8_per_channel.tflite").read_bytes()
     flat = flatbuffer.unpack(content)
     (entry,) = [entry for entry in flat.metadata if entry.name == b"TF_REPVGG_INPUT"]
-    assert json.loads(bytes(flat.buffers[entry.buffer].data)) == facts
+    assert json.loads(bytes(flat.buffers[entry.buffer].data)) == metadata
     # The path to the folder stays on this machine.
     assert str(root.parent).encode() not in content
     assert str(root.parent) not in (workdir / "config.flags").read_text()
@@ -284,7 +288,7 @@ def test_labels_and_preprocessing_reach_the_exported_file(exported):
     assert all("bad image 'train/red/empty.png': empty" in text for text in printed)
 
 
-def test_export_preprocesses_as_training_did(exported):
+def test_export_preprocesses_as_in_training(exported):
     """Against this test's own reading of the images: accuracy in both programs, and the range that calibration saw."""
     root, workdir, _ = exported
     report = json.loads((workdir / "export" / "export.json").read_text())
@@ -300,5 +304,5 @@ def test_export_preprocesses_as_training_did(exported):
     tensor = flatbuffer.unpack((workdir / "export" / "int8_w8_per_channel.tflite").read_bytes()).subgraphs[0]
     (scale,) = tensor.tensors[tensor.inputs[0]].quantization.scale
     assert scale == pytest.approx((seen.max() - seen.min()) / 255, rel=0.01)
-    # The colours are told apart by what they are, not by how they were normalised.
+    # The model distinguishes colours, not normalizations.
     assert top1 > 60

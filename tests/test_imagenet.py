@@ -1,4 +1,4 @@
-"""The published recipe on a synthetic set with ImageNet's features, id and splits."""
+"""The published recipe on a synthetic dataset with the name, features and splits of ImageNet."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ RECIPE = {
 
 
 class Synthetic(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """JPEGs of varying size; the test split has no labels, as ImageNet's has none."""
+    """JPEGs of varying size; the test split has no labels, like that of ImageNet."""
 
     name = "imagenet2012"
     VERSION = tfds.core.Version("5.1.0")
@@ -69,7 +69,7 @@ def imagenet(tmp_path_factory):
 
 @pytest.mark.parametrize("config", ["imagenet_a0_bn", "imagenet_b0_oabn"])
 def test_the_recipe_trains(imagenet, run_forked, tmp_path, config):
-    """Both networks, and both normalizations, for 20 steps; only batch and images are smaller than published."""
+    """Both networks and both normalizations train for 20 steps; only batch and images are smaller than published."""
     result = run_forked(
         "train/main.py",
         f"--flagfile=configs/{config}.flags",
@@ -85,20 +85,20 @@ def test_the_recipe_trains(imagenet, run_forked, tmp_path, config):
     assert "20/20" in result.stderr
     assert "validation" not in result.stdout and "test split (6 images)" in result.stdout
     (epoch,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite(epoch["loss"])  # the rate is that of 256 images, so it is large
-    facts = json.loads((tmp_path / "input.json").read_text())
-    assert facts["mean"] == [123.675, 116.28, 103.53] and facts["std"] == [58.395, 57.12, 57.375]
-    assert (facts["size"], facts["resize_shorter_side"], len(facts["labels"])) == ([40, 40], 46, 1000)
+    assert np.isfinite(epoch["loss"])  # at the rate for 256 images, which is large
+    metadata = json.loads((tmp_path / "input.json").read_text())
+    assert metadata["mean"] == [123.675, 116.28, 103.53] and metadata["std"] == [58.395, 57.12, 57.375]
+    assert (metadata["size"], metadata["resize_shorter_side"], len(metadata["labels"])) == ([40, 40], 46, 1000)
 
 
-def test_splits_are_those_with_labels(imagenet):
+def test_only_splits_with_labels_are_used(imagenet):
     data = ClassificationData("imagenet2012", imagenet, Preprocessing((24, 24)), hold_out=False)
     assert [data.num_examples(split) for split in ("train", "test")] == [40, 6]
     assert [label for _, label in data.images("test").as_numpy_iterator()] != [-1] * 5
     assert data.num_classes == 1000
 
 
-def test_a_set_that_has_to_be_fetched_by_hand(tmp_path, monkeypatch):
+def test_a_dataset_that_must_be_downloaded_manually(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     with pytest.raises(

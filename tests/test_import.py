@@ -1,14 +1,9 @@
-"""tf_repvgg beside TensorFlow, in either order, and where Keras 3 is already active."""
+"""Importing tf_repvgg before TensorFlow, after it, and when Keras 3 is already active."""
 
-import ast
 import concurrent.futures
 import os
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-PROGRAM_FOLDERS = {"train", "export", "experiments", "benchmarks"}
 
 CHECK = "import tf_keras; assert tf.keras.layers.Layer is tf_keras.layers.Layer; print('Keras 2')"
 PROGRAMS = {
@@ -20,11 +15,11 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def results(run_program):
-    """Each program in a process of its own that knows nothing of this one's choice of Keras."""
+    """The result of each program, each in a new process whose environment does not choose a Keras version."""
     environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda code: run_program("-c", code, env=environment), PROGRAMS.values())
-        return dict(zip(PROGRAMS, found, strict=True))
+        results = pool.map(lambda code: run_program("-c", code, env=environment), PROGRAMS.values())
+        return dict(zip(PROGRAMS, results, strict=True))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -36,22 +31,12 @@ def test_import_order_does_not_matter(results, order):
 def test_active_keras_3_is_an_error_that_says_what_to_do(results):
     result = results["after Keras 3"]
     assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: tf_repvgg needs Keras 2, but tf.keras is already Keras 3")
-    assert "Import tf_repvgg before anything that touches tf.keras" in last
-    assert "TF_USE_LEGACY_KERAS=1" in last
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: tf_repvgg needs Keras 2, but tf.keras is already Keras 3")
+    assert "Import tf_repvgg before anything that touches tf.keras" in message
+    assert "TF_USE_LEGACY_KERAS=1" in message
 
 
 def test_import_is_quiet(results):
-    """Nothing on stderr from the package itself; TensorFlow imported first may speak for itself."""
+    """The package prints nothing on stderr. TensorFlow prints its own messages if it is imported first."""
     assert results["before"].stderr == ""
-
-
-def test_library_does_not_import_the_command_lines():
-    programs = {path.stem for folder in PROGRAM_FOLDERS for path in (ROOT / folder).glob("*")} | PROGRAM_FOLDERS
-    assert {"main", "fine_tuning", "harness", "train"} <= programs
-    for path in (ROOT / "tf_repvgg").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & programs, path

@@ -79,9 +79,9 @@ def test_segmentation_model_from_training_to_int8(trained):
     calibration, _ = squares(32, seed=2000)
     for per_channel in (True, False):
         file = tflite.convert(fused, calibration, per_channel=per_channel)
-        found = tflite.predict(file, images)
-        assert found["mask"].shape == (12, *SIZE[:2], 2)
-        for name, logits in found.items():
+        outputs = tflite.predict(file, images)
+        assert outputs["mask"].shape == (12, *SIZE[:2], 2)
+        for name, logits in outputs.items():
             agreement = np.mean(logits.argmax(axis=-1) == expected[name].argmax(axis=-1))
             assert agreement > 0.98
         names = {operator.name for operator in tflite.operators(file)}

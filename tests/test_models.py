@@ -104,8 +104,8 @@ def test_every_variant_fuses_exactly(name, padding, pytestconfig):
     assert (variant.se_reduction is not None) == any(isinstance(layer, keras.layers.Multiply) for layer in fused.layers)
 
 
-class Built(NamedTuple):
-    """What the tests of the published variants look at; models of their size are not kept."""
+class PublishedModel(NamedTuple):
+    """Counts and shapes of a published variant, whose model is too large to be kept."""
 
     counts: Complexity
     running_statistics: int
@@ -123,22 +123,23 @@ def _squeeze(block):
 
 @pytest.fixture(scope="module")
 def published():
-    """{variant: Built} at full size. Kernels are zero: drawing a hundred million takes seconds and changes no count."""
+    """{variant: PublishedModel} at full size. Kernels are zero: drawing 100 million weights would take seconds."""
 
     def build(name):
         model = build_repvgg(name, (224, 224, 3), 1000)
         blocks = blocks_of(model)
         running = sum(int(np.prod(weight.shape)) for weight in model.non_trainable_weights)
-        return Built(complexity(model), running, [block.groups for block in blocks], [_squeeze(it) for it in blocks])
+        groups, squeezes = [block.groups for block in blocks], [_squeeze(block) for block in blocks]
+        return PublishedModel(complexity(model), running, groups, squeezes)
 
-    found = {}
+    models = {}
     with pytest.MonkeyPatch.context() as patch:
         zeros = lambda self, shape, dtype=None, **_: tf.zeros(shape, dtype)  # noqa: E731
         patch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
         for name in PUBLISHED:
-            found[name] = build(name)
+            models[name] = build(name)
             gc.collect()
-    return found
+    return models
 
 
 def test_counts_are_the_published_ones(published):
@@ -241,9 +242,9 @@ def test_macs_need_a_fixed_size():
 
 
 def test_oabn_adds_no_parameters():
-    plain, ours = (build_repvgg("digits", (8, 8, 1), 10, norm=norm) for norm in ("bn", "oabn"))
-    assert [w.name for w in plain.weights] == [w.name for w in ours.weights]
-    assert plain.count_params() == ours.count_params()
+    plain, clipped = (build_repvgg("digits", (8, 8, 1), 10, norm=norm) for norm in ("bn", "oabn"))
+    assert [w.name for w in plain.weights] == [w.name for w in clipped.weights]
+    assert plain.count_params() == clipped.count_params()
 
 
 def test_builder_passes_everything_on():
@@ -344,33 +345,33 @@ def test_outlier_report():
     block = model.get_layer("stage1_block2")
     block.norm_identity.gamma.assign([0.0] * 4 + [0.02] * 4 + [3.0] * 8)
     lines = []
-    found = {entry.name: entry for entry in outliers.report(model, print_fn=lines.append)}
-    assert list(found) == ["stem", *(f"stage{s}_block{i}" for s in (1, 2, 3) for i in (1, 2)), "logits"]
+    layers = {layer.name: layer for layer in outliers.report(model, print_fn=lines.append)}
+    assert list(layers) == ["stem", *(f"stage{s}_block{i}" for s in (1, 2, 3) for i in (1, 2)), "logits"]
     printed = "\n".join(lines)
-    assert all(name in printed for name in found)
-    entry = found["stage1_block2"]
+    assert all(name in printed for name in layers)
+    layer = layers["stage1_block2"]
     kernel = block.equivalent_kernel_and_bias()[0].numpy()
-    assert entry.std == pytest.approx(kernel.std(), rel=1e-5)
-    assert entry.largest == pytest.approx(np.abs(kernel).max(), rel=1e-6)
-    assert entry.outlier_ratio == pytest.approx(np.abs(kernel).max() / kernel.std(), rel=1e-5)
-    assert entry.kurtosis == pytest.approx(np.mean((kernel - kernel.mean()) ** 4) / kernel.var() ** 2, rel=1e-4)
-    assert entry.branch_largest["identity"] == pytest.approx(0.05, rel=1e-5)
-    assert entry.clipped_share == 0.5
-    assert entry.gamma_over_sigma == pytest.approx((0, (0.02 + 0.05) / 2, 0.05), rel=1e-4)
-    assert found["stage1_block1"].gamma_over_sigma is not None  # 16 channels in, 16 out: it has an identity
-    assert found["stem"].gamma_over_sigma is None
-    assert found["logits"].branch_largest == {}
+    assert layer.std == pytest.approx(kernel.std(), rel=1e-5)
+    assert layer.largest == pytest.approx(np.abs(kernel).max(), rel=1e-6)
+    assert layer.outlier_ratio == pytest.approx(np.abs(kernel).max() / kernel.std(), rel=1e-5)
+    assert layer.kurtosis == pytest.approx(np.mean((kernel - kernel.mean()) ** 4) / kernel.var() ** 2, rel=1e-4)
+    assert layer.branch_largest["identity"] == pytest.approx(0.05, rel=1e-5)
+    assert layer.clipped_share == 0.5
+    assert layer.gamma_over_sigma == pytest.approx((0, (0.02 + 0.05) / 2, 0.05), rel=1e-4)
+    assert layers["stage1_block1"].gamma_over_sigma is not None  # 16 channels in, 16 out: it has an identity
+    assert layers["stem"].gamma_over_sigma is None
+    assert layers["logits"].branch_largest == {}
 
 
 def test_outlier_report_knows_both_forms_and_both_norms():
     model = build_repvgg(dataclasses.replace(VARIANTS["digits"], se_reduction=8), (8, 8, 1), 10)
     before, after = outliers.report(model), outliers.report(fuse(model))
-    assert [entry.name for entry in before] == [entry.name for entry in after]
-    for mine, its in zip(before, after, strict=True):
-        assert mine.outlier_ratio == pytest.approx(its.outlier_ratio, rel=1e-5)
-        assert mine.clipped_share is None
+    assert [layer.name for layer in before] == [layer.name for layer in after]
+    for layer, fused_layer in zip(before, after, strict=True):
+        assert layer.outlier_ratio == pytest.approx(fused_layer.outlier_ratio, rel=1e-5)
+        assert layer.clipped_share is None
     # Gammas start at 1 and variances too: the identity tap of plain BN is 1.
-    (block,) = [entry for entry in before if entry.name == "stage1_block1"]
+    (block,) = [layer for layer in before if layer.name == "stage1_block1"]
     assert block.branch_largest["identity"] == pytest.approx(1, rel=1e-4)
     (record,) = outliers.as_records([block])
     assert record["gamma_over_sigma"] == pytest.approx((1, 1, 1), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The form that every quantized model has: where it rounds, what it saves, and that its file computes the same."""
+"""Quantized models: where they round, what they save, and that their files compute the same."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from tf_repvgg.quantization import (
 
 
 @pytest.mark.parametrize("minimum, maximum", [(-1.0, 127 / 128), (0.0, 6.0), (-0.013, 3.7), (-5.0, 0.0), (0.5, 2.0)])
-def test_grid_by_its_definition(minimum, maximum):
+def test_grid_by_definition(minimum, maximum):
     quantizer = ActivationQuantizer()
     quantizer.build((None, 4))
     quantizer.set_range(minimum, maximum)
@@ -47,7 +47,7 @@ def test_gradient_passes_inside_the_range_only():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_gradient_after_relu(bits, training):
-    """In a graph, where training keeps no more of values that pass a ReLU than where gradients pass."""
+    """In a graph. After a ReLU, training keeps only a mask of where gradients pass, and no values."""
     quantizer = ActivationQuantizer(nonnegative=True, bits=bits)
     quantizer.build((None,))
     quantizer.set_range(0, 2)
@@ -64,19 +64,19 @@ def test_gradient_after_relu(bits, training):
     outputs, gradient = step(values / 2)
     np.testing.assert_array_equal(outputs, quantizer(tf.nn.relu(values)))
     np.testing.assert_array_equal(gradient, [0, 0, 0, 2, 2, 0])
-    kept = {operation.type for operation in step.get_concrete_function(values).graph.get_operations()}
-    assert ("ReluGrad" in kept) is not training
+    operations = {operation.type for operation in step.get_concrete_function(values).graph.get_operations()}
+    assert ("ReluGrad" in operations) is not training
 
 
 def test_running_range():
     quantizer = ActivationQuantizer(momentum=0.75)
-    assert np.all(np.isnan(quantizer(np.ones(3, "float32"))))  # no range yet: nobody takes that for a result
+    assert np.all(np.isnan(quantizer(np.ones(3, "float32"))))  # no range yet
     quantizer(np.float32([-2, 6]), training=True)
     np.testing.assert_allclose(quantizer.range, [-2, 6])
     step = tf.function(lambda values: quantizer(values, training=True))
     step(tf.constant([-1.0, 10.0]))
     np.testing.assert_allclose(quantizer.range, [-1.75, 7])
-    step(tf.constant([3.0, 7.0]))  # zero stays in
+    step(tf.constant([3.0, 7.0]))  # the range still includes zero
     np.testing.assert_allclose(quantizer.range, [-1.3125, 7])
     quantizer.freeze()
     step(tf.constant([-100.0, 100.0]))
@@ -93,12 +93,12 @@ def test_bad_quantizers():
             ActivationQuantizer(momentum)
     with pytest.raises(ValueError, match="activation bits are 7; known: 8, 16"):
         ActivationQuantizer(bits=7)
-    with pytest.raises(ValueError, match="must hold zero"):
+    with pytest.raises(ValueError, match="must include zero"):
         ActivationQuantizer(fixed_range=(0.5, 1))
     quantizer = ActivationQuantizer(name="q")
     quantizer.build((None, 4))
     for bad in ((np.nan, 1), (0, np.inf), (1, -1)):
-        with pytest.raises(ValueError, match=r"q: .* is no range"):
+        with pytest.raises(ValueError, match=r"q: .* is not a range"):
             quantizer.set_range(*bad)
 
 
@@ -111,16 +111,16 @@ def test_file_computes_what_the_model_computes(padding, bits, per_channel):
     file = tflite.convert(model)
     expected = ["PAD"] * (padding == "symmetric") + ["CONV_2D", "CONV_2D", "MEAN", "FULLY_CONNECTED"]
     assert [operator.name for operator in tflite.operators(file)] == expected
-    for name, found in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
-        own = model.get_layer(name).quantized_kernel()
-        np.testing.assert_array_equal(found.codes, own.codes)
-        np.testing.assert_array_equal(found.scale, own.scale)
-        assert np.max(np.abs(own.codes.astype(int))) == 2 ** (bits - 1) - 1
+    for name, in_file in zip(("first", "second", "logits"), tflite.weight_codes(file), strict=True):
+        in_model = model.get_layer(name).get_quantized_kernel()
+        np.testing.assert_array_equal(in_file.codes, in_model.codes)
+        np.testing.assert_array_equal(in_file.scale, in_model.scale)
+        assert np.max(np.abs(in_model.codes.astype(int))) == 2 ** (bits - 1) - 1
     assert_file_computes_the_model(model, file, random_images(8, seed=1))
 
 
 def test_16_bit_activations(tmp_path):
-    """A symmetric grid, and a file that computes with int16 activations."""
+    """They are on a symmetric grid, and the file computes with int16."""
     quantizer = ActivationQuantizer(bits=16)
     quantizer.build((None, 4))
     quantizer.set_range(-1.0, 4.0)
@@ -133,8 +133,8 @@ def test_16_bit_activations(tmp_path):
     model.save(tmp_path / "m.keras")
     stripped = strip_learned_step(keras.models.load_model(tmp_path / "m.keras", compile=False))
     file = tflite.convert(stripped)
-    (ends,) = Interpreter(model_content=file).get_input_details()
-    assert ends["dtype"] == np.int16
+    (file_input,) = Interpreter(model_content=file).get_input_details()
+    assert file_input["dtype"] == np.int16
     np.testing.assert_allclose(
         tflite.predict(file, random_images(8, seed=1)), stripped(random_images(8, seed=1)), atol=2e-3
     )
@@ -144,7 +144,7 @@ def test_16_bit_activations(tmp_path):
 
 
 def test_16_bit_fixed_ranges():
-    """Sigmoid, softmax and tanh have the scales that integer kernels prescribe."""
+    """Sigmoid, softmax and tanh have the scales that integer runtimes prescribe."""
     inputs = keras.Input(SIZE)
     features = keras.layers.Conv2D(4, 3, activation="sigmoid")(inputs)
     features = keras.layers.Conv2D(4, 3, activation="tanh")(features)
@@ -156,7 +156,7 @@ def test_16_bit_fixed_ranges():
 
 
 @pytest.mark.parametrize("inference_type", ["uint8", "float32"])
-def test_other_ends(inference_type):
+def test_other_types_of_inputs_and_outputs(inference_type):
     model = quantize_by_one_step(small_repvgg())
     file = tflite.convert(model, inference_type=inference_type)
     assert_file_computes_the_model(model, file, random_images(8, seed=1))
@@ -164,7 +164,7 @@ def test_other_ends(inference_type):
 
 @pytest.mark.parametrize("minimum, maximum, zero_point", [(-1, 1, -1), (-0.7, 0.1, 95)])
 def test_the_file_has_the_same_grid(minimum, maximum, zero_point):
-    """Also where zero falls between two codes, as it does for -1 .. 1."""
+    """Even where zero falls between two codes, as in -1 .. 1."""
     model = quantize_by_one_step(small_repvgg())
     quantizers(model)[0].set_range(minimum, maximum)
     interpreter = Interpreter(model_content=tflite.convert(model))
@@ -186,12 +186,12 @@ def test_saved_and_loaded(tmp_path):
     assert isinstance(loaded.get_layer("first"), QuantizedConv2D)
 
 
-def every_operation():
-    """Branches, squeeze-and-excite, ReLUs of their own, nested models, and layers that keep their input's grid."""
+def model_of_many_operations():
+    """Branches, squeeze-and-excite, separate ReLU layers, nested models, and layers that keep their input's grid."""
     inputs = keras.Input((8, 8, 3), name="image")
     nested_input = keras.Input((8, 8, 4))
     nested = keras.Model(nested_input, keras.layers.Conv2D(4, 1, name="conv")(nested_input), name="left")
-    features = keras.layers.ReLU(name="own_relu")(keras.layers.Conv2D(4, 3, padding="same", name="conv")(inputs))
+    features = keras.layers.ReLU(name="separate_relu")(keras.layers.Conv2D(4, 3, padding="same", name="conv")(inputs))
     features = keras.layers.Add(name="add")([nested(features), features])
     gate = keras.layers.Conv2D(4, 1, activation="sigmoid", name="gate")(features)
     features = keras.layers.Multiply(name="scaled")([features, gate])
@@ -204,32 +204,32 @@ def every_operation():
     return keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="dense")(features))
 
 
-def test_quantizers_stand_where_tflite_rounds():
-    model = every_operation()
+def test_quantizers_are_placed_where_tflite_rounds():
+    model = model_of_many_operations()
     for layer in model.layers:
         if layer.weights:
             layer.set_weights([w + 0.1 for w in layer.get_weights()])
-    result = quantize_by_one_step(model, batch=random_images(size=(8, 8, 3)))
-    found = [quantizer.name.removesuffix("_quantizer") for quantizer in quantizers(result)]
-    expected = "image own_relu left_conv add gate gate_activation scaled depthwise both dense dense_activation"
-    assert sorted(found) == sorted(expected.split())
-    file = tflite.convert(result)
+    quantized = quantize_by_one_step(model, batch=random_images(size=(8, 8, 3)))
+    actual = [quantizer.name.removesuffix("_quantizer") for quantizer in quantizers(quantized)]
+    expected = "image separate_relu left_conv add gate gate_activation scaled depthwise both dense dense_activation"
+    assert sorted(actual) == sorted(expected.split())
+    file = tflite.convert(quantized)
     names = [operator.name for operator in tflite.operators(file)]
     assert "DEQUANTIZE" not in names
     batch = random_images(8, (8, 8, 3), seed=1)
-    # Roundings of many operations add up; without any quantization the two would differ by more.
-    assert np.max(np.abs(tflite.predict(file, batch) - result(batch).numpy())) <= 6.01 / 256
-    assert np.max(np.abs(model(batch) - result(batch, training=False))) < 0.1
+    # Rounding errors of many operations add up.
+    assert np.max(np.abs(tflite.predict(file, batch) - quantized(batch).numpy())) <= 6.01 / 256
+    assert np.max(np.abs(model(batch) - quantized(batch, training=False))) < 0.1
 
 
 def test_a_layer_used_twice_has_a_quantizer_for_each_use():
     shared = keras.layers.Conv2D(3, 3, padding="same", name="shared")
     inputs = keras.Input((6, 6, 3))
     model = keras.Model(inputs, shared(shared(inputs)))
-    result = quantize_by_one_step(model)
-    assert [quantizer.name for quantizer in quantizers(result)][1:] == ["shared_quantizer", "shared_quantizer_2"]
-    file = tflite.convert(result)
-    assert_file_computes_the_model(result, file, random_images(4, (6, 6, 3)))
+    quantized = quantize_by_one_step(model)
+    assert [quantizer.name for quantizer in quantizers(quantized)][1:] == ["shared_quantizer", "shared_quantizer_2"]
+    file = tflite.convert(quantized)
+    assert_file_computes_the_model(quantized, file, random_images(4, (6, 6, 3)))
 
 
 def test_an_activation_that_is_always_zero():
@@ -237,25 +237,25 @@ def test_an_activation_that_is_always_zero():
     dead = keras.layers.Conv2D(4, 3, activation="relu", bias_initializer=keras.initializers.Constant(-99.0))(inputs)
     bias = keras.initializers.Constant(0.5)
     model = keras.Model(inputs, keras.layers.Conv2D(2, 1, bias_initializer=bias, name="after")(dead))
-    result = quantize_by_one_step(model)
+    quantized = quantize_by_one_step(model)
     batch = random_images(2, (6, 6, 3))
-    np.testing.assert_allclose(result(batch), 0.5, atol=0.01)
-    np.testing.assert_allclose(tflite.predict(tflite.convert(result), batch), 0.5, atol=0.01)
+    np.testing.assert_allclose(quantized(batch), 0.5, atol=0.01)
+    np.testing.assert_allclose(tflite.predict(tflite.convert(quantized), batch), 0.5, atol=0.01)
 
 
 def test_refusals():
     model = quantize_activations(small_repvgg())
     with pytest.raises(ValueError, match="'image_quantizer' has no range yet"):
         tflite.convert(model)
-    with pytest.raises(ValueError, match="holds its own activation ranges; leave calibration out"):
+    with pytest.raises(ValueError, match="holds its own calibration ranges; leave calibration out"):
         tflite.convert(model, random_images())
-    result = quantize_by_one_step(small_repvgg())
-    layer = result.get_layer("first")
+    quantized = quantize_by_one_step(small_repvgg())
+    layer = quantized.get_layer("first")
     with pytest.raises(ValueError, match=r"'first': codes and scale have shapes \(3, 3, 3, 8\) and \(1,\)"):
         layer.set_quantized_kernel(QuantizedKernel(np.ones((3, 3, 3, 8), np.int8), np.float32([1])))
     layer.kernel.assign(layer.kernel + 0.001)
     with pytest.raises(ValueError, match="'first': the kernel is not on its grid"):
-        tflite.convert(result)
+        tflite.convert(quantized)
     transposed = keras.Sequential([keras.Input(SIZE), keras.layers.Conv2DTranspose(2, 3, name="up")])
     with pytest.raises(ValueError, match="'up' is a Conv2DTranspose, whose weights cannot be quantized"):
         quantize_by_one_step(transposed)

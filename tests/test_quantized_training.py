@@ -1,4 +1,4 @@
-"""Fine-tuning with quantization from the command line: what is trained is what the exported file computes."""
+"""Fine-tuning with quantization from the command line: the exported file computes what was trained."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def float_run(tmp_path_factory, trained_digits, digits):
     folder = tmp_path_factory.mktemp("runs") / "float"
     folder.mkdir()
     trained_digits.save(folder / runs.MODEL_NAME)
-    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.facts()))
+    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
     return folder
 
 
@@ -43,17 +43,17 @@ def clustered_run(run_forked, float_run, tmp_path_factory):
     return folder
 
 
-def test_what_the_run_leaves(clustered_run):
+def test_a_run_writes_a_quantized_model(clustered_run):
     model = keras.models.load_model(clustered_run / runs.MODEL_NAME)
     layers = [layer for layer in model.layers if isinstance(layer, QuantizedLayer)]
-    counts = [len(np.unique(layer.quantized_kernel().codes)) for layer in layers]
+    counts = [len(np.unique(layer.get_quantized_kernel().codes)) for layer in layers]
     assert max(counts[:-1]) <= 8 < counts[-1] <= 255
     assert quantizers(model)
     assert "--quantize=clusterqat" in (clustered_run / runs.CONFIG_NAME).read_text().split()
     assert json.loads((clustered_run / "result.json").read_text())["top1_percent"] > 93
 
 
-def test_its_file_is_the_trained_model(clustered_run, run_forked, digits):
+def test_the_exported_file_is_the_trained_model(clustered_run, run_forked, digits):
     result = run_forked("export/main.py", f"--workdir={clustered_run}")
     assert result.status == 0, result.stderr[-3000:]
     report = json.loads((clustered_run / "export" / "export.json").read_text())
@@ -63,14 +63,14 @@ def test_its_file_is_the_trained_model(clustered_run, run_forked, digits):
     assert "quantized, as trained" in result.stdout
     assert report["calibration"] == "as trained"
     model = keras.models.load_model(clustered_run / runs.MODEL_NAME)
-    codes = [layer.quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
+    codes = [layer.get_quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
     file = (clustered_run / "export" / entry["file"]).read_bytes()
-    for own, found in zip(codes, tflite.weight_codes(file), strict=True):
-        np.testing.assert_array_equal(found.codes.ravel(), own.ravel())
+    for expected, kernel in zip(codes, tflite.weight_codes(file), strict=True):
+        np.testing.assert_array_equal(kernel.codes.ravel(), expected.ravel())
 
 
 def test_the_float_reference(float_run, run_forked, tmp_path):
-    """The same steps without quantization; its run exports like any other, can be quantized further, and teaches."""
+    """The same steps without quantization. The run can be exported, quantized further, and used as a teacher."""
     command = ("train/main.py", *FLAGS, f"--workdir={tmp_path}", f"--init_from={float_run}", "--quantize=float")
     result = run_forked(*command, "--epochs=1")
     assert result.status == 0, result.stderr[-3000:]
@@ -85,16 +85,16 @@ def test_the_float_reference(float_run, run_forked, tmp_path):
 
 
 def test_tfmot_in_two_runs(float_run, run_forked, tmp_path):
-    """Clustering, then quantization that keeps the clusters; the file is exported as any other."""
-    for name, init_from, *words in (
+    """Clustering, then quantization that preserves the clusters; the result is exported like any other."""
+    for name, init_from, *options in (
         ("clustering", float_run, "--quantize=tfmot_clustering", "--number_of_clusters=8"),
         ("quantization", tmp_path / "clustering", "--quantize=tfmot_quantization", f"--distill_from={float_run}"),
     ):
-        command = ("train/main.py", *FLAGS, f"--workdir={tmp_path / name}", f"--init_from={init_from}", *words)
+        command = ("train/main.py", *FLAGS, f"--workdir={tmp_path / name}", f"--init_from={init_from}", *options)
         result = run_forked(*command, "--epochs=1")
         assert result.status == 0, result.stderr[-3000:]
     clustered = keras.models.load_model(tmp_path / "clustering" / runs.MODEL_NAME)
-    # Of some, by the machine, none is nearest to any weight in the end.
+    # Depending on the machine, some clusters end without weights.
     assert 4 <= max(len(np.unique(layer.kernel)) for layer in clustered.layers if hasattr(layer, "kernel")) <= 8
     result = run_forked("export/main.py", f"--workdir={tmp_path / 'quantization'}")
     assert result.status == 0, result.stderr[-3000:]
@@ -104,12 +104,12 @@ def test_tfmot_in_two_runs(float_run, run_forked, tmp_path):
 
 
 def test_in_training_form(tmp_path, run_forked, digits):
-    """The branches of a run train on; with 16-bit activations the file has int16 ends."""
+    """The branches train; with 16-bit activations, the file has int16 inputs and outputs."""
     folder = tmp_path / "branches"
     folder.mkdir()
     keras.utils.set_random_seed(0)
     build_repvgg("digits", (8, 8, 1), 10, norm="oabn").save(folder / runs.MODEL_NAME)
-    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.facts()))
+    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
     result = run_forked(
         "train/main.py",
         *FLAGS,
@@ -129,7 +129,7 @@ def test_in_training_form(tmp_path, run_forked, digits):
     assert report["files"][0]["agreement_with_trained_model_percent"] >= 99
 
 
-def test_steps_that_train_from_adaquant(float_run, run_forked, tmp_path):
+def test_learned_steps_start_from_adaquant(float_run, run_forked, tmp_path):
     result = run_forked(
         "train/main.py",
         *FLAGS,
@@ -145,9 +145,9 @@ def test_steps_that_train_from_adaquant(float_run, run_forked, tmp_path):
     )
     assert result.status == 0, result.stderr[-3000:]
     model = keras.models.load_model(tmp_path / runs.MODEL_NAME)
-    codes = [layer.quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
-    # AdaQuant's own grid is symmetric, and in two such steps nothing leaves it.
-    assert min(np.min(found) for found in codes) == -3 and max(np.max(found) for found in codes) == 3
+    codes = [layer.get_quantized_kernel().codes for layer in model.layers if isinstance(layer, QuantizedLayer)]
+    # AdaQuant's grid is symmetric, and two steps at such a rate change no code.
+    assert min(np.min(array) for array in codes) == -3 and max(np.max(array) for array in codes) == 3
     assert json.loads((tmp_path / "result.json").read_text())["top1_percent"] > 90
 
 
@@ -160,7 +160,7 @@ def test_steps_that_train_from_adaquant(float_run, run_forked, tmp_path):
     ids=["trained centroids", "from PTQ"],
 )
 def test_killed_and_resumed(float_run, run_forked, tmp_path, options):
-    """The same weights as without interruption: clusters, ranges and counters are in the checkpoint."""
+    """The weights are those of an uninterrupted run: clusters, ranges and counters are in the checkpoint."""
     command = [
         "train/main.py",
         *FLAGS,
@@ -179,7 +179,7 @@ def test_killed_and_resumed(float_run, run_forked, tmp_path, options):
     assert list(folder.glob("ckpt-*")) and not (killed / runs.MODEL_NAME).exists()
     resumed = run_forked(*command, f"--workdir={killed}")
     assert resumed.status == 0 and "AdaQuant" not in resumed.stderr
-    ours, theirs = (keras.models.load_model(path / runs.MODEL_NAME).get_weights() for path in (whole, killed))
-    for mine, its in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(mine, its)
+    expected, actual = (keras.models.load_model(path / runs.MODEL_NAME).get_weights() for path in (whole, killed))
+    for expected_weight, actual_weight in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(actual_weight, expected_weight)
     shutil.rmtree(whole)

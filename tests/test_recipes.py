@@ -1,4 +1,4 @@
-"""Training recipes: averaged weights, mixup, RandAugment, distillation; alone, together, and interrupted."""
+"""Parts of training recipes: averaged weights, mixup, RandAugment, distillation; alone, together, and interrupted."""
 
 import json
 import signal
@@ -10,11 +10,11 @@ import tf_keras as keras
 from PIL import Image
 
 from tf_repvgg import fusion, runs, storage
-from tf_repvgg.data import ClassificationData, rand_augment
+from tf_repvgg.data import ClassificationData, image_operations, rand_augment
 from tf_repvgg.data.augmentation import mixup
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.models import Variant, build_repvgg
-from tf_repvgg.training import callbacks, distillation, optimization
+from tf_repvgg.training import averages, checkpoints, distillation, optimization
 
 TINY = Variant(8, (8,), (2,), stem_stride=1, strides=(1,))
 
@@ -26,6 +26,11 @@ def some_images(channels, count=4, size=32):
     return tf.cast(tf.image.resize(coarse, (size, size)), tf.uint8).numpy()
 
 
+def assert_equal_weights(actual, expected):
+    for actual_weight, expected_weight in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(actual_weight, expected_weight)
+
+
 # Averaged weights
 
 
@@ -33,7 +38,9 @@ def normalized_model():
     keras.utils.set_random_seed(0)
     layers = [keras.Input((4,)), keras.layers.Dense(5), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
     model = keras.Sequential(layers)
-    model.compile(keras.optimizers.SGD(0.3, momentum=0.9), optimization.CrossEntropy(3), metrics=[optimization.top1()])
+    model.compile(
+        keras.optimizers.SGD(0.3, momentum=0.9), optimization.CrossEntropy(3), metrics=[optimization.make_top1()]
+    )
     return model
 
 
@@ -44,28 +51,28 @@ def examples():
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_averages_are_those_of_every_step(decay):
-    """Of all weights, running statistics included; evaluated in the weights' place, which come back."""
+    """All weights are averaged, running statistics too; evaluation uses the averages, and the weights come back."""
     model = normalized_model()
-    average = callbacks.AverageWeights(model, decay)
-    expected, evaluated, kept = model.get_weights(), [], []
+    average = averages.MovingAverage(model, decay)
+    expected, evaluated, last_weights = model.get_weights(), [], []
 
     def follow(batch, _):
         step = batch + 1
         rate = min(decay, (1 + step) / (10 + step))
         expected[:] = [rate * mean + (1 - rate) * now for mean, now in zip(expected, model.get_weights(), strict=True)]
-        kept[:] = model.get_weights()
+        last_weights[:] = model.get_weights()
 
     spy = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
     spy.on_test_begin = lambda logs=None: evaluated.extend(model.get_weights())
     x, y = examples()
     model.fit(x, y, 8, validation_data=(x, y), verbose=0, callbacks=[average, spy])
-    for name, mine, its in zip(model.weights, average.averages, expected, strict=True):
-        np.testing.assert_allclose(mine.numpy(), its, rtol=1e-5, atol=1e-6, err_msg=name.name)
-    for mine, its in zip(evaluated, average.averages, strict=True):
-        np.testing.assert_array_equal(mine, its.numpy())
-    for mine, its in zip(model.get_weights(), kept, strict=True):
-        np.testing.assert_array_equal(mine, its)
-    assert any(np.any(mine != its) for mine, its in zip(kept, evaluated, strict=True))
+    for weight, mean, expected_mean in zip(model.weights, average.averages, expected, strict=True):
+        np.testing.assert_allclose(mean.numpy(), expected_mean, rtol=1e-5, atol=1e-6, err_msg=weight.name)
+    assert_equal_weights(evaluated, [mean.numpy() for mean in average.averages])
+    assert_equal_weights(model.get_weights(), last_weights)
+    assert any(np.any(last != mean) for last, mean in zip(last_weights, evaluated, strict=True))
+    average.replace_weights()
+    assert_equal_weights(model.get_weights(), evaluated)
 
 
 def test_averages_are_checkpointed(tmp_path):
@@ -73,28 +80,27 @@ def test_averages_are_checkpointed(tmp_path):
 
     def fit(name, epochs):
         model = normalized_model()
-        average = callbacks.AverageWeights(model, 0.9)
-        resume = callbacks.Resume(tmp_path / name, model, averages=average.averages)
-        options = {"initial_epoch": resume.first_epoch, "shuffle": False, "verbose": 0}
-        model.fit(x, y, 8, epochs, callbacks=[average, resume], **options)
+        average = averages.MovingAverage(model, 0.9)
+        saving = checkpoints.Checkpoints(tmp_path / name, model, averages=average.averages)
+        options = {"initial_epoch": saving.first_epoch, "shuffle": False, "verbose": 0}
+        model.fit(x, y, 8, epochs, callbacks=[average, saving], **options)
         return [value.numpy() for value in average.averages]
 
     expected = fit("whole", 3)
     fit("parts", 1)
-    for mine, its in zip(fit("parts", 3), expected, strict=True):
-        np.testing.assert_array_equal(mine, its)
+    assert_equal_weights(fit("parts", 3), expected)
 
 
 @pytest.mark.parametrize("clip_mode", ["project", "straight_through"])
 def test_averaged_weights_keep_oabns_limit(digits, clip_mode):
-    """The averaged gamma goes beyond the limit of the averaged variance; what is in force, and is fused, does not."""
+    """The averaged gamma exceeds the limit of the averaged variance; the effective gamma, which is fused, does not."""
     k = 0.05
     options = {"norm": "oabn", "oabn_k": k, "clip_mode": clip_mode}
     model = build_repvgg(TINY, digits.image_shape, 10, **options)
     model.compile(optimization.make_optimizer(0.5, 5, 0), optimization.CrossEntropy(10))
-    average = callbacks.AverageWeights(model, 0.999)
+    average = averages.MovingAverage(model, 0.999)
     model.fit(digits.training(64, range(1), steps_per_epoch=5), verbose=0, callbacks=[average])
-    model.set_weights([value.numpy() for value in average.averages])
+    average.replace_weights()
     fused = fusion.fuse(model)
     norms = {block.name: block.norm_identity for block in model.layers if getattr(block, "norm_identity", None)}
     assert len(norms) == 2
@@ -103,8 +109,8 @@ def test_averaged_weights_keep_oabns_limit(digits, clip_mode):
         assert np.max(np.abs(norm._stored_gamma.numpy()) / sigma) > 1.01 * k
         assert np.max(np.abs(norm.effective_gamma().numpy()) / sigma) <= k * (1 + 1e-6)
         block = model.get_layer(name)
-        without = sum(np.asarray(block.branches()[branch][0]) for branch in block.branches() if branch != "identity")
-        assert np.max(np.abs(fused.get_layer(name).kernel.numpy() - without)) <= k * (1 + 1e-4)
+        others = sum(np.asarray(block.branches()[branch][0]) for branch in block.branches() if branch != "identity")
+        assert np.max(np.abs(fused.get_layer(name).kernel.numpy() - others)) <= k * (1 + 1e-4)
 
 
 # Mixup
@@ -139,7 +145,7 @@ def test_loss_and_top1_take_mixed_labels():
     correct = np.mean(np.argmax(logits, axis=1) == labels)
     assert 0 < correct < 1
     for form in (labels, labels[:, None], mixed):
-        metric = optimization.top1()
+        metric = optimization.make_top1()
         metric.update_state(tf.constant(form), logits)
         assert float(metric.result()) == pytest.approx(correct)
 
@@ -148,9 +154,9 @@ def test_loss_and_top1_take_mixed_labels():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", rand_augment.OPERATIONS)
+@pytest.mark.parametrize("name", image_operations.OPERATIONS)
 def test_operations_change_images_as_far_as_their_strength_says(name, channels):
-    operation, largest, _ = rand_augment.OPERATIONS[name]
+    operation, largest, _ = image_operations.OPERATIONS[name]
     for pixels in some_images(channels):
         image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
@@ -169,11 +175,11 @@ def test_operations_change_images_as_far_as_their_strength_says(name, channels):
             assert change(0) > 0
 
 
-def test_what_some_operations_do():
+def test_results_of_some_operations():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
 
     def result(name, strength):
-        return np.asarray(rand_augment.OPERATIONS[name][0](image, strength)).astype(int)
+        return np.asarray(image_operations.OPERATIONS[name][0](image, strength)).astype(int)
 
     ramp = np.asarray(image).astype(int)
     shift = round(16 * 0.25)
@@ -189,7 +195,7 @@ def test_what_some_operations_do():
 def test_operations_are_drawn_with_equal_chance(monkeypatch):
     drawn = []
     table = [(lambda image, strength, at=at: drawn.append((at, strength)) or image, 2.0, at < 4) for at in range(8)]
-    monkeypatch.setattr(rand_augment, "_TABLE", table)
+    monkeypatch.setattr(image_operations, "OPERATIONS", dict(enumerate(table)))
     generator = np.random.default_rng(0)
     image = some_images(3)[0]
     for _ in range(800):
@@ -204,12 +210,12 @@ def test_operations_are_drawn_with_equal_chance(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rand_augment_depends_on_its_seed_alone(channels):
     images = tf.constant(some_images(channels, count=32))
-    one, same, other = (rand_augment.rand_augment(images, 2, 9, [5, step]).numpy() for step in (0, 0, 1))
-    assert one.shape == images.shape and one.dtype == np.uint8
-    np.testing.assert_array_equal(one, same)
-    changed = np.any(one != images, axis=(1, 2, 3))
+    first, same, other = (rand_augment.rand_augment(images, 2, 9, [5, step]).numpy() for step in (0, 0, 1))
+    assert first.shape == images.shape and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, same)
+    changed = np.any(first != images, axis=(1, 2, 3))
     assert np.mean(changed) > 0.7
-    assert np.any(one != other)
+    assert np.any(first != other)
     np.testing.assert_array_equal(rand_augment.rand_augment(images, 0, 9, [5, 0]), images)
 
 
@@ -236,11 +242,11 @@ def test_augmented_batches_depend_on_seed_epoch_and_step_alone():
         return [tuple(map(np.asarray, batch)) for batch in data.training(128, *arguments)]
 
     whole, again = batches(data, range(2), None, 4), batches(data, range(2), None, 4)
-    rest = batches(data, range(1, 2), None, 4, 1)
-    for one, others in ((whole, again), (whole[5:], rest)):
-        for mine, its in zip(one, others, strict=True):
-            np.testing.assert_array_equal(mine[0], its[0])
-            np.testing.assert_array_equal(mine[1], its[1])
+    continued = batches(data, range(1, 2), None, 4, 1)
+    for actual, expected in ((again, whole), (continued, whole[5:])):
+        for (images, labels), (expected_images, expected_labels) in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(images, expected_images)
+            np.testing.assert_array_equal(labels, expected_labels)
     for images, labels in whole:
         assert images.shape == (128, 8, 8, 1) and labels.shape == (128, 10)
         np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
@@ -266,40 +272,38 @@ def test_distillation_loss_is_hintons():
     for temperature in (1.0, 3.0):
         p, q = softmax(teacher / temperature), softmax(student / temperature)
         expected = temperature**2 * np.mean(np.sum(p * np.log(p / q), axis=1))
-        found = float(distillation.distillation_loss(teacher, student, temperature))
-        assert found == pytest.approx(expected, rel=1e-5)
+        loss = float(distillation.distillation_loss(teacher, student, temperature))
+        assert loss == pytest.approx(expected, rel=1e-5)
     assert float(distillation.distillation_loss(teacher, teacher, 2.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_student_learns_from_its_teacher():
-    """From it alone with weight 1: in a step the logged loss is the teacher's, and labels do not matter."""
+    """With weight 1 from the teacher alone: the logged loss is the teacher's term, and labels have no effect."""
     images = np.random.default_rng(0).normal(size=(8, 6, 6, 1)).astype("float32")
 
-    def trained(labels, weight):
+    def train(labels, weight):
         keras.utils.set_random_seed(0)
         teacher, student = (build_repvgg(TINY, (None, None, 1), 4) for _ in range(2))
         before = teacher.get_weights()
-        model = distillation.Distilled(student, teacher, weight, 2.0)
+        model = distillation.Distiller(student, teacher, weight, 2.0)
         assert [w.name for w in model.weights] == [w.name for w in student.weights]
         model.compile(keras.optimizers.SGD(0.1), optimization.CrossEntropy(4), loss_weights=1 - weight)
         expected = float(distillation.distillation_loss(teacher(images), model(images, training=True), 2.0))
         loss = model.train_on_batch(images, labels)
-        for mine, its in zip(teacher.get_weights(), before, strict=True):
-            np.testing.assert_array_equal(mine, its)
+        assert_equal_weights(teacher.get_weights(), before)
         return model, expected, loss
 
-    one, other = np.zeros(8, int), np.arange(8) % 4
-    model, expected, loss = trained(one, 1.0)
+    labels, other_labels = np.zeros(8, int), np.arange(8) % 4
+    model, expected, loss = train(labels, 1.0)
     assert loss == pytest.approx(expected, rel=1e-4)
-    for mine, its in zip(model.get_weights(), trained(other, 1.0)[0].get_weights(), strict=True):
-        np.testing.assert_array_equal(mine, its)
-    model, expected, loss = trained(one, 0.25)
+    assert_equal_weights(model.get_weights(), train(other_labels, 1.0)[0].get_weights())
+    model, expected, loss = train(labels, 0.25)
     hard = (loss - 0.25 * expected) / 0.75
     keras.utils.set_random_seed(0)
     _, student = (build_repvgg(TINY, (None, None, 1), 4) for _ in range(2))
-    assert hard == pytest.approx(float(optimization.CrossEntropy(4)(one, student(images, training=True))), rel=1e-4)
-    evaluated = model.evaluate(images, one, verbose=0)  # the compiled loss alone
-    assert evaluated == pytest.approx(0.75 * float(optimization.CrossEntropy(4)(one, model(images))), rel=1e-4)
+    assert hard == pytest.approx(float(optimization.CrossEntropy(4)(labels, student(images, training=True))), rel=1e-4)
+    evaluated = model.evaluate(images, labels, verbose=0)  # the compiled loss alone
+    assert evaluated == pytest.approx(0.75 * float(optimization.CrossEntropy(4)(labels, model(images))), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -308,12 +312,12 @@ def test_a_student_learns_from_its_teacher():
 def test_distillation_that_is_refused(options, message):
     model = build_repvgg(TINY, (None, None, 1), 4)
     with pytest.raises(ValueError, match=message):
-        distillation.Distilled(model, model, **options)
+        distillation.Distiller(model, model, **options)
 
 
 def test_a_teacher_is_fused_and_takes_any_size(tmp_path, digits, trained_digits):
     trained_digits.save(tmp_path / runs.MODEL_NAME)
-    storage.write_json(tmp_path / runs.INPUT_NAME, digits.facts())
+    storage.write_json(tmp_path / runs.INPUT_NAME, digits.metadata())
     for path in (tmp_path, tmp_path / runs.MODEL_NAME):
         teacher = distillation.load_teacher(path, digits)
         assert not any(isinstance(layer, ReparameterizedBlock) for layer in teacher.layers)
@@ -323,10 +327,10 @@ def test_a_teacher_is_fused_and_takes_any_size(tmp_path, digits, trained_digits)
         assert teacher(images[:, :6, :6]).shape == (4, 10)
 
 
-# All of it, as a user runs it
+# All parts together, as a user runs them
 
 
-def metrics(workdir):
+def read_metrics(workdir):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
@@ -360,16 +364,16 @@ def test_everything_together_survives_a_kill(run_forked, tmp_path):
     assert list((killed / "checkpoints").iterdir()) and not (killed / "model.keras").exists()
     outcome = run_forked(*command, f"--workdir={killed}")
     assert outcome.status == 0, outcome.stderr[-3000:]
-    assert metrics(killed) == metrics(whole)
-    assert {"loss", "top1_percent", "val_loss", "val_top1_percent"} <= metrics(whole)[0].keys()
-    mine, its = (runs.load_model(workdir) for workdir in (killed, whole))
-    for one, other in zip(mine.weights, its.weights, strict=True):
-        np.testing.assert_array_equal(one, other, err_msg=one.name)
-    # What is kept is what was evaluated last: the averages.
+    assert read_metrics(killed) == read_metrics(whole)
+    assert {"loss", "top1_percent", "val_loss", "val_top1_percent"} <= read_metrics(whole)[0].keys()
+    weights, expected_weights = (runs.load_model(workdir).weights for workdir in (killed, whole))
+    for weight, expected in zip(weights, expected_weights, strict=True):
+        np.testing.assert_array_equal(weight, expected, err_msg=weight.name)
+    # The final model is the one that was evaluated last: it holds the averages.
     result = json.loads((whole / "result.json").read_text())
-    assert result["top1_percent"] == pytest.approx(metrics(whole)[-1]["val_top1_percent"], abs=0.8)
+    assert result["top1_percent"] == pytest.approx(read_metrics(whole)[-1]["val_top1_percent"], abs=0.8)
     last = max((whole / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("ckpt-"))) / "state"
     names = [name for name, _ in tf.train.list_variables(str(last)) if name.startswith("averages/")]
-    averages = {tf.train.load_variable(str(last), name).tobytes() for name in names}
-    assert len(names) == len(its.weights)
-    assert {weight.numpy().tobytes() for weight in its.weights} <= averages
+    saved_averages = {tf.train.load_variable(str(last), name).tobytes() for name in names}
+    assert len(names) == len(expected_weights)
+    assert {weight.numpy().tobytes() for weight in expected_weights} <= saved_averages

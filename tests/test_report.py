@@ -1,4 +1,4 @@
-"""The page that export/main.py --report leaves: all there, self-contained, and drawn well by a browser."""
+"""The page that export/main.py --report writes: complete, self-contained, and well laid out in a browser."""
 
 import html.parser
 import json
@@ -12,7 +12,7 @@ from helpers.networks import random_images, small_repvgg
 
 from tf_repvgg import report, runs, tflite
 from tf_repvgg.quantization import ptq
-from tf_repvgg.report.gather import pareto
+from tf_repvgg.report.records import find_pareto_front
 
 SECTIONS = ("training", "accuracy", "weights", "cost", "layers", "images", "targets")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,16 +23,16 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.words = [], []
+        self.tags, self.texts = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
-    def all(self, name):
+    def find_all(self, name):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
@@ -42,20 +42,20 @@ def exported(run_forked, trained_digits, digits, tmp_path_factory):
     run = tmp_path_factory.mktemp("report") / "run"
     run.mkdir()
     trained_digits.save(run / runs.MODEL_NAME)
-    (run / runs.INPUT_NAME).write_text(json.dumps(digits.facts()))
+    (run / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
     (run / runs.CONFIG_NAME).write_text("--variant=digits\n--norm=oabn\n--oabn_k=0.1\n--novalidation\n")
     epochs = [
         {"epoch": number, "seconds": 1.0, "loss": 1 / number, "top1_percent": 90 + number} for number in (1, 2, 3)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     (run / "result.json").write_text(json.dumps({"top1_percent": 98.0, "training_seconds": 3.0}))
-    words = (
+    flags = (
         "--weight_bits=4,3",
         "--ptq=codebook",
         "--granularity=per_tensor",
         "--targets=litert_int8,tflm_lut,edge_tpu",
     )
-    result = run_forked("export/main.py", f"--workdir={run}", *words, "--report")
+    result = run_forked("export/main.py", f"--workdir={run}", *flags, "--report")
     assert result.status == 0, result.stderr[-3000:]
     return run / "export"
 
@@ -65,27 +65,27 @@ def page(exported):
     return Page((exported / "report.html").read_text(encoding="utf-8"))
 
 
-def test_all_is_there(page, exported):
-    assert {its["id"] for its in page.all("section")} == set(SECTIONS)
-    words = " ".join("".join(page.words).split())
+def test_page_is_complete(page, exported):
+    assert {section["id"] for section in page.find_all("section")} == set(SECTIONS)
+    text = " ".join("".join(page.texts).split())
     record = json.loads((exported / "export.json").read_text())
     for entry in record["files"]:
-        assert f"{entry['top1_percent']:.2f}" in words and f"{entry['file_bytes']:,}" in words
+        assert f"{entry['top1_percent']:.2f}" in text and f"{entry['file_bytes']:,}" in text
         for layer in entry["layers"]:
-            assert layer["layer"] in words and f"{layer['weight_sqnr_db']:.1f}" in words
+            assert layer["layer"] in text and f"{layer['weight_sqnr_db']:.1f}" in text
     # Accuracy, training, four histograms, outliers, sizes, latencies, confusion matrix.
-    figures = [its for its in page.all("svg")]
-    assert len(figures) == 10 and all(len(its["aria-label"]) > 10 and its["role"] == "img" for its in figures)
-    assert {"merged", "conv3x3", "identity", "centroids", "Pareto front"} <= {word.strip() for word in page.words}
-    lost = re.search(r"(\d+) of 360 predictions changed", words)
-    pictures = [its for its in page.all("img") if its["src"].startswith("data:image/png;base64,")]
-    assert len(pictures) == min(int(lost[1]), 12) and all(its["alt"] for its in pictures)
-    assert "tflm_lut" in words and "edge_tpu" in words
+    figures = page.find_all("svg")
+    assert len(figures) == 10 and all(len(figure["aria-label"]) > 10 and figure["role"] == "img" for figure in figures)
+    assert {"merged", "conv3x3", "identity", "centroids", "Pareto front"} <= {piece.strip() for piece in page.texts}
+    changed = re.search(r"Quantization changed (\d+) of 360 predictions", text)
+    pictures = [image for image in page.find_all("img") if image["src"].startswith("data:image/png;base64,")]
+    assert len(pictures) == min(int(changed[1]), 12) and all(image["alt"] for image in pictures)
+    assert "tflm_lut" in text and "edge_tpu" in text
 
 
-def test_it_stands_alone(page):
-    """Nothing is loaded from anywhere, names within the page are told apart, and each reference finds its own."""
-    names = [its["id"] for _, its in page.tags if "id" in its]
+def test_page_is_self_contained(page):
+    """Nothing is loaded from elsewhere, names within the page are unique, and each reference has a target."""
+    names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(names) == len(set(names))
     for tag, attributes in page.tags:
         for key in ("src", "href", "xlink:href"):
@@ -94,24 +94,24 @@ def test_it_stands_alone(page):
                 assert target.startswith("data:") or (target.startswith("#") and target[1:] in names), (tag, target)
         for target in re.findall(r"url\(#?([^)]*)\)", " ".join(filter(None, attributes.values()))):
             assert target in names
-    assert not page.all("script")
+    assert not page.find_all("script")
 
 
-# What a reader would stumble over: text on text within a figure, and a page wider than the screen.
+# Defects of a layout: text on text within a figure, text outside it, and a page wider than the screen.
 CHECK = """<script>
 const overlaps = [], cut = [];
 for (const svg of document.querySelectorAll("svg")) {
   const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent.trim(), text.getBoundingClientRect()]);
   const frame = svg.getBoundingClientRect();
-  cut.push(...boxes.filter(([, box]) => box.left < frame.left || box.right > frame.right + 1).map(([words]) => words));
-  boxes.forEach(([words, a], i) => boxes.slice(i + 1).forEach(([others, b]) => {
+  cut.push(...boxes.filter(([, box]) => box.left < frame.left || box.right > frame.right + 1).map(([text]) => text));
+  boxes.forEach(([text, a], i) => boxes.slice(i + 1).forEach(([otherText, b]) => {
     const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
     const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-    if (width > 1 && height > 3) overlaps.push(words + " / " + others);
+    if (width > 1 && height > 3) overlaps.push(text + " / " + otherText);
   }));
 }
-const facts = {overlaps, cut, width: document.documentElement.scrollWidth, screen: innerWidth};
-document.body.dataset.facts = JSON.stringify(facts);
+const layout = {overlaps, cut, width: document.documentElement.scrollWidth, screen: innerWidth};
+document.body.dataset.layout = JSON.stringify(layout);
 </script></body>"""
 
 
@@ -130,10 +130,10 @@ def test_in_a_browser(exported, tmp_path, width, dark):
     ]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in outcome.stderr
-    (body,) = Page(outcome.stdout).all("body")
-    facts = json.loads(body["data-facts"])
-    assert facts["overlaps"] == [] and facts["cut"] == []
-    assert facts["width"] <= facts["screen"] <= width
+    (body,) = Page(outcome.stdout).find_all("body")
+    layout = json.loads(body["data-layout"])
+    assert layout["overlaps"] == [] and layout["cut"] == []
+    assert layout["width"] <= layout["screen"] <= width
 
 
 def test_without_the_packages(monkeypatch, tmp_path):
@@ -144,7 +144,7 @@ def test_without_the_packages(monkeypatch, tmp_path):
 
 def test_pareto():
     points = [(10, 80.0), (5, 70.0), (20, 79.0), (10, 75.0), (30, 90.0)]
-    assert pareto(points) == [1, 0, 4]
+    assert find_pareto_front(points) == [1, 0, 4]
 
 
 def test_layers_of_a_file():

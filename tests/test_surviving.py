@@ -15,66 +15,68 @@ import tensorflow as tf
 
 from tf_repvgg import runs, storage
 
+# Otherwise the first program prints that TFDS prepares the set, beside what the tests expect.
+pytestmark = pytest.mark.usefixtures("digits")
+
 TRAIN = [
     "train/main.py",
     "--flagfile=configs/digits_oabn.flags",
     "--epochs=3",
     "--batch_size=256",
     "--deterministic",
-    "--checkpoint_minutes=1e-9",  # after every step, but the last two of an epoch
+    "--checkpoint_minutes=1e-9",  # after every step but the last two of an epoch
 ]
 EXPORT = ["export/main.py", "--weight_bits=8,4", "--latency_runs=50", "--calibration_images=64"]
 
 
 def names(folder):
-    """Relative paths of all files and folders, but for those of TensorBoard, of which every process starts one."""
+    """Relative paths of all files and folders but TensorBoard's files, of which every process starts a new one."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name}
 
 
 def metrics(workdir):
-    """All that metrics.jsonl says, but for the seconds."""
+    """The records of metrics.jsonl without the seconds."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def assert_same_weights(one, other):
-    pairs = list(zip(runs.load_model(one).weights, runs.load_model(other).weights, strict=True))
-    assert len(pairs) > 50
-    for mine, its in pairs:
-        np.testing.assert_array_equal(mine, its, err_msg=mine.name)
+def assert_same_weights(workdir, expected_workdir):
+    weights, expected = (runs.load_model(path).weights for path in (workdir, expected_workdir))
+    assert len(weights) > 50
+    for weight, expected_weight in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(weight, expected_weight, err_msg=weight.name)
 
 
-def succeeds(outcome):
+def assert_succeeds(outcome):
     assert outcome.status == 0, outcome.stderr[-3000:]
-    return outcome
 
 
-def fails(outcome, status):
-    """The one line that a program prints when it fails; a progress bar may stand before it."""
+def read_error(outcome, status):
+    """The line that a program prints when it fails; only a progress bar may come before it."""
     assert outcome.status == status, outcome.stderr[-3000:]
-    *before, line = outcome.stderr.splitlines()
-    assert all("step" in other for other in before if other), outcome.stderr[-3000:]
-    assert "main.py: error: " in line
-    return line
+    *bars, error = outcome.stderr.splitlines()
+    assert all("step" in bar for bar in bars if bar), outcome.stderr[-3000:]
+    assert "main.py: error: " in error
+    return error
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, run_forked):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    succeeds(run_forked(*TRAIN, f"--workdir={workdir}"))
-    succeeds(run_forked(*EXPORT, f"--workdir={workdir}"))
+    assert_succeeds(run_forked(*TRAIN, f"--workdir={workdir}"))
+    assert_succeeds(run_forked(*EXPORT, f"--workdir={workdir}"))
     return workdir
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, run_forked, pytestconfig):
-    """(workdir, kills survived): killed at random moments, started again by the same command, until both are done."""
+    """(workdir, number of kills): the same commands, killed at random moments and started again until they are done."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
     random = np.random.default_rng(0)
-    survived = 0
+    kills = 0
 
-    def killed(command, folder, last_event):
-        """Dies up to 2 s after it has begun, or at a random touch of the folder, or up to 100 ms after that."""
+    def run_and_kill(command, folder, last_event):
+        """Kills a command up to 2 s after its start, at a random touch of a folder, or up to 100 ms after that."""
         event = random.integers(1, last_event)
         event, delay = [(1, random.uniform(0, 2)), (event, 0), (event, random.uniform(0, 0.1))][random.integers(3)]
         kill = {"folder": str(folder), "event": int(event), "seconds": float(delay)}
@@ -82,33 +84,33 @@ def interrupted(tmp_path_factory, run_forked, pytestconfig):
         assert status in (0, -signal.SIGKILL)
         return status == -signal.SIGKILL
 
-    kills = pytestconfig.getoption("kills")
-    while survived < 0.6 * kills:
-        survived += killed(TRAIN, workdir, 60)
-    succeeds(run_forked(*TRAIN, f"--workdir={workdir}"))
-    while survived < kills:
-        survived += killed(EXPORT, workdir / "export", 30)
-    succeeds(run_forked(*EXPORT, f"--workdir={workdir}"))
-    return workdir, survived
+    expected_kills = pytestconfig.getoption("kills")
+    while kills < 0.6 * expected_kills:
+        kills += run_and_kill(TRAIN, workdir, 60)
+    assert_succeeds(run_forked(*TRAIN, f"--workdir={workdir}"))
+    while kills < expected_kills:
+        kills += run_and_kill(EXPORT, workdir / "export", 30)
+    assert_succeeds(run_forked(*EXPORT, f"--workdir={workdir}"))
+    return workdir, kills
 
 
-def test_kills_do_not_change_what_a_run_comes_to(uninterrupted, interrupted, pytestconfig):
-    workdir, survived = interrupted
-    assert survived >= pytestconfig.getoption("kills")
+def test_kills_do_not_change_the_result_of_a_run(uninterrupted, interrupted, pytestconfig):
+    workdir, kills = interrupted
+    assert kills >= pytestconfig.getoption("kills")
     assert_same_weights(workdir, uninterrupted)
     assert metrics(workdir) == metrics(uninterrupted)
     assert names(workdir) == names(uninterrupted)
     for path in (*(uninterrupted / "export").glob("*.tflite"), uninterrupted / "input.json"):
         assert (workdir / path.relative_to(uninterrupted)).read_bytes() == path.read_bytes()
     for name in ("result.json", "export/export.json"):
-        mine, its = (json.loads((folder / name).read_text()) for folder in (workdir, uninterrupted))
-        assert mine.keys() == its.keys()
-    assert mine["float_training_form_top1_percent"] == its["float_training_form_top1_percent"]
+        record, expected = (json.loads((folder / name).read_text()) for folder in (workdir, uninterrupted))
+        assert record.keys() == expected.keys()
+    assert record["float_training_form_top1_percent"] == expected["float_training_form_top1_percent"]
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk(kibibytes) -> a file system of that size, or the same one resized."""
+    """small_disk(kibibytes) -> folder of a file system of that size; further calls resize it."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -125,16 +127,19 @@ def small_disk(tmp_path):
 
 
 def test_full_disk_while_training(small_disk, uninterrupted, run_forked):
-    """Room for one checkpoint only; with more room the same command goes on from it."""
+    """There is room for one checkpoint only; with more room, the same command continues from it."""
     workdir = small_disk(1100) / "run"
     command = [*TRAIN, f"--workdir={workdir}"]
-    line = fails(run_forked(*command), 1)
-    assert f"cannot write '{workdir}/checkpoints/ckpt-2' (No space left on device); what was" in line
+    line = read_error(run_forked(*command), 1)
+    assert (
+        f"cannot write '{workdir}/checkpoints/ckpt-2' (No space left on device); files written earlier are intact"
+        in line
+    )
     assert not (workdir / "model.keras").exists()
     (checkpoint,) = (workdir / "checkpoints").iterdir()
     assert checkpoint.name == "ckpt-1"
     small_disk(8000)
-    succeeds(run_forked(*command))
+    assert_succeeds(run_forked(*command))
     assert_same_weights(workdir, uninterrupted)
     assert metrics(workdir) == metrics(uninterrupted)
 
@@ -144,45 +149,46 @@ def test_full_disk_while_exporting(small_disk, uninterrupted, run_forked):
     earlier = {"int8_w8_per_channel.tflite": b"an earlier export", "export.json": b"{}"}
     for name, content in earlier.items():
         (output / name).write_bytes(content)
-    line = fails(run_forked(*EXPORT, f"--workdir={uninterrupted}", f"--output={output}"), 1)
+    line = read_error(run_forked(*EXPORT, f"--workdir={uninterrupted}", f"--output={output}"), 1)
     assert "int8_w8_per_channel.tflite" in line and "No space left on device" in line
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.name != ".lock"} == earlier
 
 
 def test_busy_folders_are_refused(run_forked, tmp_path, uninterrupted):
-    """This process claims them; a lock of a process that has ended does not count."""
-    for name in ("training", "output", "left"):
+    """This process claims them; the lock file of a process that has ended does not count."""
+    for name in ("training", "output", "abandoned"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".lock").write_text("1\n")
-    assert storage.lock_holder(tmp_path / "left") is None
+    assert storage.lock_holder(tmp_path / "abandoned") is None
     for name in ("training", "output"):
         storage.claim_folder(tmp_path / name)
         assert storage.lock_holder(tmp_path / name) == str(os.getpid())
     workdir = tmp_path / "training"
     busy = f"is in use by process {os.getpid()};"
-    assert busy in fails(run_forked(*TRAIN, f"--workdir={workdir}"), 2)
-    assert busy in fails(run_forked(*EXPORT, f"--workdir={uninterrupted}", f"--output={tmp_path / 'output'}"), 2)
+    assert busy in read_error(run_forked(*TRAIN, f"--workdir={workdir}"), 2)
+    assert busy in read_error(run_forked(*EXPORT, f"--workdir={uninterrupted}", f"--output={tmp_path / 'output'}"), 2)
     (workdir / "input.json").write_bytes((uninterrupted / "input.json").read_bytes())
-    assert f"process {os.getpid()} is training it" in fails(run_forked(*EXPORT, f"--workdir={workdir}"), 2)
+    assert f"process {os.getpid()} is training it" in read_error(run_forked(*EXPORT, f"--workdir={workdir}"), 2)
     assert names(workdir) == {".lock", "input.json"}
 
 
 def test_diverging_weights_end_a_run(run_forked, tmp_path):
     workdir = tmp_path / "run"
     command = [*TRAIN, "--learning_rate=1e30", f"--workdir={workdir}"]
-    line = fails(run_forked(*command), 3)
+    line = read_error(run_forked(*command), 3)
     assert "at step 3; " in line
-    assert f"{workdir}/checkpoints/ckpt-2 is kept" in line and "lower --learning_rate in a new workdir" in line
+    assert f"continue from {workdir}/checkpoints/ckpt-2 and diverge again" in line
+    assert "try a lower --learning_rate in a new workdir" in line
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"ckpt-1", "ckpt-2"}
     for name, shape in tf.train.list_variables(str(workdir / "checkpoints" / "ckpt-2" / "state")):
         if shape:
             assert np.all(np.isfinite(tf.train.load_variable(str(workdir / "checkpoints" / "ckpt-2" / "state"), name)))
     assert not (workdir / "model.keras").exists()
     assert not (workdir / "metrics.jsonl").exists()
-    assert fails(run_forked(*command), 3) == line  # the same command comes to the same end
+    assert read_error(run_forked(*command), 3) == line  # the same command fails in the same way
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+def test_partial_files_of_a_killed_process_are_removed(tmp_path):
     for name in (".model.keras.partial", ".ckpt-5.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_bytes(b"half")
@@ -192,7 +198,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     assert names(tmp_path) == {"model.keras", ".lock"}
 
 
-def test_folders_are_written_whole_too(tmp_path):
+def test_folders_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), storage.atomic_write(tmp_path / "run") as temporary:
         temporary.mkdir()
         raise RuntimeError
@@ -201,14 +207,13 @@ def test_folders_are_written_whole_too(tmp_path):
         shutil.copytree(os.path.dirname(__file__), temporary, ignore=shutil.ignore_patterns("__pycache__"))
         assert names(tmp_path) > {".run.partial/run/conftest.py"}
     assert (tmp_path / "run" / "conftest.py").exists()
-    with pytest.raises(OSError, match=r"cannot write .*gone.x' \(No such file or directory\); what was written before"):
+    with pytest.raises(OSError, match=r"cannot write .*gone.x' \(No such file or directory\); files written"):
         storage.write_bytes(tmp_path / "gone" / "x", b"")
 
 
 REPORTING = """
-import runpy, sys
+import runpy
 from tensorflow.python.framework import config
-sys.path.insert(0, "train")
 try:
     runpy.run_path("train/main.py", run_name="__main__")
 finally:
@@ -216,10 +221,11 @@ finally:
 """
 
 
-@pytest.mark.parametrize("word", ["--deterministic", "--nodeterministic"])
-def test_tensorflow_is_told_to_be_deterministic(run_forked, tmp_path, word):
-    """On CPUs, runs that were not told have not been seen to differ."""
+@pytest.mark.parametrize("switch", ["--deterministic", "--nodeterministic"])
+def test_tensorflow_is_made_deterministic(run_forked, tmp_path, switch):
+    """The setting of TensorFlow is checked: on CPUs, no two runs without it have been seen to differ."""
     (tmp_path / "reporting.py").write_text(REPORTING)
-    outcome = run_forked(tmp_path / "reporting.py", word, "--evaluate_only", f"--workdir={tmp_path}")
+    command = (tmp_path / "reporting.py", switch, "--evaluate_only", f"--workdir={tmp_path}")
+    outcome = run_forked(*command, import_from="train")
     assert "no model at" in outcome.stderr
-    assert outcome.stdout == f"deterministic: {word == '--deterministic'}\n"
+    assert outcome.stdout == f"deterministic: {switch == '--deterministic'}\n"

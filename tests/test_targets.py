@@ -38,7 +38,7 @@ def test_int4_weights(model, per_channel):
     built = targets.TARGETS["litert_int4"](file)
     batch = random_images(8, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
-    assert built.facts["int4_weight_bytes"] == (3 * 3 * 3 * 8 + 3 * 3 * 8 * 8 + 8 * 5) // 2
+    assert built.record["int4_weight_bytes"] == (3 * 3 * 3 * 8 + 3 * 3 * 8 * 8 + 8 * 5) // 2
     for ours, theirs in zip(tflite.weight_codes(built.files["_int4.tflite"]), tflite.weight_codes(file), strict=True):
         np.testing.assert_array_equal(ours.codes, theirs.codes)
         np.testing.assert_array_equal(ours.scale, theirs.scale)
@@ -48,7 +48,7 @@ def test_mixed_widths(model):
     """What does not fit into 4 bits stays as it is."""
     file = file_of(model, "min_max", "first=8,.*=4")
     built = targets.TARGETS["litert_int4"](file)
-    (name,) = built.facts["left_in_int8"]
+    (name,) = built.record["left_in_int8"]
     assert "first" in name
     batch = random_images(4, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
@@ -70,12 +70,12 @@ def test_codebooks_in_tflite_micro(model, states, per_channel):
     built = targets.TARGETS["tflm_lut"](file)
     batch = random_images(8, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
-    for layer in built.facts["layers"]:
+    for layer in built.record["layers"]:
         assert layer["codes"] <= states
         bits = max(1, int(np.ceil(np.log2(layer["codes"]))))
         assert layer["index_bits"] in (None, bits)
         assert layer["bytes"] <= layer["weights"]
-    assert built.facts["arena_bytes"] >= built.facts["arena_bytes_of_int8_file"] > 1000
+    assert built.record["arena_bytes"] >= built.record["arena_bytes_of_int8_file"] > 1000
     source = built.files["_lut.cc"].decode()
     assert source.count("0x") == len(built.files["_lut.tflite"]) and "alignas(16)" in source
 
@@ -88,7 +88,7 @@ def test_size_of_codebooks():
     features = keras.layers.GlobalAveragePooling2D()(RepVGGBlock(48, name="second")(features))
     model = fuse(keras.Model(inputs, keras.layers.Dense(5, name="logits")(features)))
     file = tflite.convert(ptq.quantize(model, "codebook", 3, False, random_images(8, (12, 12, 3))))
-    facts = targets.TARGETS["tflm_lut"](file).facts
+    facts = targets.TARGETS["tflm_lut"](file).record
     assert facts["file_over_bound"] <= 1.10
     assert facts["weight_bytes"] < 0.41 * facts["int8_weight_bytes"]
 
@@ -96,10 +96,10 @@ def test_size_of_codebooks():
 @pytest.mark.parametrize("accelerator", ["ethos_u55_32", "ethos_u65_512", "ethos_u85_2048"])
 def test_vela(clustered, accelerator):
     built = targets.TARGETS[accelerator](clustered)
-    assert built.facts["cpu_operators"] == 0 < built.facts["npu_operators"]
-    encoded, raw = built.facts["encoded_weight_bytes"], built.facts["raw_weight_bytes"]
-    assert raw == 832 and built.facts["encoded_over_raw"] == pytest.approx(encoded / raw, abs=1e-4)
-    assert built.facts["inference_ms_estimated"] > 0 and built.facts["sram_bytes"] > 0
+    assert built.record["cpu_operators"] == 0 < built.record["npu_operators"]
+    encoded, raw = built.record["encoded_weight_bytes"], built.record["raw_weight_bytes"]
+    assert raw == 832 and built.record["encoded_over_raw"] == pytest.approx(encoded / raw, abs=1e-4)
+    assert built.record["inference_ms_estimated"] > 0 and built.record["sram_bytes"] > 0
     ((suffix, content),) = built.files.items()
     assert suffix == f"_{accelerator}_vela.tflite" and content[4:8] == b"TFL3"
 
@@ -111,7 +111,7 @@ def test_vela_packs_codebooks_tighter():
     model = fuse(keras.Model(inputs, RepVGGBlock(64, name="first")(inputs)))
     batch = random_images(8, (8, 8, 32))
     plain, clustered = (
-        targets.TARGETS["ethos_u55_128"](tflite.convert(ptq.quantize(model, method, bits, False, batch))).facts
+        targets.TARGETS["ethos_u55_128"](tflite.convert(ptq.quantize(model, method, bits, False, batch))).record
         for method, bits in (("min_max", 8), ("codebook", 3))
     )
     assert clustered["raw_weight_bytes"] == plain["raw_weight_bytes"]
@@ -119,7 +119,7 @@ def test_vela_packs_codebooks_tighter():
 
 
 def test_edge_tpu_rules(model, clustered):
-    facts = targets.TARGETS["edge_tpu"](clustered).facts
+    facts = targets.TARGETS["edge_tpu"](clustered).record
     assert facts["mapped_operators"] == 4 and facts["cpu_operators"] == 0 and facts["fits_cache"]
     assert "published rules only" in facts["compiler"]
 
@@ -185,7 +185,7 @@ def test_edge_tpu_compiler_where_there_is_one(clustered, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     built = targets.TARGETS["edge_tpu"](clustered)
     assert built.files == {"_edgetpu.tflite": b"compiled"}
-    facts = built.facts["compiler"]
+    facts = built.record["compiler"]
     assert (facts["version"], facts["edge_tpu_operators"], facts["cpu_operators"]) == ("16.0.384591198", 9, 1)
     assert (facts["cached_bytes"], facts["streamed_bytes"]) == (round(1.52 * 2**20), round(10.25 * 2**10))
     assert facts["operators"][1]["status"] == "Operation version not supported"
@@ -224,7 +224,7 @@ def test_from_the_command_line(run_forked, trained_digits, digits, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     trained_digits.save(run / runs.MODEL_NAME)
-    (run / runs.INPUT_NAME).write_text(json.dumps(digits.facts()))
+    (run / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
     names = "litert_int8,litert_int4,tflm_lut,ethos_u55_128,edge_tpu"
     result = run_forked("export/main.py", f"--workdir={run}", "--weight_bits=4", f"--targets={names}")
     assert result.status == 0, result.stderr[-3000:]

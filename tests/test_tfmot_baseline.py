@@ -1,9 +1,9 @@
-"""tfmot as a baseline: its models as they are, and what they found in exact files of ours."""
+"""tfmot as a baseline: its models train as they are, and end in exact files."""
 
 import numpy as np
 import pytest
 import tf_keras as keras
-from helpers.networks import every_layer, fit, output_step, random_images, small_repvgg
+from helpers.networks import fit, model_of_all_weighted_layers, output_step, random_images, small_repvgg
 from tensorflow_model_optimization.python.core.clustering.keras.cluster import strip_clustering
 
 from tf_repvgg import tflite
@@ -19,25 +19,25 @@ def model():
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_clustering_then_quantization(model, per_channel):
-    """The stripped model computes what tfmot's does, bit for bit; within a channel its file has the clusters."""
+    """The stripped model equals tfmot's bit for bit, and every channel in the file has the requested clusters."""
     before = [weight.numpy() for weight in model.weights]
     clustered = strip_clustering(fit(tfmot_cluster(model, "logits=16,.*=4", cluster_per_channel=per_channel)))
     trained = fit(tfmot_quantize(clustered))
-    found = strip_tfmot_quantize(trained, clustered)
-    np.testing.assert_array_equal(found(random_images()), trained(random_images()))
-    file = tflite.convert(found)
-    for name, codes in zip(("first", "second"), tflite.weight_codes(file), strict=False):
-        columns = codes.codes.reshape(-1, codes.codes.shape[-1]).T
+    stripped = strip_tfmot_quantize(trained, clustered)
+    np.testing.assert_array_equal(stripped(random_images()), trained(random_images()))
+    file = tflite.convert(stripped)
+    for name, kernel in zip(("first", "second"), tflite.weight_codes(file), strict=False):
+        columns = kernel.codes.reshape(-1, kernel.codes.shape[-1]).T
         assert max(len(np.unique(column)) for column in columns) <= 4, name
     batch = random_images(8, seed=1)
-    # tfmot's ranges start at 6 and follow slowly, so there are few steps in the output's range.
-    assert np.max(np.abs(tflite.predict(file, batch) - found(batch))) <= 2.01 * output_step(found)
+    # tfmot's ranges start at 6 and follow slowly, so the outputs span few steps of their grid.
+    assert np.max(np.abs(tflite.predict(file, batch) - stripped(batch))) <= 2.01 * output_step(stripped)
     for weight, values in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight, values)
 
 
 def test_the_gradient_of_a_centroid(model):
-    """Summed or averaged over its weights: the first step moves centroids by so much more."""
+    """Summed over its weights, the gradient moves a centroid much farther in the first step than averaged."""
     moved = {}
     for aggregation in GradientAggregation:
         clustered = tfmot_cluster(model, 4, cluster_gradient_aggregation=aggregation)
@@ -58,5 +58,5 @@ def test_bad_input(model):
 
 
 def test_depthwise_kernels_are_left_alone():
-    _, *layers = (type(layer).__name__ for layer in tfmot_cluster(every_layer(), 4).layers)
+    _, *layers = (type(layer).__name__ for layer in tfmot_cluster(model_of_all_weighted_layers(), 4).layers)
     assert layers == ["ClusterWeights", "DepthwiseConv2D", "Flatten", "ClusterWeights"]

@@ -9,7 +9,7 @@ import tf_keras as keras
 
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.models import BLOCKS, Variant, build_repvgg
-from tf_repvgg.training import callbacks, optimization
+from tf_repvgg.training import checkpoints, divergence, logs, optimization
 
 
 def test_schedule_warms_up_and_falls_to_zero():
@@ -62,37 +62,37 @@ def tiny_trainer(units=3):
 
 def fit(model, folder, epochs):
     generator = np.random.default_rng(0)
-    resume = callbacks.Resume(str(folder), model)
+    saving = checkpoints.Checkpoints(folder, model)
     x, y = generator.normal(size=(32, 4)), generator.integers(0, 3, 32)
-    model.fit(x, y, 8, epochs, initial_epoch=resume.first_epoch, shuffle=False, verbose=0, callbacks=[resume])
-    return resume.first_epoch
+    model.fit(x, y, 8, epochs, initial_epoch=saving.first_epoch, shuffle=False, verbose=0, callbacks=[saving])
+    return saving.first_epoch
 
 
-def test_resume_continues_as_if_nothing_had_happened(tmp_path):
+def test_training_continues_as_if_nothing_had_happened(tmp_path):
     uninterrupted, first, second = tiny_trainer(), tiny_trainer(), tiny_trainer()
     assert fit(uninterrupted, tmp_path / "a", 4) == 0
     assert fit(first, tmp_path / "b", 2) == 0
     assert fit(second, tmp_path / "b", 4) == 2
     assert int(second.optimizer.iterations) == 16
-    for mine, its in zip(second.get_weights(), uninterrupted.get_weights(), strict=True):
-        np.testing.assert_allclose(mine, its, rtol=1e-6)
-    assert callbacks.Resume(str(tmp_path / "b"), tiny_trainer()).first_epoch == 4
+    for actual, expected in zip(second.get_weights(), uninterrupted.get_weights(), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert checkpoints.Checkpoints(tmp_path / "b", tiny_trainer()).first_epoch == 4
 
 
-def test_resume_refuses_checkpoints_it_cannot_use(tmp_path):
+def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     fit(tiny_trainer(), tmp_path / "a", 1)
     with pytest.raises(ValueError, match=r"is damaged or of another network.*delete .* to start over"):
-        callbacks.Resume(str(tmp_path / "a"), tiny_trainer(units=5))
+        checkpoints.Checkpoints(tmp_path / "a", tiny_trainer(units=5))
     for path in (tmp_path / "a").rglob("*.index"):
         path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="is damaged or of another network"):
-        callbacks.Resume(str(tmp_path / "a"), tiny_trainer())
+        checkpoints.Checkpoints(tmp_path / "a", tiny_trainer())
 
 
 def test_checkpoints_of_an_older_version_are_not_passed_over(tmp_path):
     (tmp_path / "checkpoint").touch()
     with pytest.raises(ValueError, match="holds no checkpoint that this version reads; delete it to start over"):
-        callbacks.Resume(str(tmp_path), tiny_trainer())
+        checkpoints.Checkpoints(tmp_path, tiny_trainer())
 
 
 @pytest.mark.parametrize("minutes", [0, 60, 1e-9])
@@ -103,32 +103,32 @@ def test_checkpoints_within_an_epoch(tmp_path, minutes):
 
     def train(name, stop_at=None):
         model = tiny_trainer()
-        resume = callbacks.Resume(tmp_path / name, model, minutes)
-        rest = slice(8 * resume.first_step, None)
+        saving = checkpoints.Checkpoints(tmp_path / name, model, minutes)
+        remaining = slice(8 * saving.first_step, None)
         stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, _: 1 / (batch != stop_at))
-        logger = callbacks.MetricsLog(tmp_path / f"{name}.jsonl", resume.first_epoch, resume.seconds_before)
-        model.fit(x[rest], y[rest], 8, shuffle=False, verbose=0, callbacks=[logger, resume, stop])
-        return model, resume, json.loads((tmp_path / f"{name}.jsonl").read_text())
+        log = logs.MetricsLog(tmp_path / f"{name}.jsonl", saving.first_epoch, saving.seconds_before)
+        model.fit(x[remaining], y[remaining], 8, shuffle=False, verbose=0, callbacks=[log, saving, stop])
+        return model, saving, json.loads((tmp_path / f"{name}.jsonl").read_text())
 
-    whole, _, expected = train("whole")
+    whole, _, expected_metrics = train("whole")
     with pytest.raises(ZeroDivisionError):
         train("stopped", stop_at=4)
-    continued, resume, found = train("stopped")
-    assert (resume.first_epoch, resume.first_step) == ((0, 5) if minutes == 1e-9 else (0, 0))
-    assert (resume.seconds_before > 0) == (minutes == 1e-9)
-    assert found["loss"] == expected["loss"]
-    for mine, its in zip(continued.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(mine, its)
+    continued, saving, metrics = train("stopped")
+    assert (saving.first_epoch, saving.first_step) == ((0, 5) if minutes == 1e-9 else (0, 0))
+    assert (saving.seconds_before > 0) == (minutes == 1e-9)
+    assert metrics["loss"] == expected_metrics["loss"]
+    for actual, expected in zip(continued.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_metrics_log_is_one_line_per_epoch_also_after_interruptions(tmp_path):
+def test_metrics_log_is_one_line_per_epoch_even_after_interruptions(tmp_path):
     path = tmp_path / "metrics.jsonl"
 
     def log(first, last, epochs_done):
-        logger = callbacks.MetricsLog(path, epochs_done)
+        metrics_log = logs.MetricsLog(path, epochs_done)
         for epoch in range(first, last):
-            logger.on_epoch_begin(epoch)
-            logger.on_epoch_end(epoch, {"loss": 0.5, "top1": 0.25, "val_top1": 0.125})
+            metrics_log.on_epoch_begin(epoch)
+            metrics_log.on_epoch_end(epoch, {"loss": 0.5, "top1": 0.25, "val_top1": 0.125})
 
     log(0, 3, 0)
     with open(path, "a") as file:
@@ -142,12 +142,12 @@ def test_metrics_log_is_one_line_per_epoch_also_after_interruptions(tmp_path):
 
 
 def test_progress_bar_counts_the_whole_run(capfd):
-    with callbacks.Progress(steps_per_epoch=5, epochs=4, first_epoch=1) as progress:
+    with logs.ProgressBar(steps_per_epoch=5, epochs=4, first_epoch=1) as bar:
         for epoch in range(1, 4):
-            progress.on_epoch_begin(epoch)
+            bar.on_epoch_begin(epoch)
             for batch in range(5):
-                progress.on_train_batch_end(batch)
-            progress.on_epoch_end(epoch, {"loss": 0.5})
+                bar.on_train_batch_end(batch)
+            bar.on_epoch_end(epoch, {"loss": 0.5})
     printed = capfd.readouterr().err
     assert "20/20" in printed
     assert "epoch 4/4" in printed
@@ -157,12 +157,12 @@ def test_progress_bar_counts_the_whole_run(capfd):
 def test_training_stops_before_anything_that_is_not_finite_is_saved(tmp_path):
     model = tiny_trainer()
     fit(model, tmp_path / "run", 1)
-    resume = callbacks.Resume(str(tmp_path / "run"), model)
+    saving = checkpoints.Checkpoints(tmp_path / "run", model)
     x, y = np.full((8, 4), np.nan), np.zeros(8)
     with pytest.raises(FloatingPointError, match=r"the loss became nan at step 5$"):
-        model.fit(x, y, 4, 2, initial_epoch=1, verbose=0, callbacks=[callbacks.StopOnNaN(), resume])
+        model.fit(x, y, 4, 2, initial_epoch=1, verbose=0, callbacks=[divergence.StopOnNaN(), saving])
     again = tiny_trainer()
-    assert callbacks.Resume(str(tmp_path / "run"), again).first_epoch == 1
+    assert checkpoints.Checkpoints(tmp_path / "run", again).first_epoch == 1
     assert all(np.all(np.isfinite(weight)) for weight in again.get_weights())
 
 
@@ -170,12 +170,12 @@ def test_weights_spoilt_by_the_last_step_stop_training_too():
     model = tiny_trainer()
     spoil = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: model.layers[-1].bias.assign([np.inf, 0, 0]))
     with pytest.raises(FloatingPointError, match=r"bias:0 holds infinities or NaN at step 1"):
-        model.fit(np.zeros((4, 4)), np.zeros(4), 4, verbose=0, callbacks=[spoil, callbacks.StopOnNaN()])
+        model.fit(np.zeros((4, 4)), np.zeros(4), 4, verbose=0, callbacks=[spoil, divergence.StopOnNaN()])
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_penalty_on_merged_kernels(block):
-    """It is in the loss with its weight, and shrinks the channel with the largest kernel most."""
+    """The penalty is in the loss with its weight, and shrinks the channel with the largest kernel most."""
     variant = Variant(4, (4,), (2,), stem_stride=1, strides=(1,))
     model = build_repvgg(variant, (8, 8, 3), 10, block=block)
     stem, *others = blocks = [layer for layer in model.layers if isinstance(layer, ReparameterizedBlock)]

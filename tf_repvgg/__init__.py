@@ -1,25 +1,32 @@
 """Train RepVGG networks that survive low-bit integer deployment.
 
-Importing this package selects Keras 2 (``tf_keras``), which tensorflow-model-optimization needs, and registers
-the layers, so that saved models load without ``custom_objects``.
+Importing this package selects Keras 2 (``tf_keras``), which tensorflow-model-optimization needs, and registers layers
+and models, so that saved models load without ``custom_objects``.
+
+Example:
+  >>> import tf_repvgg
+  >>> model = tf_repvgg.models.build_repvgg("digits", (8, 8, 1), num_classes=10, norm="oabn")
+  >>> fused = tf_repvgg.fusion.fuse(model)
+  >>> [layer.name for layer in tf_repvgg.outliers.report(fused)][:2]
+  ['stem', 'stage1_block1']
 """
 
 import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tf_repvgg import native_output
 
 # The one place that selects Keras 2: TensorFlow reads this when ``tf.keras`` is first touched.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-# Errors only, unless the user wants to hear more.
+# Errors only, unless the user asks for more.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 with native_output.hide():
     import tensorflow as tf
     import tf_keras
 
-    # Looks for GPUs now, so that what TensorFlow has to say about missing drivers is said here.
+    # Looks for GPUs now, so that TensorFlow's messages about missing drivers are hidden too.
     tf.config.list_physical_devices()
 
 if tf.keras.layers.Layer is not tf_keras.layers.Layer:
@@ -28,11 +35,12 @@ if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         "Import tf_repvgg before anything that touches tf.keras, or set TF_USE_LEGACY_KERAS=1 in the environment."
     )
 
-from tf_repvgg import layers, quantization  # they register their layers, for loading
+# These register their layers and models.
+from tf_repvgg import fusion, layers, quantization
 from tf_repvgg.version import __version__
 
 if TYPE_CHECKING:
-    from tf_repvgg import data, fusion, models, outliers, report, tflite
+    from tf_repvgg import data, models, outliers, report, tflite
 
 __all__ = [
     "__version__",
@@ -47,7 +55,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    """Imports a part of the package when it is first used: some parts take long to import."""
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

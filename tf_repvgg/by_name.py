@@ -14,7 +14,7 @@ def parse(value: Any, parse_value: Callable[[Any], Value], description: str) -> 
     Args:
       value: A single value; a mapping {pattern: value}; or text, either a single value or "pattern=value,...". A part
         of the text without "=" is the value of all layers that no earlier pattern matches.
-      parse_value: Turns one value, from text or not, into what it stands for. Raises ValueError for a bad one.
+      parse_value: Function that converts a value, from text or not; raises ValueError for a bad one.
       description: Name of the values in messages, such as "weight bits".
 
     Returns:
@@ -41,18 +41,24 @@ def parse(value: Any, parse_value: Callable[[Any], Value], description: str) -> 
         except re.error as error:
             raise ValueError(f"{description} for pattern {pattern!r}: not a regular expression ({error})") from None
         if pattern in values:
-            raise ValueError(f"{description} for pattern {pattern!r} are given twice; give one")
+            raise ValueError(f"pattern {pattern!r} of {description} appears twice; remove one of them")
         values[pattern] = parse_value(item)
     return values
 
 
 def first_match(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that matches the whole name; None if there is none."""
+    """The first pattern that matches a whole name; None if there is none.
+
+    Example:
+      >>> from tf_repvgg import by_name
+      >>> by_name.first_match("stage4_block1", ["stem", "stage4_.*", ".*"])
+      'stage4_.*'
+    """
     return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)
 
 
 def resolve(values: Mapping[str, Value], names: Iterable[str], description: str) -> dict[str, Value]:
-    """The value of each layer.
+    """Finds the value of each layer.
 
     Args:
       values: {pattern: value}, see `parse`.
@@ -74,12 +80,11 @@ def resolve(values: Mapping[str, Value], names: Iterable[str], description: str)
     names = list(names)
     for pattern in values:
         if not any(re.fullmatch(pattern, name) for name in names):
-            near = difflib.get_close_matches(pattern, names) or names
-            raise ValueError(f"pattern {pattern!r} of {description} matches no layer; there are: {', '.join(near)}")
+            similar = difflib.get_close_matches(pattern, names) or names
+            raise ValueError(f"pattern {pattern!r} of {description} matches no layer; there are: {', '.join(similar)}")
     matches = {name: first_match(name, values) for name in names}
-    for name, pattern in matches.items():
-        if pattern is None:
-            raise ValueError(f"no pattern of {description} matches layer {name!r}; add '.*' as the last one")
+    if missing := [name for name, pattern in matches.items() if pattern is None]:
+        raise ValueError(f"no pattern of {description} matches layer {missing[0]!r}; add '.*' as the last one")
     if unused := [pattern for pattern in values if pattern not in matches.values()]:
         raise ValueError(
             f"pattern {unused[0]!r} of {description} comes too late: earlier patterns match every layer that it "

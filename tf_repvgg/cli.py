@@ -1,25 +1,32 @@
-"""What the command lines share: quiet logs, and errors of one line: bad input exit status 2, failed work 1 or 3."""
+"""What the command lines share: their flags, quiet logs, and errors as one line with an exit status."""
 
 import contextlib
 import functools
 import os
 import signal
 import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn
 
 import tensorflow as tf
 from absl import app, flags, logging
+
+from tf_repvgg import runs
 
 FAILED, BAD_INPUT, DIVERGED = 1, 2, 3
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
 
-def run(main):
-    """Runs an absl program whose malformed flags end it with one line and exit status 2.
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+    """Parses the flags of an absl program, runs it and exits.
 
-    So does what may fail on the way, such as a full disk, with exit status 1, weights that are no longer finite with 3,
-    and Control-C with 130.
+    A program that fails prints one line. Its exit status is 1 after failures such as a full disk, 2 after malformed
+    flags, 3 if training has diverged, and 130 after Control-C.
+
+    Args:
+      main: Function that takes the command line without its flags.
     """
-    logging.set_verbosity(logging.ERROR)  # TFDS tells of every file it opens, and warns of those it does not find.
+    logging.set_verbosity(logging.ERROR)  # TFDS logs every file that it opens, and warns of those that it misses.
     app.run(functools.partial(_run, main), flags_parser=_parse_flags)
 
 
@@ -27,47 +34,99 @@ def _run(main, argv):
     try:
         main(argv)
     except KeyboardInterrupt:
-        _exit("interrupted; what was written before is whole", INTERRUPTED)
+        _exit("interrupted; files written earlier are intact", INTERRUPTED)
     except FloatingPointError as error:
         _exit(error, DIVERGED)
     except OSError as error:
         _exit(error, FAILED)
-    except tf.errors.ResourceExhaustedError as error:  # memory, or the disk that TensorBoard's events go to
+    except tf.errors.ResourceExhaustedError as error:  # memory, or the disk of TensorBoard's events
         _exit(error.message.splitlines()[0].rpartition("}} ")[2], FAILED)
 
 
 def _parse_flags(argv):
     try:
-        program, *words = flags.FLAGS(argv)
+        program, *arguments = flags.FLAGS(argv)
     except (flags.Error, OSError) as error:
         _exit(error)
-    if words:
-        _exit(f"{words[0]!r} is no flag; flags are written --name=value, switches --name or --noname")
+    if arguments:
+        _exit(f"{arguments[0]!r} is not a flag; write flags as --name=value, and switches as --name or --noname")
     return [program]
 
 
-def key_flags() -> dict[str, str]:
-    """The program's own flags and their values, as they would be written on the command line.
+def key_flags(program: str, flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, str]:
+    """The flags of a program and their values, as text.
 
-    Without --data_dir: reports are for other machines too.
+    Flags without a value are left out. So is --data_dir, which differs between machines.
+
+    Args:
+      program: Module that defines or adopts the flags: the program's `__name__`.
+      flag_values: Parsed flags.
+
+    Example:
+      >>> from absl import flags
+      >>> from tf_repvgg import cli
+      >>> values = flags.FlagValues()
+      >>> _ = flags.DEFINE_integer("epochs", 10, "Passes over the data.", flag_values=values, module_name="program")
+      >>> _ = values(["program", "--epochs=3"])
+      >>> cli.key_flags("program", values)
+      {'epochs': '3'}
     """
-    own = flags.FLAGS.get_key_flags_for_module("__main__")
+    lines = _lines_of_flags(program, ("data_dir",), flag_values)
+    return {flag.name: line.partition("=")[2] for flag, line in lines}
+
+
+def read_settings(
+    program: str, leave_out: Collection[str] = (), flag_values: flags.FlagValues = flags.FLAGS
+) -> dict[str, runs.Setting]:
+    """The flags of a program as the settings of a `tf_repvgg.runs.Run`. Flags without a value are left out.
+
+    Args:
+      program: Module that defines or adopts the flags: the program's `__name__`.
+      leave_out: Names of flags that do not belong to the run, such as its folder.
+      flag_values: Parsed flags.
+
+    Example:
+      >>> from absl import flags
+      >>> from tf_repvgg import cli
+      >>> values = flags.FlagValues()
+      >>> _ = flags.DEFINE_boolean("flip", True, "Mirror images.", flag_values=values, module_name="program")
+      >>> _ = values(["program", "--noflip"])
+      >>> cli.read_settings("program", flag_values=values)
+      {'flip': Setting(line='--noflip', is_default=False)}
+    """
     return {
-        flag.name: flag.serialize().partition("=")[2]
-        for flag in own
-        if flag.value is not None and flag.name != "data_dir"
+        flag.name: runs.Setting(line, is_default=flag.value == flag.default)
+        for flag, line in _lines_of_flags(program, leave_out, flag_values)
     }
 
 
+def _lines_of_flags(program, leave_out, flag_values):
+    return [
+        (flag, flag.serialize())
+        for flag in flag_values.get_key_flags_for_module(program)
+        if flag.value is not None and flag.name not in leave_out
+    ]
+
+
 @contextlib.contextmanager
-def bad_input_exits():
-    """Around everything that reads what the user gave: its errors become one line and exit status 2."""
+def bad_input_exits() -> Iterator[None]:
+    """A context for reading input from the user: its errors become one line and exit status 2.
+
+    Example:
+      >>> from tf_repvgg import cli
+      >>> try:
+      ...     with cli.bad_input_exits():
+      ...         raise ValueError("--epochs is 0; give 1 or more")
+      ... except SystemExit as error:
+      ...     print(error.code)
+      2
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         _exit(error)
 
 
-def _exit(error, status=BAD_INPUT):
+def _exit(error: object, status: int = BAD_INPUT) -> NoReturn:
     print(f"{os.path.relpath(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,7 +1,10 @@
-"""Merging every multi-branch block of a model into one 3x3 convolution, and batch normalizations, exactly."""
+"""Fusion, exactly: every multi-branch block becomes one 3x3 convolution, and batch normalizations are merged."""
 
 import collections
-from typing import NamedTuple
+import hashlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -17,80 +20,216 @@ _MERGED_TYPES = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers
 
 
 class PreActivationStatistics(NamedTuple):
-    """What the normalizations imply about a fused convolution's output, per channel: each of shape [out]."""
+    """Statistics of a fused convolution's output before its activation, as the merged normalizations imply them.
+
+    Attributes:
+      mean: Mean of each output channel: float32 [out].
+      variance: Variance of each output channel: float32 [out].
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.fusion import fuse
+      >>> from tf_repvgg.layers import RepVGGBlock
+      >>> inputs = keras.Input((8, 8, 3))
+      >>> fused = fuse(keras.Model(inputs, RepVGGBlock(4, name="block")(inputs)))
+      >>> statistics = fused.pre_activation_statistics["block"]
+      >>> statistics.mean.shape, statistics.variance.shape
+      ((4,), (4,))
+    """
 
     mean: np.ndarray
     variance: np.ndarray
 
 
-def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs=None) -> keras.Model:
-    """Returns the deploy form of `model`: the same function in float32, one 3x3 convolution per block.
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class FusedModel(keras.Model):
+    """Deploy form of a model: plain Keras layers, and the statistics of the fused convolutions.
 
-    Works on any functional (or built Sequential) model that contains the blocks, nested models included; also on
-    models of other layers, for their batch normalizations. A batch
-    normalization right after a Conv2D, DepthwiseConv2D or Dense layer without activation is merged into that layer, as
-    integer runtimes need it. All other layers are copied; `model` itself stays as it is. The result is then run beside
-    `model` on random input.
+    The statistics are saved and loaded with the model. They hold for the weights that the model was fused with, and
+    for no others: after training or `set_weights`, and in a fresh copy by `keras.models.clone_model`, there are none;
+    they are there again once the weights are.
+
+    `keras.Model(fused.inputs, fused.outputs)` is the same network as a plain Keras model. Saved files of that one load
+    without tf_repvgg.
 
     Args:
-      model: training-form model.
-      tolerance: largest accepted difference of an output, relative to its largest value.
-      check_inputs: what the check runs on, in the structure of `model.inputs`; by default two random images per
+      inputs: Input tensors, as for `keras.Model`.
+      outputs: Output tensors, as for `keras.Model`.
+      name: Name of the model.
+      statistics: `PreActivationStatistics` by name of the fused convolution, or None where they are not determined.
+      weights_sha256: Hash of the weights that the statistics belong to; by default, of the present weights.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.fusion import fuse
+      >>> from tf_repvgg.models import Variant, build_repvgg
+      >>> fused = fuse(build_repvgg(Variant(4, widths=(4,), depths=(1,), strides=(2,)), (8, 8, 3), num_classes=2))
+      >>> list(fused.pre_activation_statistics)
+      ['stem', 'stage1_block1']
+      >>> copy = keras.models.clone_model(fused)  # with new weights
+      >>> list(copy.pre_activation_statistics)
+      []
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        outputs: Any,
+        name: str | None = None,
+        statistics: Mapping[str, PreActivationStatistics | None] = MappingProxyType({}),
+        weights_sha256: str | None = None,
+    ) -> None:
+        super().__init__(inputs, outputs, name=name)
+        # Not a dict: Keras would track it, and refuse to save arrays in it.
+        self._statistics = MappingProxyType(dict(statistics))
+        self._statistics_weights_sha256 = weights_sha256 or _hash_weights(self)
+
+    @property
+    def pre_activation_statistics(self) -> dict[str, PreActivationStatistics | None]:
+        """The statistics by name of the fused convolution; empty if the weights have changed since fusion."""
+        return dict(self._statistics) if self._statistics_weights_sha256 == _hash_weights(self) else {}
+
+    def get_config(self) -> dict[str, Any]:
+        statistics = {
+            # As Python's floats, which JSON keeps exactly.
+            name: None if entry is None else {field: array.tolist() for field, array in entry._asdict().items()}
+            for name, entry in self._statistics.items()
+        }
+        return {
+            **graph.recast(self, keras.Model).get_config(),
+            "pre_activation_statistics": statistics,
+            "weights_sha256": self._statistics_weights_sha256,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> "FusedModel":
+        config = dict(config)
+        statistics = {
+            name: None if entry is None else PreActivationStatistics(**_arrays(entry))
+            for name, entry in config.pop("pre_activation_statistics").items()
+        }
+        weights_sha256 = config.pop("weights_sha256")
+        plain = keras.Model.from_config(config, custom_objects)
+        return graph.recast(plain, cls, statistics=statistics, weights_sha256=weights_sha256)
+
+
+# H5 files and SavedModels name a model's class without its package.
+keras.saving.get_custom_objects()[FusedModel.__name__] = FusedModel
+
+
+def pre_activation_statistics(model: keras.Model) -> dict[str, PreActivationStatistics | None]:
+    """Statistics of a model's fused convolutions by name; empty unless the model is a `FusedModel` with its weights.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import fusion
+      >>> from tf_repvgg.layers import RepVGGBlock
+      >>> inputs = keras.Input((8, 8, 3))
+      >>> model = keras.Model(inputs, RepVGGBlock(4, name="block")(inputs))
+      >>> len(fusion.pre_activation_statistics(model)), len(fusion.pre_activation_statistics(fusion.fuse(model)))
+      (0, 1)
+    """
+    return model.pre_activation_statistics if isinstance(model, FusedModel) else {}
+
+
+def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs: Any = None) -> FusedModel:
+    """Returns the deploy form of a model: the same function in float32, with one 3x3 convolution per block.
+
+    Works on any functional (or built Sequential) model that contains blocks, nested models included; also on
+    models of other layers, for their batch normalizations. A batch normalization right after a Conv2D,
+    DepthwiseConv2D or Dense layer without activation is merged into that layer, as integer runtimes need it. All
+    other layers are copied; `model` itself stays as it is. The result is then compared with `model` on random input.
+
+    Args:
+      model: Training-form model.
+      tolerance: Largest accepted difference of an output, relative to the output's largest magnitude.
+      check_inputs: Inputs of the comparison, in the structure of `model.inputs`; by default two random images per
         input, with 64 pixels where the height or width is not fixed.
 
     Returns:
-      A functional model whose fused convolutions have the names of their blocks; where blocks of several nested models
-      have one name, those of the models before it, as in "left_stem". Its attribute `pre_activation_statistics`
-      maps each of those names to a `PreActivationStatistics`, or to None where the block's normalizations do not
-      determine them. (Keras does not save that attribute with the model.)
+      A functional model whose fused convolutions have the names of their blocks. Where blocks of several nested models
+      share a name, the names of the nested models come first, as in "left_stem". The property
+      `pre_activation_statistics` has an entry for each of those names.
 
     Raises:
-      ValueError: if `model` is no functional model, or holds no block or normalization that can be merged.
-      ArithmeticError: if an output differs by more than `tolerance`; names it and the measured difference.
+      ValueError: If `model` is not functional, or has no block or normalization that can be merged.
+      ArithmeticError: If an output differs by more than `tolerance`. Names the output and the measured difference.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.fusion import fuse
+      >>> from tf_repvgg.layers import RepVGGBlock
+      >>> inputs = keras.Input((8, 8, 3))
+      >>> fused = fuse(keras.Model(inputs, RepVGGBlock(4, name="block")(inputs)))
+      >>> [(type(layer).__name__, layer.name) for layer in fused.layers[1:]]
+      [('Conv2D', 'block')]
     """
     if not graph.is_functional(model):
         raise ValueError(
             f"fuse needs a functional Keras 2 model, but got {type(model).__name__}; "
             "build it with keras.Model(inputs, outputs)"
         )
-    norm_of = _norms_to_merge(model)
-    if not (_blocks(model) or norm_of):
+    norms = _norms_to_merge(model)
+    if not (_blocks(model) or norms):
         raise ValueError(
-            f"model {model.name!r} contains no re-parameterized block, nor a batch normalization right after a linear "
+            f"model {model.name!r} contains no re-parameterized block and no batch normalization right after a linear "
             "layer, so there is nothing to fuse"
         )
     names = graph.unique_names(model, ReparameterizedBlock)
-    merged_norms = {id(norm) for norm in norm_of.values()}
+    merged_norms = {id(norm) for norm in norms.values()}
     statistics = {}
 
-    def deploy_form(layer):
+    def replace(layer):
         if isinstance(layer, ReparameterizedBlock):
-            statistics[names[id(layer)]] = _statistics(layer)
-            return _block_in_deploy_form(layer, names[id(layer)])
+            statistics[names[id(layer)]] = _compute_statistics(layer)
+            return _fuse_block(layer, names[id(layer)])
         if hidden := _blocks(layer):
             raise ValueError(
                 f"block {hidden[0].name!r} is inside another layer, where it cannot be replaced; "
                 "use blocks directly in functional models"
             )
-        if id(layer) in norm_of:
-            return _merged(layer, norm_of[id(layer)])
+        if id(layer) in norms:
+            return _merge_norm(layer, norms[id(layer)])
         if id(layer) in merged_norms:
             return lambda inputs, **_: inputs
         return graph.copy_layer(layer)
 
-    fused = graph.rebuild(model, deploy_form)
-    _check(model, fused, tolerance, check_inputs)
-    fused.pre_activation_statistics = statistics
-    return fused
+    fused = graph.rebuild(model, replace)
+    _compare(model, fused, tolerance, check_inputs)
+    return graph.recast(fused, FusedModel, statistics=statistics)
 
 
 def needs_fusing(model: keras.Model) -> bool:
-    """Whether the model holds blocks in training form."""
+    """Whether a model holds blocks in training form.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import fusion
+      >>> from tf_repvgg.layers import RepVGGBlock
+      >>> model = keras.Sequential([RepVGGBlock(4, input_shape=(8, 8, 3))])
+      >>> fusion.needs_fusing(model), fusion.needs_fusing(fusion.fuse(model))
+      (True, False)
+    """
     return bool(_blocks(model))
 
 
 def _blocks(model):
     return graph.find_layers(model, ReparameterizedBlock)
+
+
+def _arrays(lists):
+    return {name: np.asarray(values, np.float32) for name, values in lists.items()}
+
+
+def _hash_weights(model):
+    """SHA-256 of all weights by layer, whatever the order of the layers and of `model.weights`."""
+    names = graph.unique_names(model)
+    content = hashlib.sha256()
+    for layer in sorted(graph.leaves(model), key=lambda layer: names[id(layer)]):
+        for weight in layer.get_weights():
+            content.update(names[id(layer)].encode())
+            content.update(np.ascontiguousarray(weight).data)
+    return content.hexdigest()
 
 
 def _norms_to_merge(model):
@@ -114,18 +253,20 @@ def _norms_to_merge(model):
     return norms
 
 
-def _statistics(block):
-    found = block.pre_activation_statistics()
-    return None if found is None else PreActivationStatistics(*(value.numpy() for value in found))
+def _compute_statistics(block):
+    statistics = block.pre_activation_statistics()
+    if statistics is None:
+        return None
+    return PreActivationStatistics(*(np.asarray(values, np.float32) for values in statistics))
 
 
-def _block_in_deploy_form(block, name):
-    deploy_form = block.deploy_form(name)
-    # The block may have been called with training=False, which a convolution does not know.
+def _fuse_block(block, name) -> Callable:
+    deploy_form = block.make_deploy_form(name)
+    # The block may have been called with training=False, which a convolution does not accept.
     return lambda inputs, **_: deploy_form(inputs)
 
 
-def _merged(layer, norm):
+def _merge_norm(layer, norm) -> Callable:
     """A copy of a linear layer with the normalization that follows it in its weights, as a callable."""
     scale, shift = (np.asarray(value) for value in scale_and_shift(norm))
     kernel, *bias = layer.get_weights()
@@ -135,20 +276,24 @@ def _merged(layer, norm):
     return graph.copy_layer(layer, weights, use_bias=True)
 
 
-def _check(model, fused, tolerance, inputs):
+def _compare(model, fused, tolerance, inputs):
+    """Raises ArithmeticError if the outputs of both models on the same inputs differ by more than the tolerance."""
     if any(layer.compute_dtype != layer.variable_dtype for layer in graph.find_layers(model) if layer is not model):
         model = graph.rebuild(model, graph.copy_layer)
     if inputs is None:
         generator = np.random.default_rng(0)
-        inputs = [
+        images = [
             generator.standard_normal([2, *(size or _CHECK_SIZE for size in tensor.shape[1:])]).astype("float32")
             for tensor in model.inputs
         ]
-        inputs = graph.pack_inputs(model, inputs)
-    expected, found = (tf.nest.flatten(form(inputs, training=False)) for form in (model, fused))
-    for name, mine, its in zip(model.output_names, expected, found, strict=True):
-        mine, its = np.asarray(mine, np.float64), np.asarray(its, np.float64)
-        difference = np.max(np.abs(mine - its)) / max(np.max(np.abs(mine)), np.finfo("float32").tiny)
+        inputs = graph.pack_inputs(model, images)
+    expected, actual = (
+        [np.asarray(output, np.float64) for output in tf.nest.flatten(form(inputs, training=False))]
+        for form in (model, fused)
+    )
+    for name, expected_output, actual_output in zip(model.output_names, expected, actual, strict=True):
+        largest = max(np.max(np.abs(expected_output)), np.finfo("float32").tiny)
+        difference = np.max(np.abs(expected_output - actual_output)) / largest
         if not difference <= tolerance:
             raise ArithmeticError(
                 f"fusing model {model.name!r} changed its output {name!r} by {difference:.2e} of its largest value, "

@@ -1,43 +1,63 @@
-"""Keeping native libraries quiet: TensorFlow's C++ writes to stderr before any log level applies."""
+"""Keeping native libraries quiet: TensorFlow's C++ code writes to stderr before any log level applies."""
 
 import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def capture():
-    """Keeps what is written to file descriptor 2 inside the block; shows it after all if the block raises.
+def capture() -> Iterator[Callable[[], str]]:
+    """Captures what is written to file descriptor 2 inside the block; shows it after all if the block raises.
 
     Yields:
-      A function that returns it so far, as text.
+      Function without arguments that returns the text captured so far.
+
+    Example:
+      >>> import os
+      >>> from tf_repvgg import native_output
+      >>> with native_output.capture() as read_output:
+      ...     _ = os.write(2, b"a warning from C++")
+      >>> read_output()
+      'a warning from C++'
     """
     sys.stderr.flush()
-    saved = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
-        text = []
+        text = ""
 
-        def read():
+        def read_output():
+            nonlocal text
             if not file.closed:
                 file.seek(0)
-                text[:] = [file.read().decode(errors="replace")]
-            return text[0]
+                text = file.read().decode(errors="replace")
+            return text
 
         try:
-            yield read
+            yield read_output
         except BaseException:
-            os.write(saved, read().encode())
+            os.write(stderr, read_output().encode())
             raise
         finally:
-            read()
-            os.dup2(saved, 2)
-            os.close(saved)
+            read_output()
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @contextlib.contextmanager
-def hide():
-    """Hides what is written to file descriptor 2 inside the block; shows it after all if the block raises."""
+def hide() -> Iterator[None]:
+    """Hides what is written to file descriptor 2 inside the block; shows it after all if the block raises.
+
+    Example:
+      >>> import os
+      >>> from tf_repvgg import native_output
+      >>> with native_output.capture() as read_output:
+      ...     with native_output.hide():
+      ...         _ = os.write(2, b"a warning from C++")
+      >>> read_output()
+      ''
+    """
     with capture():
         yield

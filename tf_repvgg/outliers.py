@@ -1,6 +1,8 @@
-"""What the weights of a model look like, layer by layer and branch by branch, once merged."""
+"""Statistics of the merged weights of a model, layer by layer and branch by branch."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tf_keras as keras
@@ -15,16 +17,26 @@ class KernelStatistics:
     """Statistics of one merged kernel.
 
     Attributes:
-      name: layer.
-      std: standard deviation of all its weights.
-      largest: largest magnitude.
-      outlier_ratio: largest / std, what a per-tensor grid has to span.
-      channel_outlier_ratio: the same within each output channel, the median over channels.
-      kurtosis: fourth standardized moment; 3 for a normal distribution.
-      branch_largest: largest magnitude that each branch adds; empty for plain layers.
-      gamma_over_sigma: |gamma| / sqrt(variance + epsilon) of the identity's normalization, as (smallest, median,
-        largest), on the gamma in force; None without one.
-      clipped_share: share of the identity's gammas that sit at OABN's limit; None without OABN.
+      name: Name of the layer.
+      std: Standard deviation of all weights.
+      largest: Largest magnitude of a weight.
+      outlier_ratio: Quotient largest / std, which a per-tensor grid has to span.
+      channel_outlier_ratio: Median over the output channels of the same quotient within a channel.
+      kurtosis: Fourth standardized moment of the weights; 3 for a normal distribution.
+      branch_largest: Largest magnitude of each branch's part in the kernel; empty for plain layers.
+      gamma_over_sigma: Smallest, median and largest |gamma| / sqrt(variance + epsilon) of the identity branch's
+        normalization, for the gamma in force; None for a layer without one.
+      clipped_share: Share of the identity branch's gammas at OABN's limit; None without OABN.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import outliers
+      >>> model = keras.Sequential([keras.layers.Dense(2, name="dense", input_shape=[2])])
+      >>> model.set_weights([np.array([[1.0, -1.0], [1.0, -3.0]]), np.zeros(2)])
+      >>> (statistics,) = outliers.report(model)
+      >>> statistics.name, statistics.largest, round(statistics.outlier_ratio, 2)
+      ('dense', 3.0, 1.81)
     """
 
     name: str
@@ -38,27 +50,44 @@ class KernelStatistics:
     clipped_share: float | None
 
 
-def report(model: keras.Model, print_fn=None) -> list[KernelStatistics]:
-    """Statistics of every block (merged), convolution and dense layer of a model, in either form.
+def report(model: keras.Model, print_fn: Callable[[str], object] | None = None) -> list[KernelStatistics]:
+    """Computes statistics of every block (merged), convolution and dense layer of a model in either form.
 
     Args:
-      model: any Keras model.
-      print_fn: if given, a readable table is printed with it.
+      model: Any Keras model.
+      print_fn: Function that receives a readable table; None for no table.
+
+    Example:
+      >>> from tf_repvgg import outliers
+      >>> from tf_repvgg.models import build_repvgg
+      >>> statistics = outliers.report(build_repvgg("digits", (8, 8, 1), num_classes=10))
+      >>> [layer.name for layer in statistics][:3]
+      ['stem', 'stage1_block1', 'stage1_block2']
+      >>> sorted(statistics[1].branch_largest)
+      ['conv1x1', 'conv3x3', 'identity']
     """
-    found = []
+    statistics = []
     for layer in graph.find_layers(model):
         if isinstance(layer, ReparameterizedBlock):
-            found.append(_of_block(layer))
+            statistics.append(_describe_block(layer))
         elif isinstance(layer, keras.layers.Conv2D | keras.layers.Dense) and not _is_inside_block(layer, model):
-            found.append(_of_kernel(layer.name, layer.kernel.numpy()))
+            statistics.append(_describe_kernel(layer.name, layer.kernel.numpy()))
     if print_fn is not None:
-        _print(found, print_fn)
-    return found
+        print_fn(_make_table(statistics))
+    return statistics
 
 
-def as_records(statistics: list[KernelStatistics]) -> list[dict]:
-    """The statistics as JSON-serializable dictionaries."""
-    return [dataclasses.asdict(entry) for entry in statistics]
+def as_records(statistics: Sequence[KernelStatistics]) -> list[dict[str, Any]]:
+    """Converts statistics to JSON-serializable dictionaries.
+
+    Example:
+      >>> from tf_repvgg import outliers
+      >>> from tf_repvgg.models import build_repvgg
+      >>> (stem, *_) = outliers.as_records(outliers.report(build_repvgg("digits", (8, 8, 1), num_classes=10)))
+      >>> stem["name"], stem["gamma_over_sigma"]
+      ('stem', None)
+    """
+    return [dataclasses.asdict(layer) for layer in statistics]
 
 
 def _is_inside_block(layer, model):
@@ -66,7 +95,7 @@ def _is_inside_block(layer, model):
     return any(layer is inner for block in blocks for inner in (block.conv3x3, block.conv1x1))
 
 
-def _of_kernel(name, kernel, **of_block):
+def _describe_kernel(name, kernel, branch_largest=None, gamma_over_sigma=None, clipped_share=None):
     std = float(np.std(kernel))
     channels = kernel.reshape(-1, kernel.shape[-1])
     channel_std = np.std(channels, axis=0)
@@ -74,7 +103,6 @@ def _of_kernel(name, kernel, **of_block):
     ratios = np.max(np.abs(channels), axis=0)[alive] / channel_std[alive]
     centred = kernel - np.mean(kernel)
     largest = float(np.max(np.abs(kernel)))
-    defaults = {"branch_largest": {}, "gamma_over_sigma": None, "clipped_share": None}
     return KernelStatistics(
         name=name,
         std=std,
@@ -82,37 +110,37 @@ def _of_kernel(name, kernel, **of_block):
         outlier_ratio=largest / std if std else 0.0,
         channel_outlier_ratio=float(np.median(ratios)) if ratios.size else 0.0,
         kurtosis=float(np.mean(centred**4) / std**4) if std else 0.0,
-        **defaults | of_block,
+        branch_largest=branch_largest or {},
+        gamma_over_sigma=gamma_over_sigma,
+        clipped_share=clipped_share,
     )
 
 
-def _of_block(block):
+def _describe_block(block):
     kernel, _ = block.equivalent_kernel_and_bias()
     largest = {name: float(np.max(np.abs(branch))) for name, (branch, _) in block.branches().items()}
     norm = getattr(block, "norm_identity", None)
     if norm is None:
-        return _of_kernel(block.name, kernel.numpy(), branch_largest=largest)
+        return _describe_kernel(block.name, kernel.numpy(), largest)
     is_clipped = isinstance(norm, OutlierAwareBatchNormalization) and norm.clips
     gamma = np.abs((norm.effective_gamma() if is_clipped else norm.gamma).numpy())
     ratio = gamma / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
     quantiles = tuple(float(value) for value in np.quantile(ratio, [0, 0.5, 1]))
     share = float(np.mean(gamma >= norm.gamma_limit().numpy() * (1 - 1e-6))) if is_clipped else None
-    return _of_kernel(
-        block.name, kernel.numpy(), branch_largest=largest, gamma_over_sigma=quantiles, clipped_share=share
-    )
+    return _describe_kernel(block.name, kernel.numpy(), largest, quantiles, share)
 
 
-def _print(statistics, print_fn):
+def _make_table(statistics):
     rows = [
         [
-            entry.name,
-            entry.std,
-            entry.largest,
-            *(round(ratio, 1) for ratio in (entry.outlier_ratio, entry.channel_outlier_ratio, entry.kurtosis)),
-            " .. ".join(f"{value:.3f}" for value in entry.gamma_over_sigma or ()),
-            "" if entry.clipped_share is None else f"{100 * entry.clipped_share:.0f} %",
+            layer.name,
+            layer.std,
+            layer.largest,
+            *(round(ratio, 1) for ratio in (layer.outlier_ratio, layer.channel_outlier_ratio, layer.kurtosis)),
+            " .. ".join(f"{value:.3f}" for value in layer.gamma_over_sigma or ()),
+            "" if layer.clipped_share is None else f"{100 * layer.clipped_share:.0f} %",
         ]
-        for entry in statistics
+        for layer in statistics
     ]
     headers = ["layer", "std", "largest", "/ std", "per channel", "kurtosis", "identity gamma/sigma", "clipped"]
-    print_fn(tabulate(rows, headers, floatfmt=".4g"))
+    return tabulate(rows, headers, floatfmt=".4g")

@@ -1,8 +1,11 @@
-"""The folder a training run lives in: what is written there, under which names, and how it is read back."""
+"""Training runs: the folder of a run, the files in it, and how they are read back."""
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import tf_keras as keras
 
@@ -11,90 +14,140 @@ from tf_repvgg import provenance, storage
 MODEL_NAME = "model.keras"
 CONFIG_NAME = "config.flags"
 INPUT_NAME = "input.json"
+RESULT_NAME = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The value of one flag.
+
+    Attributes:
+      line: Line of a flagfile that sets the flag: "--epochs=10", "--validation" or "--novalidation".
+      is_default: Whether the flag has its default value.
+
+    Example:
+      >>> from tf_repvgg import runs
+      >>> runs.Setting("--epochs=3", is_default=False)
+      Setting(line='--epochs=3', is_default=False)
+    """
+
+    line: str
+    is_default: bool
 
 
 class Run:
-    """The workdir of a training run. Nothing is written there, and no folder made, before `claim` or `start`."""
+    """The folder of a training run. Nothing is written, and no folder made, before `claim` or `start`.
 
-    def __init__(self, workdir):
-        if not workdir:  # a shell variable that is not set, say; it would mean the current folder
+    Args:
+      workdir: Folder of the run.
+
+    Attributes:
+      path: Folder of the run.
+      model_path: File of the final model.
+      metrics_path: File with one JSON object per epoch, one per line.
+      checkpoints_path: Folder of the checkpoints.
+      tensorboard_path: Folder of TensorBoard's event files.
+
+    Raises:
+      ValueError: If the name of the workdir is empty.
+
+    Example:
+      >>> import os, tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     run = runs.Run(workdir)
+      ...     run.start({"epochs": runs.Setting("--epochs=3", is_default=False)}, {"dataset": "digits"})
+      ...     print(sorted(os.listdir(workdir)), run.is_trained)
+      ['.lock', 'config.flags', 'input.json'] False
+    """
+
+    def __init__(self, workdir: str | Path) -> None:
+        if not workdir:  # from an unset variable of the shell, perhaps; it would mean the current folder
             raise ValueError("the name of the workdir is empty; give a folder")
         self.path = Path(workdir)
-        self.checkpoints_path = str(self.path / "checkpoints")
-        self.tensorboard_path = str(self.path / "tensorboard")
-        self.metrics_path = self.path / "metrics.jsonl"
         self.model_path = self.path / MODEL_NAME
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.tensorboard_path = self.path / "tensorboard"
 
     @property
-    def is_complete(self) -> bool:
-        """True once training has ended and the final model is there."""
+    def is_trained(self) -> bool:
+        """Whether training has ended: the final model exists."""
         return self.model_path.exists()
 
-    def claim(self):
-        """Keeps other processes out of a workdir that exists; raises what `claimed_folder` does."""
+    def claim(self) -> None:
+        """Keeps other processes out of the workdir, if it exists.
+
+        Raises:
+          OSError: If another process has claimed it, or nothing can be written there; see `storage.claim_folder`.
+        """
         if self.path.exists():
             storage.claim_folder(self.path)
 
-    def check_config(self, flag_values, but=()):
-        """Refuses flags other than those of the run that the workdir holds already; those named in `but` may differ.
+    def check_settings(self, settings: Mapping[str, Setting], may_differ: Collection[str] = ()) -> None:
+        """Checks that the workdir holds no run with other settings.
+
+        A setting that the run does not know is accepted at its default: the flag is younger than the run.
+
+        Args:
+          settings: {name of a flag: its value}, without flags that have none.
+          may_differ: Names of flags that may have other values.
 
         Raises:
-          ValueError: names the flags that differ.
+          ValueError: If settings differ; names their flags.
         """
         path = self.path / CONFIG_NAME
         if not path.exists():
             return
-        theirs = {_flag_name(line): line for line in path.read_text(encoding="utf-8").splitlines()}
-        ours = {_flag_name(line): line for line in _flags_of_main(flag_values).splitlines()}
-        # By its default, a flag that is younger than the run does what the run did.
-        ours = {name: line for name, line in ours.items() if name in theirs or not _is_default(flag_values[name])}
-        if changed := sorted(name for name in (theirs | ours).keys() - set(but) if theirs.get(name) != ours.get(name)):
+        lines_before = {_flag_name(line): line for line in path.read_text(encoding="utf-8").splitlines()}
+        lines = {
+            name: setting.line for name, setting in settings.items() if name in lines_before or not setting.is_default
+        }
+        names = (lines_before | lines).keys() - set(may_differ)
+        if changed := sorted(name for name in names if lines_before.get(name) != lines.get(name)):
             raise ValueError(
                 f"workdir {str(self.path)!r} holds a run with other values of {', '.join(changed)}; "
-                f"use another workdir, or --flagfile={path} to go on with that one"
+                f"use another workdir, or continue that run with --flagfile={path}"
             )
 
-    def start(self, flag_values, data):
-        """Leaves config.flags, which reruns the run, and input.json, which says what images the model expects.
+    def start(self, settings: Mapping[str, Setting], input_metadata: Mapping[str, Any]) -> None:
+        """Makes and claims the workdir, and binds it to its settings.
 
-        Makes and claims the workdir first. From here on it is bound to these flags.
+        Writes config.flags, a flagfile with all settings, and input.json, which describes the images of the model.
+
+        Args:
+          settings: {name of a flag: its value}, without flags that have none.
+          input_metadata: Dataset, preprocessing and labels, JSON-serializable: what `read_input` will return.
 
         Raises:
-          ValueError: as `check_config`; another process may have made the workdir since.
-          OSError: as `claimed_folder` and `written_whole`.
+          ValueError: If the workdir holds a run with other settings; another process may have just made it.
+          OSError: If the workdir cannot be claimed, or a file cannot be written.
         """
         storage.claim_folder(self.path)
-        self.check_config(flag_values)
+        self.check_settings(settings)
         with storage.atomic_write(self.path / CONFIG_NAME) as temporary:
-            temporary.write_text(_flags_of_main(flag_values), encoding="utf-8")
-        storage.write_json(self.path / INPUT_NAME, data.facts())
+            temporary.write_text("".join(f"{setting.line}\n" for setting in settings.values()), encoding="utf-8")
+        storage.write_json(self.path / INPUT_NAME, input_metadata)
 
-    def save_model(self, model):
-        """Leaves model.keras; from here on the run is complete."""
+    def save_model(self, model: keras.Model) -> None:
+        """Writes the final model, which ends training."""
         with storage.atomic_write(self.model_path) as temporary:
             model.save(temporary)
 
-    def write_result(self, result):
-        """Leaves result.json; the time of the training is the sum over its epochs, interruptions left out."""
-        # A model that was trained elsewhere comes without its epochs.
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json: a result, the seconds spent in training, without interruptions, and the machine.
+
+        Args:
+          result: What was measured, JSON-serializable.
+        """
+        # A model that was trained elsewhere comes without the metrics of its epochs.
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
-        epochs = [json.loads(line) for line in lines]
-        seconds = {entry["epoch"]: entry["seconds"] for entry in epochs}
+        records = [json.loads(line) for line in lines]
+        seconds = {record["epoch"]: record["seconds"] for record in records}
         storage.write_json(
-            self.path / "result.json",
+            self.path / RESULT_NAME,
             {**result, "training_seconds": round(sum(seconds.values()), 1), "machine": provenance.machine()},
         )
-
-
-def _flags_of_main(flag_values):
-    """The program's own flags as a flagfile; not those that change nothing about the trained weights."""
-    flags = flag_values.get_key_flags_for_module("__main__")
-    left_out = {"workdir", "data_dir", "evaluate_only", "checkpoint_minutes"}
-    return "".join(f"{flag.serialize()}\n" for flag in flags if flag.name not in left_out and flag.value is not None)
-
-
-def _is_default(flag):
-    return flag.value == flag.default
 
 
 def _flag_name(line):
@@ -103,11 +156,22 @@ def _flag_name(line):
     return name if equals else name.removeprefix("no")
 
 
-def folder_of(path) -> Path:
-    """The workdir that `path` is, or that the model file `path` lies in.
+def folder_of(path: str | Path) -> Path:
+    """The folder of a run.
+
+    Args:
+      path: The folder itself, or its model file.
 
     Raises:
-      FileNotFoundError: if there is neither.
+      FileNotFoundError: If there is neither.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     pathlib.Path(workdir, runs.MODEL_NAME).touch()
+      ...     runs.folder_of(f"{workdir}/model.keras") == pathlib.Path(workdir)
+      True
     """
     path = Path(path)
     if not path.exists():
@@ -115,24 +179,63 @@ def folder_of(path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def read_input(path) -> dict:
-    """What input.json of the run at `path`, a workdir or the model file in it, says about its images.
+def is_finished(path: str | Path) -> bool:
+    """Whether a folder holds a finished run: the final model, and the result of its evaluation.
+
+    Example:
+      >>> import tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     runs.is_finished(workdir)
+      False
+    """
+    return (Path(path) / MODEL_NAME).exists() and (Path(path) / RESULT_NAME).exists()
+
+
+def read_input(path: str | Path) -> dict[str, Any]:
+    """The description of a model's images that `Run.start` has written to input.json.
+
+    Args:
+      path: Folder of a run, or its model file.
 
     Raises:
-      FileNotFoundError: if there is no such run, or no such file.
+      FileNotFoundError: If there is no such run, or no such file.
+
+    Example:
+      >>> import tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     runs.Run(workdir).start({}, {"dataset": "digits", "size": [8, 8]})
+      ...     runs.read_input(workdir)
+      {'dataset': 'digits', 'size': [8, 8]}
     """
     path = folder_of(path) / INPUT_NAME
     if not path.exists():
-        raise FileNotFoundError(f"no {path}; it says which dataset and image size the model expects")
+        raise FileNotFoundError(f"{path} does not exist; it says which dataset and image size the model expects")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_model(path) -> keras.Model:
-    """Loads a training-form model from a .keras file or from the workdir that holds one.
+def load_model(path: str | Path) -> keras.Model:
+    """Loads the final model of a run.
+
+    Args:
+      path: Folder of a run, or a .keras file.
+
+    Returns:
+      The model, not compiled.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if the file is no whole Keras model.
+      FileNotFoundError: If there is no model; names the process that is training one, if any.
+      ValueError: If the file is not a whole Keras model.
+
+    Example:
+      >>> import tempfile
+      >>> from tf_repvgg import runs
+      >>> from tf_repvgg.models import build_repvgg
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     runs.Run(workdir).save_model(build_repvgg("digits", (8, 8, 1), 10))
+      ...     runs.load_model(workdir).output_shape
+      (None, 10)
     """
     path = Path(path)
     if path.is_dir():
@@ -145,28 +248,51 @@ def load_model(path) -> keras.Model:
         raise FileNotFoundError(f"no model at {str(path)!r}; {advice}")
     try:
         return keras.models.load_model(path, compile=False)
-    except Exception as error:  # Keras raises whatever zipfile, json or h5py do.
+    except Exception as error:  # Keras passes on the errors of zipfile, json and h5py.
         raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
 
 
-def model_sha256(path) -> str:
-    """Tells one trained model from another: the hash of the run's model file."""
+def model_sha256(path: str | Path) -> str:
+    """The SHA-256 of a run's model file.
+
+    Args:
+      path: Folder of a run, or a .keras file.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     pathlib.Path(workdir, runs.MODEL_NAME).touch()
+      ...     runs.model_sha256(workdir)[:8]
+      'e3b0c442'
+    """
     path = Path(path)
     return hashlib.sha256((path / MODEL_NAME if path.is_dir() else path).read_bytes()).hexdigest()
 
 
-def copy_weights(source, target):
-    """Copies all weights between models of one architecture.
+def copy_weights(source: keras.Model, target: keras.Model) -> None:
+    """Copies all weights between models of the same architecture.
 
     Raises:
-      ValueError: if names or shapes differ; names the first difference.
+      ValueError: If names or shapes of weights differ; names the first difference.
+
+    Example:
+      >>> from tf_repvgg import runs
+      >>> from tf_repvgg.models import build_repvgg
+      >>> source, target = (build_repvgg("digits", (8, 8, 1), 10) for _ in range(2))
+      >>> runs.copy_weights(source, target)
+      >>> bool((source.weights[0].numpy() == target.weights[0].numpy()).all())
+      True
     """
-    ours, theirs = ([(w.name, tuple(w.shape)) for w in model.weights] for model in (target, source))
-    for mine, its in zip(ours, theirs, strict=False):
-        if mine != its:
+    specs, source_specs = ([(w.name, tuple(w.shape)) for w in model.weights] for model in (target, source))
+    for (name, shape), (source_name, source_shape) in zip(specs, source_specs, strict=False):
+        if (name, shape) != (source_name, source_shape):
             raise ValueError(
-                f"the checkpoint is of another network: it has {its[0]} {its[1]} where {mine[0]} {mine[1]} is"
+                f"the checkpoint is of another network: it has {source_name} {source_shape} where this network has "
+                f"{name} {shape}"
             )
-    if len(ours) != len(theirs):
-        raise ValueError(f"the checkpoint is of another network: it has {len(theirs)} weights, this one {len(ours)}")
+    if len(specs) != len(source_specs):
+        raise ValueError(
+            f"the checkpoint is of another network: it has {len(source_specs)} weights, this network {len(specs)}"
+        )
     target.set_weights(source.get_weights())

@@ -1,1 +1,1 @@
-"""Machinery that the experiments share: running the command lines, tables, and results kept for the next run."""
+"""Machinery that the experiments share: running the command lines, and tables, pages and figures of the results."""

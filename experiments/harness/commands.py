@@ -1,4 +1,4 @@
-"""Runs the project's two command lines as a user would, and reads what they leave."""
+"""Runs the project's two command lines as a user would, and reads the results that they write."""
 
 import json
 import shutil
@@ -9,58 +9,76 @@ from pathlib import Path
 from tf_repvgg import cli, runs, storage
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = ROOT / "results" / "checkpoints"
 
 
 class Diverged(SystemExit):
-    """Training came to numbers that are not finite, and has said so."""
-
-
-def _run(script, *arguments, **flags):
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    print(f"\n$ python {script} {' '.join((*arguments, *words))}", flush=True)
-    status = subprocess.run([sys.executable, ROOT / script, *arguments, *words], cwd=ROOT).returncode
-    if status == cli.DIVERGED:
-        raise Diverged(status)
-    if status:
-        sys.exit(status)  # the program has said why
-
-
-def _read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The training program has reported weights that are not finite."""
 
 
 def train(config, workdir, **flags) -> dict:
-    """Trains configs/<config>.flags in `workdir`, or continues there; returns its result.json.
+    """Returns the result.json of the finished run of configs/<config>.flags in `workdir`; trains what is missing.
 
-    A finished run is only evaluated again; one with other flags is refused. Without further flags, a finished run that
-    is committed in results/checkpoints is taken as it is.
+    A finished run that is committed in results/checkpoints is copied to the workdir first, if the workdir does not
+    exist and no flag changes the run. Then the training program starts in every case: it refuses a workdir that holds a
+    run with other flags, evaluates a finished run again, and trains or continues any other.
+
+    Args:
+      config: Name of a file in configs/, without .flags.
+      workdir: Folder of the run, absolute or relative to the repository.
+      **flags: Further flags of train/main.py; those that are None are left out.
 
     Raises:
-      Diverged: if the program says so.
+      Diverged: If training diverges.
+      SystemExit: If the program fails for another reason, which it has printed.
     """
-    committed = ROOT / "results" / "checkpoints" / config
-    if committed.exists() and not (ROOT / workdir).exists() and not flags.keys() - {"data_dir"}:
-        (ROOT / workdir).parent.mkdir(parents=True, exist_ok=True)
-        with storage.atomic_write(ROOT / workdir) as temporary:
-            shutil.copytree(committed, temporary)
+    _copy_committed_run(config, workdir, flags)
     _run("train/main.py", f"--flagfile=configs/{config}.flags", workdir=workdir, **flags)
     return _read(ROOT / workdir / "result.json")
 
 
 def export(workdir, **flags) -> dict:
-    """Exports a trained run, unless just that was done already; returns its export.json.
+    """Returns the export.json of a trained run; exports the run unless the folder holds just this export.
 
-    It is in the folder `output` if that is among the flags, by default in "export" in the workdir.
+    Args:
+      workdir: Folder of the run, absolute or relative to the repository.
+      **flags: Further flags of export/main.py. The export goes to `output`, by default the folder "export" of the run.
+
+    Raises:
+      SystemExit: If the program fails, for a reason which it has printed.
     """
     path = ROOT / flags.get("output", f"{workdir}/export") / "export.json"
-    asked = {name: str(value) for name, value in flags.items() if name != "data_dir"}
-    if path.exists() and _answers(found := _read(path), ROOT / workdir, asked):
-        return found
+    requested = {name: str(value) for name, value in flags.items() if name != "data_dir"}
+    if path.exists() and _is_export_of(export := _read(path), ROOT / workdir, requested):
+        return export
     _run("export/main.py", workdir=workdir, **flags)
     return _read(path)
 
 
-def _answers(found, workdir, asked):
-    """Whether an export.json is of this model and these flags, and tells of layers, as earlier versions did not."""
-    is_whole = all("layers" in file for file in found["files"])
-    return is_whole and found["model_sha256"] == runs.model_sha256(workdir) and asked.items() <= found["flags"].items()
+def _copy_committed_run(config, workdir, flags):
+    committed, copy = CHECKPOINTS / config, ROOT / workdir
+    if committed.exists() and not copy.exists() and not flags.keys() - {"data_dir"}:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with storage.atomic_write(copy) as temporary:
+            shutil.copytree(committed, temporary)
+
+
+def _is_export_of(export, workdir, flags):
+    """Whether an export.json is of this model and these flags, and has each file's layers, unlike earlier versions."""
+    is_whole = all("layers" in file for file in export["files"])
+    is_of_model = export["model_sha256"] == runs.model_sha256(workdir)
+    return is_whole and is_of_model and flags.items() <= export["flags"].items()
+
+
+def _run(script, *arguments, **flags):
+    options = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    print(f"\n$ python {script} {' '.join((*arguments, *options))}", flush=True)
+    status = subprocess.run([sys.executable, ROOT / script, *arguments, *options], cwd=ROOT).returncode
+    if status == cli.DIVERGED:
+        raise Diverged(status)
+    if status:
+        sys.exit(status)  # the program has printed the reason
+
+
+def _read(path):
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""What several test files use: small networks, random weights, and programs to run beside the tests."""
+"""Helpers of several test files: small networks, random weights, and programs that run beside the tests."""

@@ -1,6 +1,6 @@
-"""Runs export/benchmark.py on every file of a folder, one by one in this process; prints what each ended with, as JSON.
+"""Runs export/benchmark.py on every file of a folder, one after the other in this process; prints the results as JSON.
 
-A crash by a signal, or whatever is no exit, ends this program itself.
+A crash or an exception that is not an exit ends this program too.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from absl import flags
 from tf_repvgg.tflite import isolated
 
 
-def outcome(main, path):
+def benchmark_file(main, path):
     flags.FLAGS.unparse_flags()
     flags.FLAGS(["benchmark", f"--files={path}", "--runs=10", "--warmup_runs=0"])
     errors, status = io.StringIO(), 0
@@ -30,8 +30,8 @@ def outcome(main, path):
 def main():
     _, folder, seconds = sys.argv
     isolated.SECONDS = float(seconds)
-    command = runpy.run_path("export/benchmark.py")
-    print(json.dumps([outcome(command["main"], path) for path in sorted(Path(folder).iterdir())]))
+    benchmark = runpy.run_path("export/benchmark.py")["main"]
+    print(json.dumps([benchmark_file(benchmark, path) for path in sorted(Path(folder).iterdir())]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Runs many command lines with one import of TensorFlow: a process that has imported everything forks for each.
+"""Runs many command lines with one import of TensorFlow: this process imports everything once and forks for each.
 
-Reads a line of JSON for each, {"command": [program, flag, ...], "output": path}, and answers with a line that holds the
-exit status; stdout and stderr go to output + ".out" and ".err". What a user would see, at a tenth of the time: each
-child runs the program as __main__ from the start and exits by itself. Forking is safe as long as this process has run
-no operation of TensorFlow: only that starts its threads, which a child would not inherit.
+Each command is one line of JSON on stdin, {"command": [program, flag, ...], "output": path}. The answer is one line on
+stdout with the exit status; the program's stdout and stderr go to output + ".out" and output + ".err". A user would see
+the same, in ten times the time: each child runs the program as __main__ from the start and exits by itself. Forking is
+safe as long as this process runs no TensorFlow operation: the first one starts threads, which a child does not inherit.
 
-With "kill": {"folder": path, "event": number, "seconds": delay} the child dies by SIGKILL that long after its Python
-code has touched files in a folder so many times (opened, made, renamed, removed): always at the same place of the
-program, and with a delay also within what TensorFlow's native code writes.
+With "import_from": folder, the program imports modules from that folder instead of its own.
+
+With "kill": {"folder": path, "event": number, "seconds": delay}, the child kills itself with SIGKILL that long after
+its Python code has touched files in a folder that many times (opened, made, renamed, removed). So it dies at the same
+place of the program every time, and with a delay also while TensorFlow's native code writes.
 """
 
 import json
@@ -19,7 +21,7 @@ import threading
 import time
 import traceback
 
-SECONDS = 400  # no program here takes a tenth of it
+TIMEOUT_SECONDS = 400  # ten times what the slowest program takes
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
@@ -40,13 +42,13 @@ def die_after(folder, event, seconds):
     sys.addaudithook(count)
 
 
-def run(command, output, kill=None):
+def run(command, output, import_from=None, kill=None):
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
-    signal.alarm(SECONDS)
+    signal.alarm(TIMEOUT_SECONDS)
     sys.argv = command
-    sys.path.insert(0, os.path.dirname(command[0]))
+    sys.path.insert(0, import_from or os.path.dirname(command[0]))
     if kill:
         die_after(**kill)
     try:
@@ -68,8 +70,11 @@ def main():
     import tf_repvgg.data
     import tf_repvgg.fusion
     import tf_repvgg.models
+    import tf_repvgg.quantization.ptq
+    import tf_repvgg.quantization.qat
     import tf_repvgg.tflite
-    import tf_repvgg.training.callbacks  # noqa: F401
+    import tf_repvgg.training.checkpoints
+    import tf_repvgg.training.logs  # noqa: F401
 
     for line in sys.stdin:
         if (child := os.fork()) == 0:

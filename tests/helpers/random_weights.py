@@ -32,9 +32,9 @@ def randomize(model_or_block, seed=0, gain=0.6, dead_share=0.1):
                 layer.kernel.assign(np.where(dead, 0, layer.kernel.numpy()))
 
 
-def relative_error(expected, found):
+def relative_error(expected, actual):
     """Largest difference over the largest expected magnitude."""
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    assert expected.shape == found.shape
+    expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
+    assert expected.shape == actual.shape
     assert np.all(np.isfinite(expected))
-    return np.max(np.abs(expected - found)) / np.max(np.abs(expected))
+    return np.max(np.abs(expected - actual)) / np.max(np.abs(expected))

@@ -1,10 +1,10 @@
-"""The 1,797 handwritten digits that ship with scikit-learn, as a TFDS builder that needs no network."""
+"""The 1,797 handwritten digits of scikit-learn, as a TFDS builder that needs no network."""
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 _DESCRIPTION = """\
-8x8 grey images of handwritten digits: the test part of the "Optical Recognition of Handwritten Digits" set, as
+8x8 grey images of handwritten digits: the test part of the "Optical Recognition of Handwritten Digits" dataset, as
 shipped with scikit-learn. Grey levels 0 to 16 are spread over 0 to 255.
 """
 _HOMEPAGE = "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits"
@@ -22,7 +22,14 @@ _SPLIT_SEED = 0
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,437 training and 360 test images [8, 8, 1], uint8; ten classes."""
+    """TFDS builder of the digits: 1,437 training and 360 test images, uint8 [8, 8, 1], in ten classes.
+
+    Example:
+      >>> from tf_repvgg.data import Digits
+      >>> features = Digits().info.features
+      >>> features["image"].shape, features["label"].num_classes
+      ((8, 8, 1), 10)
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 

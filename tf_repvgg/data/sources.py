@@ -1,4 +1,4 @@
-"""Where images come from: TFDS sets. A folder of one's own images, with the same interface, is in image_folder.py."""
+"""Datasets of TFDS as sources of images. A folder of the user's own images has the same interface."""
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -7,31 +7,35 @@ from tf_repvgg.data.digits import Digits
 
 _SHUFFLE_IMAGES = 50_000
 _SHUFFLE_BYTES = 1024**3
-# Mirrored digits are other shapes, not other pictures of the same digit.
+# A mirrored digit or letter has another shape.
 _NO_FLIP = frozenset({"digits", "mnist", "mnist_corrupted", "svhn_cropped", "emnist", "kmnist"})
-# Their "test" comes without labels: every label is -1.
+# Their "test" has no labels: every label is -1.
 _UNLABELLED_TEST = frozenset({"imagenet2012"})
 
 
 class TfdsSource:
-    """The encoded images and labels of a TFDS set.
+    """The encoded images and labels of a TFDS dataset, which is downloaded if need be.
+
+    Args:
+      name: Name of the dataset.
+      data_dir: TFDS data directory; None for TFDS's own.
 
     Attributes:
-      name: the set's name.
-      labels: names of the classes, in the order of their numbers.
-      image_shape: (height, width, channels); None for a height and width that differ between images.
-      flips: whether a mirrored image is one of the same class.
-      splits: names of the splits that have labels.
+      name: Name of the dataset.
+      labels: Names of the classes, in the order of their numbers.
+      image_shape: Height, width and channels; None for a height and width that differ between images.
+      flips: Whether a mirrored image belongs to the same class.
+      splits: Names of the splits that have labels.
 
     Raises:
-      ValueError: for an unknown set, or one that is no classification of images.
-      FileNotFoundError: if `data_dir` is given and does not hold the set, or TFDS cannot download it by itself.
+      ValueError: If the dataset is unknown, or is not for image classification.
+      FileNotFoundError: If `data_dir` is given and does not contain the dataset, or TFDS cannot download it.
     """
 
-    def __init__(self, name, data_dir=None):
+    def __init__(self, name: str, data_dir: str | None = None) -> None:
         self.name = name
-        self._builder = _builder(name, data_dir)
-        _check_features(self._builder.info.features, name)  # before what may be a download of hours
+        self._builder = _make_builder(name, data_dir)
+        _check_features(self._builder.info.features, name)  # before a download that may take hours
         _prepare(self._builder, name, data_dir)
         info = self._builder.info
         self.labels = tuple(info.features["label"].names)
@@ -44,11 +48,11 @@ class TfdsSource:
         """Number of images in a split, or in a part or sum of splits as TFDS writes them: "train[:90%]"."""
         return self._builder.info.splits[split].num_examples
 
-    def encoded(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """(bytes of an image file, int64 label), in the stored order or shuffled as well as memory allows.
+    def read_encoded(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """Image files (bytes) and int64 labels, in the stored order or shuffled as well as memory allows.
 
-        The shuffle buffer holds encoded images, 1 GiB at most; sets larger than that are stored in many files, whose
-        order is drawn too.
+        The shuffle buffer holds encoded images, at most 1 GiB. Larger datasets are stored in many files, whose order
+        is drawn too.
         """
         shuffles = shuffle_seed is not None
         dataset = self._builder.as_dataset(
@@ -65,39 +69,41 @@ class TfdsSource:
         count = min(info.num_examples, _SHUFFLE_IMAGES, _SHUFFLE_BYTES // bytes_per_image)
         return dataset.shuffle(count, shuffle_seed, reshuffle_each_iteration=False)
 
-    def decode(self, encoded):
-        """An image file's bytes to uint8 [height, width, channels]."""
+    def decode(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Decodes an image file to uint8 [height, width, channels]."""
         return self._builder.info.features["image"].decode_example(encoded)
 
 
-def _builder(name, data_dir):
+def _make_builder(name, data_dir):
     if name == Digits.name:
         return Digits(data_dir=data_dir)
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.registered.DatasetNotFoundError, AssertionError):  # the latter for versions it does not have
+    except (tfds.core.registered.DatasetNotFoundError, AssertionError):  # the latter for unknown versions
         raise ValueError(
-            f"dataset {name!r} is not in TFDS; known here: digits, cifar10, folder:PATH, or any TFDS name"
+            f"dataset {name!r} is not in TFDS; known: digits, cifar10, folder:PATH, and every TFDS name"
         ) from None
 
 
 def _check_features(features, name):
     if not {"image", "label"} <= set(features or {}):
-        raise ValueError(f"dataset {name!r} has no image and label, but {', '.join(features or ['nothing'])}")
+        raise ValueError(
+            f"dataset {name!r} has the features {', '.join(features or ['(none)'])}; it needs an image and a label"
+        )
     if not isinstance(features["label"], tfds.features.ClassLabel):
-        raise ValueError(f"the label of dataset {name!r} is no class, but {features['label']}")
+        raise ValueError(f"the label of dataset {name!r} is {features['label']}; it must be a tfds.features.ClassLabel")
 
 
 def _prepare(builder, name, data_dir):
-    """Downloads the set, unless it is there or the user has said where it should be; digits are made in any case."""
+    """Downloads a missing dataset, unless the user has said where it should be; generates digits in either case."""
     if builder.is_prepared():
         return
     if data_dir is not None and name != Digits.name:
         raise FileNotFoundError(
-            f"data_dir {data_dir!r} does not hold the dataset {name!r} (looked for {builder.data_path}); "
-            "point it at a TFDS directory that does, or leave it out to download the set"
+            f"data_dir {data_dir!r} does not contain the dataset {name!r} (looked for {builder.data_path}); "
+            "give a TFDS directory that does, or leave data_dir out to download the dataset"
         )
     try:
         builder.download_and_prepare()
-    except Exception as error:  # of many kinds: a set that one has to fetch by hand, ImageNet for one; no network
+    except Exception as error:  # of many kinds: a dataset to be fetched by hand, such as ImageNet; no network
         raise FileNotFoundError(f"TFDS cannot download and prepare the dataset {name!r} by itself: {error}") from None

@@ -1,7 +1,9 @@
-"""Outlier-aware batch normalization (arXiv:2402.07200, section 3)."""
+"""Outlier-aware batch normalization (arXiv:2402.07200, section 3), and what normalizations do on running statistics."""
 
 import contextlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 import tf_keras as keras
@@ -52,31 +54,41 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
         gamma_hat = clip(gamma, -k * sqrt(variance_running + epsilon), +k * sqrt(variance_running + epsilon))
         y = gamma_hat * (x - mean) / sqrt(variance + epsilon) + beta
 
-    so that the factor which merging a branch puts into the kernel, gamma_hat / sqrt(variance_running + epsilon),
+    so that the factor by which merging multiplies a branch's kernel, gamma_hat / sqrt(variance_running + epsilon),
     never exceeds k in magnitude: during training, at inference, after loading any weights, and in the fused kernel.
 
-    Backward: what the stored gamma receives from dL/dgamma_hat depends on `clip_mode`:
+    Backward: `clip_mode` decides the gradient that the stored gamma receives from dL/dgamma_hat:
 
-        project            the gradient as it is; after each optimizer step the stored gamma is clipped too
-        straight_through   the gradient as it is; the stored gamma may wander outside the limit
-        return_only        as it is inside the limit; outside, only gradients whose descent leads back inside
+        project            the gradient unchanged; after each optimizer step the stored gamma is clipped too
+        straight_through   the gradient unchanged; the stored gamma may drift beyond the limit
+        return_only        unchanged inside the limit; outside, only gradients whose descent leads back inside
 
     Args:
-      k: limit of |gamma_hat| / sqrt(variance_running + epsilon): a number above 0; infinity gives exactly
+      k: Limit of |gamma_hat| / sqrt(variance_running + epsilon): a number above 0; infinity gives exactly
         BatchNormalization; "6std" means six standard deviations of the merged kernel without its identity branch,
         which only a block can provide (see `kernel_spread`).
-      clip_mode: one of `CLIP_MODES`.
-      **kwargs: as for BatchNormalization.
+      clip_mode: Gradient of the clip, one of `CLIP_MODES`.
+      **kwargs: Arguments of `keras.layers.BatchNormalization`.
 
     Attributes:
-      kernel_spread: callable without arguments returning a scalar tensor; the owning block sets it when k is
+      kernel_spread: Callable without arguments that returns a scalar tensor; the owning block sets it when k is
         relative. It is not serialized: the block sets it again.
 
     Raises:
-      ValueError: if k is not above 0, `clip_mode` is unknown, or `scale=False` leaves no gamma to clip.
+      ValueError: If k is not above 0, `clip_mode` is unknown, or `scale=False` leaves no gamma to clip.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg.layers import OutlierAwareBatchNormalization
+      >>> norm = OutlierAwareBatchNormalization(k=0.25, epsilon=0.0)
+      >>> norm.build((None, 2))
+      >>> norm.gamma.assign([0.125, 1.0]).numpy().tolist()
+      [0.125, 1.0]
+      >>> norm(np.ones((1, 2), np.float32)).numpy().tolist()  # the running variance is 1
+      [[0.125, 0.25]]
     """
 
-    def __init__(self, k=0.1, clip_mode="project", **kwargs):
+    def __init__(self, k: float | str = 0.1, clip_mode: str = "project", **kwargs: Any) -> None:
         # Keras assigns attributes through __setattr__, which needs the layer to be initialized first.
         super().__init__(**kwargs)
         try:
@@ -89,10 +101,10 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
         if not self.scale:
             raise ValueError(f"{type(self).__name__}: scale=False leaves no gamma to clip; use BatchNormalization")
         self.clip_mode = clip_mode
-        self.kernel_spread = None
+        self.kernel_spread: Callable[[], tf.Tensor] | None = None
 
     @property
-    def gamma(self):
+    def gamma(self) -> tf.Variable | tf.Tensor:
         """The stored gamma; while the parent's `call` runs, the clipped one.
 
         The parent reads `self.gamma` in several code paths (fused, synchronized, renormalized). Serving the clipped
@@ -103,60 +115,79 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
         return self._stored_gamma if clipped is None else clipped
 
     @gamma.setter
-    def gamma(self, variable):
+    def gamma(self, variable: tf.Variable) -> None:
         self._stored_gamma = variable
 
-    def add_weight(self, name=None, constraint=None, **kwargs):
+    def add_weight(self, name: str | None = None, constraint: Any = None, **kwargs: Any) -> tf.Variable:
         if name == "gamma" and self.clip_mode == "project" and self.clips:
             constraint = _ProjectGamma(self, constraint)
         return super().add_weight(name=name, constraint=constraint, **kwargs)
 
     @property
     def clips(self) -> bool:
-        """False for k = infinity, which is plain batch normalization."""
+        """Whether k is finite; with k = infinity the layer is plain batch normalization."""
         return not math.isinf(self._clip_limit.value)
 
-    def gamma_limit(self):
-        """k * sqrt(variance_running + epsilon), shape [channels]; never a path for gradients."""
+    def gamma_limit(self) -> tf.Tensor:
+        """k * sqrt(variance_running + epsilon): shape [channels], not differentiable.
+
+        Raises:
+          ValueError: If k is relative to a kernel, and no block has set `kernel_spread`.
+        """
         k = self._clip_limit.value
         if self._clip_limit.relative:
             if self.kernel_spread is None:
                 raise ValueError(
-                    f"{self.name}: k={self.k!r} is relative to a kernel, but this layer stands alone; use a number"
+                    f"{self.name}: k={self.k!r} is relative to a block's kernel, but this layer is in no block; "
+                    "use a number"
                 )
             k *= self.kernel_spread()
         return tf.stop_gradient(k * tf.sqrt(self.moving_variance + self.epsilon))
 
-    def effective_gamma(self):
-        """gamma_hat, the scale that is in force: shape [channels], differentiable as `clip_mode` says."""
+    def effective_gamma(self) -> tf.Tensor:
+        """gamma_hat, the scale in force: shape [channels], differentiable as `clip_mode` says.
+
+        Example:
+          >>> from tf_repvgg.layers import OutlierAwareBatchNormalization
+          >>> norm = OutlierAwareBatchNormalization(k=0.25, epsilon=0.0)
+          >>> norm.build((None, 3))  # gamma and running variance start at 1
+          >>> norm.gamma.numpy().tolist(), norm.effective_gamma().numpy().tolist()
+          ([1.0, 1.0, 1.0], [0.25, 0.25, 0.25])
+        """
         if not self.clips:
             return tf.convert_to_tensor(self._stored_gamma)
         clip = _clip_return_only if self.clip_mode == "return_only" else _clip_straight_through
         return clip(tf.convert_to_tensor(self._stored_gamma), self.gamma_limit())
 
     @contextlib.contextmanager
-    def _clipped_gamma(self):
+    def _serve_clipped_gamma(self):
         self._thread_local.clipped_gamma = self.effective_gamma()
         try:
             yield
         finally:
             self._thread_local.clipped_gamma = None
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None) -> tf.Tensor:
         if not self.clips:
             return super().call(inputs, training=training, mask=mask)
-        with self._clipped_gamma():
+        with self._serve_clipped_gamma():
             return super().call(inputs, training=training, mask=mask)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "k": self.k, "clip_mode": self.clip_mode}
 
 
-def scale_and_shift(norm: keras.layers.BatchNormalization):
-    """t and beta - mean * t of a batch normalization on its running statistics, each of shape [channels]."""
+def scale_and_shift(norm: keras.layers.BatchNormalization) -> tuple[tf.Tensor, tf.Tensor]:
+    """The scale t and the shift beta - mean * t of a batch normalization on running statistics: each [channels]."""
     if isinstance(norm, OutlierAwareBatchNormalization):
         gamma = norm.effective_gamma()
     else:
         gamma = norm.gamma if norm.scale else tf.ones_like(norm.moving_variance)
     scale = gamma / tf.sqrt(norm.moving_variance + norm.epsilon)
     return scale, (norm.beta if norm.center else 0.0) - norm.moving_mean * scale
+
+
+def output_variance(norm: keras.layers.BatchNormalization) -> tf.Tensor:
+    """Variance of a batch normalization's output on its running statistics: shape [channels]."""
+    scale, _ = scale_and_shift(norm)
+    return tf.square(scale) * norm.moving_variance

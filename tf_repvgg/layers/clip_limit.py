@@ -1,4 +1,4 @@
-"""How OABN's limit k is written down: a number, a multiple of the kernel's spread, or either by layer name."""
+"""How OABN's limit k is written: a number, a multiple of the kernel's standard deviation, or either by layer name."""
 
 import dataclasses
 import math
@@ -14,20 +14,25 @@ class ClipLimit:
     """The largest allowed |gamma| / sqrt(variance + epsilon) of a batch normalization.
 
     Attributes:
-      value: the limit, above 0; infinity switches clipping off.
-      relative: if True, `value` counts standard deviations of the block's merged kernel without its identity
-        branch, so that the limit shrinks with the other weights; if False, `value` is the limit itself.
+      value: Limit, above 0; infinity switches clipping off.
+      relative: Whether `value` counts standard deviations of the block's merged kernel without its identity branch, so
+        that the limit shrinks with the other weights; otherwise `value` is the limit itself.
+
+    Example:
+      >>> from tf_repvgg.layers import ClipLimit
+      >>> ClipLimit.parse("6std")
+      ClipLimit(value=6.0, relative=True)
     """
 
     value: float
     relative: bool = False
 
     @classmethod
-    def parse(cls, k) -> "ClipLimit":
+    def parse(cls, k: float | str) -> "ClipLimit":
         """Reads 0.1, "0.1", "inf" or "6std".
 
         Raises:
-          ValueError: if `k` is none of these or not above 0.
+          ValueError: If `k` is none of these or not above 0.
         """
         text = str(k).strip()
         relative = text.endswith("std")
@@ -42,6 +47,9 @@ class ClipLimit:
 
 def parse_clip_limits(k: float | str | Mapping[str, float | str]) -> dict[str, float | str]:
     """Reads k of all layers, or by layer name: "stage4_.*=0.05,.*=0.1".
+
+    Args:
+      k: A limit as `ClipLimit.parse` reads it; a mapping {pattern of layer names: limit}; or text of either.
 
     Returns:
       {pattern: limit as it was written}, see `tf_repvgg.by_name.parse`.

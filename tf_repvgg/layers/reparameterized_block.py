@@ -1,4 +1,4 @@
-"""What multi-branch blocks share: a 3x3 convolution beside a 1x1 one, and the merged convolution that they become.
+"""Base of multi-branch blocks: a 3x3 convolution beside a 1x1 one, and the merged convolution that they become.
 
 Kernels are HWIO, activations NHWC. With t = gamma / sqrt(variance + epsilon) of a branch, per output channel:
 
@@ -7,12 +7,13 @@ Kernels are HWIO, activations NHWC. With t = gamma / sqrt(variance + epsilon) of
 where `place` puts a 1x1 kernel or the identity on the centre tap of a 3x3 kernel.
 """
 
-import numbers
+from collections.abc import Callable, Collection
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.layers.batch_norm import scale_and_shift
 from tf_repvgg.layers.squeeze_excite import SqueezeExcite
 
 PADDINGS = ("same", "symmetric")
@@ -20,68 +21,66 @@ PADDINGS = ("same", "symmetric")
 _KERNEL_SIZE = 3
 
 
-def check_choice(owner, argument, value, known):
-    if value not in known:
-        raise ValueError(f"{owner}: {argument} is {value!r}; known: {', '.join(known)}")
-
-
-def scale_kernel(kernel, scale):
-    """kernel * scale; under a mixed policy the kernel reads as bfloat16 while a layer runs, statistics as float32."""
-    return tf.cast(kernel, scale.dtype) * scale
-
-
-def place_on_centre(kernel):
-    """Puts a 1x1 kernel [1, 1, in, out] on the centre tap of a 3x3 one."""
-    return tf.pad(kernel, [[1, 1], [1, 1], [0, 0], [0, 0]])
-
-
-def output_variance(norm):
-    """Variance that a batch normalization gives its output, per channel, on its running statistics."""
-    scale, _ = scale_and_shift(norm)
-    return tf.square(scale) * norm.moving_variance
+def check_choice(owner: str, argument: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError if the value of an argument is not one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {argument} is {value!r}; known: {', '.join(choices)}")
 
 
 class ReparameterizedBlock(keras.layers.Layer):
-    """What the blocks share: a 3x3 convolution beside a 1x1 one that reads the pixel under the centre tap.
+    """Base of the blocks: a 3x3 convolution beside a 1x1 one that reads the pixel under the centre tap.
 
-    A block is ``activation(squeeze_excite(sum of branches))``, the squeeze-and-excite being optional; subclasses add
-    their normalizations and say in `branches` what every branch contributes to the merged kernel.
+    A block is ``activation(squeeze_excite(sum of branches))``, where the squeeze-and-excite is optional. Subclasses
+    add their normalizations, compute the sum in `call`, and give the part of each branch in the merged kernel in
+    `branches`.
 
     Args:
-      filters: number of output channels.
-      strides: step of the output grid, the same in height and width.
-      padding: "same" as Keras has it, or "symmetric": one row and column of zeros (times the dilation) on every
-        side, as PyTorch-trained weights assume. They differ for strides above 1 only.
-      dilation_rate: spacing of the 3x3 taps; only with strides=1.
-      groups: number of groups the channels of both convolutions are split into.
-      activation: anything `keras.activations.get` accepts.
-      se_reduction: None, or the reduction of a `SqueezeExcite` between the sum and the activation.
-      momentum, epsilon: of every batch normalization in the block.
-      kernel_initializer: of both convolutions, anything `keras.initializers.get` accepts.
+      filters: Number of output channels.
+      strides: Stride, the same in height and width.
+      padding: "same" as in Keras, or "symmetric": one row and column of zeros (times the dilation) on every side, as
+        weights trained in PyTorch assume. They differ for strides above 1 only.
+      dilation_rate: Spacing of the 3x3 taps; only with strides=1.
+      groups: Number of groups that the channels of both convolutions are split into.
+      activation: Activation, anything that `keras.activations.get` accepts.
+      se_reduction: Reduction of a squeeze-and-excite between the sum and the activation; None for no such layer.
+      momentum: Momentum of the running statistics of every batch normalization in the block.
+      epsilon: Epsilon of every batch normalization in the block.
+      kernel_initializer: Initializer of both convolutions, anything that `keras.initializers.get` accepts.
+      **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-      ValueError: where the branches could not be merged exactly.
+      ValueError: If the branches could not be merged exactly.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.layers import ReparameterizedBlock, RepVGGBlock
+      >>> block = RepVGGBlock(8, strides=2, name="block")
+      >>> isinstance(block, ReparameterizedBlock), block(keras.Input((9, 8, 4))).shape
+      (True, TensorShape([None, 5, 4, 8]))
+      >>> kernel, bias = block.equivalent_kernel_and_bias()
+      >>> kernel.shape, bias.shape
+      (TensorShape([3, 3, 4, 8]), TensorShape([8]))
     """
 
     def __init__(
         self,
-        filters,
-        strides=1,
-        padding="same",
-        dilation_rate=1,
-        groups=1,
-        activation="relu",
-        se_reduction=None,
-        momentum=0.9,
-        epsilon=1e-5,
-        kernel_initializer="he_normal",
-        **kwargs,
-    ):
+        filters: int,
+        strides: int = 1,
+        padding: str = "same",
+        dilation_rate: int = 1,
+        groups: int = 1,
+        activation: str | Callable | None = "relu",
+        se_reduction: int | None = None,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        kernel_initializer: Any = "he_normal",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_choice(self._kind, "padding", padding, PADDINGS)
         counts = {"filters": filters, "strides": strides, "groups": groups, "dilation_rate": dilation_rate}
         for argument, value in counts.items():
-            if not (isinstance(value, numbers.Integral) and value > 0):
+            if not (isinstance(value, int | np.integer) and value > 0):
                 raise ValueError(f"{self._kind}: {argument} is {value!r}; it must be a whole number above 0")
         if dilation_rate > 1 and strides > 1:
             raise ValueError(
@@ -89,7 +88,7 @@ class ReparameterizedBlock(keras.layers.Layer):
             )
         if filters % groups:
             raise ValueError(f"{self._kind}: {filters} filters cannot be split into {groups} groups")
-        # NumPy's whole numbers become Python's, which a saved configuration can hold.
+        # A saved configuration can hold Python's whole numbers, but not NumPy's.
         self.filters = int(filters)
         self.strides = int(strides)
         self.padding = padding
@@ -100,16 +99,16 @@ class ReparameterizedBlock(keras.layers.Layer):
         self.momentum = momentum
         self.epsilon = epsilon
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.conv3x3 = self._conv(_KERNEL_SIZE, name="conv3x3")
-        self.conv1x1 = self._conv(1, name="conv1x1")
-        self.squeeze_excite = self._squeeze_excite(self.dtype_policy)
+        self.conv3x3 = self._make_conv(_KERNEL_SIZE, name="conv3x3")
+        self.conv1x1 = self._make_conv(1, name="conv1x1")
+        self.squeeze_excite = self._make_squeeze_excite(self.dtype_policy)
 
     @property
     def _kind(self):
         return type(self).__name__
 
-    def _conv(self, size, name):
-        spatial = {1: {}, _KERNEL_SIZE: self._spatial_arguments()}[size]
+    def _make_conv(self, size, name):
+        spatial = self._spatial_arguments() if size == _KERNEL_SIZE else {}
         return keras.layers.Conv2D(
             self.filters,
             size,
@@ -122,7 +121,7 @@ class ReparameterizedBlock(keras.layers.Layer):
             **spatial,
         )
 
-    def _squeeze_excite(self, dtype, name=None):
+    def _make_squeeze_excite(self, dtype, name=None):
         if self.se_reduction is None:
             return None
         return SqueezeExcite(self.filters, self.se_reduction, name=f"{name or self.name}_se", dtype=dtype)
@@ -134,15 +133,15 @@ class ReparameterizedBlock(keras.layers.Layer):
 
     @property
     def needs_explicit_padding(self) -> bool:
-        """True where "symmetric" is not what Keras's "same" does; costs a PAD operation in the exported file."""
+        """Whether "symmetric" padding differs from Keras's "same"; it costs a PAD operation in the exported file."""
         return self.padding == "symmetric" and self.strides > 1
 
-    def _batch_norm(self, name):
+    def _make_batch_norm(self, name):
         return keras.layers.BatchNormalization(
             momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype_policy, name=name
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         channels = input_shape[-1]
         if channels is None:
             raise ValueError(f"{self.name}: the number of input channels must be known, but the shape is {input_shape}")
@@ -153,13 +152,13 @@ class ReparameterizedBlock(keras.layers.Layer):
     def _keeps_shape(self, input_shape):
         return self.strides == 1 and input_shape[-1] == self.filters
 
-    def _padded(self, inputs):
+    def _pad(self, inputs):
         return tf.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]]) if self.needs_explicit_padding else inputs
 
-    def _conv3x3(self, inputs):
-        return self.conv3x3(self._padded(inputs))
+    def _convolve3x3(self, inputs):
+        return self.conv3x3(self._pad(inputs))
 
-    def _conv1x1(self, inputs):
+    def _convolve1x1(self, inputs):
         """The 1x1 convolution on the pixels under the 3x3 convolution's centre tap.
 
         A slice, then stride 1: a stride-2 1x1 convolution would read pixel 2i where "same" padding on an even input
@@ -182,39 +181,60 @@ class ReparameterizedBlock(keras.layers.Layer):
         # front when n % s == 1 (or s = 1), and none otherwise.
         return tf.where(size % self.strides == 1, 0, 1) if tf.is_tensor(size) else int(size % self.strides != 1)
 
-    def _activated(self, outputs):
-        """What follows the sum of the branches."""
+    def _activate(self, outputs):
+        """Squeeze-and-excite, if there is one, and activation of the sum of the branches."""
         if self.squeeze_excite is not None:
             outputs = self.squeeze_excite(outputs)
         return self.activation(outputs)
 
-    def _identity_kernel(self):
-        """The identity as a 3x3 kernel: shape [3, 3, filters / groups, filters]."""
-        eye = tf.tile(tf.eye(self.filters // self.groups), [1, self.groups])
-        return place_on_centre(eye[tf.newaxis, tf.newaxis])
+    def branches(self) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+        """The part of each branch in the merged convolution, on running statistics.
 
-    def branches(self):
-        """What each branch adds to the merged kernel: {name: (3x3 kernel, bias)}, on running statistics."""
+        Returns:
+          {name: (kernel [3, 3, in / groups, out], bias [out])}.
+        """
         raise NotImplementedError
 
-    def equivalent_kernel_and_bias(self):
-        """The merged kernel [3, 3, in / groups, out] and bias [out], float32; differentiable in every weight."""
+    def equivalent_kernel_and_bias(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """The merged kernel [3, 3, in / groups, out] and bias [out], float32; differentiable in every weight.
+
+        Example:
+          >>> import tf_keras as keras
+          >>> from tf_repvgg.layers import QARepVGGBlock
+          >>> block = QARepVGGBlock(8, groups=2)
+          >>> outputs = block(keras.Input((8, 8, 4)))
+          >>> kernel, bias = block.equivalent_kernel_and_bias()
+          >>> kernel.shape, bias.shape
+          (TensorShape([3, 3, 2, 8]), TensorShape([8]))
+        """
         kernels, biases = zip(*self.branches().values(), strict=True)
         return tf.add_n(list(kernels)), tf.add_n(list(biases))
 
-    def pre_activation_statistics(self):
-        """(mean, variance) of the merged convolution's output as the normalizations imply, each [out] or None."""
+    def pre_activation_statistics(self) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """Mean and variance of the merged convolution's output as the normalizations imply them: each [out].
+
+        None where the normalizations do not determine them.
+        """
         raise NotImplementedError
 
-    def merged_call(self, inputs, kernel, bias):
-        """The block on a merged kernel and bias of any origin, such as a quantized one; differentiable in all."""
-        outputs = self.conv3x3.convolution_op(self._padded(inputs), kernel=kernel)
-        return self._activated(tf.nn.bias_add(outputs, bias))
+    def call_merged(self, inputs: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        """Computes the block with another merged kernel and bias, such as quantized ones; differentiable in all.
 
-    def merged_convolution(self, name=None):
-        """The convolution of the deploy form: a new layer without weights, by default named as the block.
+        Args:
+          inputs: Images [batch, height, width, in].
+          kernel: Kernel [3, 3, in / groups, out].
+          bias: Bias [out].
+        """
+        outputs = self.conv3x3.convolution_op(self._pad(inputs), kernel=kernel)
+        return self._activate(tf.nn.bias_add(outputs, bias))
+
+    def make_merged_convolution(self, name: str | None = None) -> keras.layers.Conv2D:
+        """Makes the convolution of the deploy form, without weights.
 
         It ends in the block's activation, unless a squeeze-and-excite comes first.
+
+        Args:
+          name: Name of the convolution; by default that of the block.
         """
         return keras.layers.Conv2D(
             self.filters,
@@ -226,33 +246,39 @@ class ReparameterizedBlock(keras.layers.Layer):
             **self._spatial_arguments(),
         )
 
-    def deploy_padding(self, name=None):
-        """The layer before that convolution, or None where the block needs none."""
+    def make_deploy_padding(self, name: str | None = None) -> keras.layers.ZeroPadding2D | None:
+        """Makes the layer before the merged convolution; None if the block needs none.
+
+        Args:
+          name: Name of the convolution; by default that of the block.
+        """
         if not self.needs_explicit_padding:
             return None
         return keras.layers.ZeroPadding2D(1, name=f"{name or self.name}_padding", dtype=self.variable_dtype)
 
-    def deploy_form(self, name=None):
-        """The same function of plain layers that are new and hold the merged weights, as a callable on tensors.
+    def make_deploy_form(self, name: str | None = None) -> Callable[[tf.Tensor], tf.Tensor]:
+        """Makes plain layers that compute the same function and hold the merged weights, as a callable on tensors.
 
-        They are a convolution called `name`, by default as the block, and where the block needs them padding before and
-        squeeze-and-excite and activation after it. They compute in the type of the weights, whatever policy trained
-        them or is set now.
+        They are a convolution, where needed padding before it, and if the block has a squeeze-and-excite, that and the
+        activation after it. They compute in the type of the weights, whatever policy trained them or is set now.
+
+        Args:
+          name: Name of the convolution; by default that of the block.
         """
         name = name or self.name
-        conv = self.merged_convolution(name)
+        conv = self.make_merged_convolution(name)
         kernel, bias = self.equivalent_kernel_and_bias()
         conv.build((None, None, None, kernel.shape[2] * self.groups))
         conv.set_weights([kernel.numpy(), bias.numpy()])
         layers = [conv]
-        if (padding := self.deploy_padding(name)) is not None:
+        if (padding := self.make_deploy_padding(name)) is not None:
             layers.insert(0, padding)
         if self.squeeze_excite is not None:
-            tail = self._squeeze_excite(self.variable_dtype, name)
-            tail.copy_weights(self.squeeze_excite)
+            squeeze_excite = self._make_squeeze_excite(self.variable_dtype, name)
+            squeeze_excite.copy_weights(self.squeeze_excite)
             activation = keras.layers.Activation(self.activation, name=f"{name}_activation", dtype=self.variable_dtype)
             # Past its __call__, so that a functional model holds its layers and not the custom layer.
-            layers += [tail.call, activation]
+            layers += [squeeze_excite.call, activation]
 
         def call(inputs):
             for layer in layers:
@@ -261,12 +287,12 @@ class ReparameterizedBlock(keras.layers.Layer):
 
         return call
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tf.TensorShape:
         batch, height, width, _ = input_shape
         sizes = [None if size is None else -(-size // self.strides) for size in (height, width)]
         return tf.TensorShape([batch, *sizes, self.filters])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "filters": self.filters,

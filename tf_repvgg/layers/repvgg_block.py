@@ -1,17 +1,14 @@
 """RepVGG's block in training form (arXiv:2101.03697)."""
 
+from typing import Any
+
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.layers.batch_norm import OutlierAwareBatchNormalization, scale_and_shift
+from tf_repvgg.layers.batch_norm import OutlierAwareBatchNormalization, output_variance, scale_and_shift
 from tf_repvgg.layers.clip_limit import ClipLimit
-from tf_repvgg.layers.reparameterized_block import (
-    ReparameterizedBlock,
-    check_choice,
-    output_variance,
-    place_on_centre,
-    scale_kernel,
-)
+from tf_repvgg.layers.kernels import identity_kernel, place_on_centre, scale_kernel
+from tf_repvgg.layers.reparameterized_block import ReparameterizedBlock, check_choice
 
 NORMS = ("bn", "oabn")
 OABN_BRANCHES = ("identity", "all")
@@ -22,63 +19,75 @@ IDENTITIES = ("norm", "none", "constant")
 class RepVGGBlock(ReparameterizedBlock):
     """RepVGG's training form (arXiv:2101.03697, equation 1): act(BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x)).
 
-    The identity branch exists where the block keeps its input's shape.
+    The identity branch exists where the block keeps the shape of its input.
 
     Args:
+      filters: Number of output channels.
       norm: "bn", or "oabn" for `OutlierAwareBatchNormalization`.
-      oabn_k: its limit k; may be relative to the block's own kernel, as in "6std".
-      oabn_branches: "identity" to clip the identity branch only, "all" to clip every branch.
-      clip_mode: its way of training clipped gammas.
-      identity: "norm" as published; the controls "none" (no identity branch) and "constant" (identity_gain * x,
-        nothing trained).
-      identity_gain: the gain of identity="constant".
-      **kwargs: as for `ReparameterizedBlock`.
+      oabn_k: Limit k of OABN; may be relative to the block's own kernel, as in "6std".
+      oabn_branches: Branches with OABN: "identity" for the identity branch only, or "all".
+      clip_mode: Gradient of OABN's clip, see `OutlierAwareBatchNormalization`.
+      identity: Identity branch: "norm" as published, or one of the controls "none" (no identity branch) and
+        "constant" (identity_gain * x, nothing trained).
+      identity_gain: Gain of identity="constant".
+      **kwargs: Arguments of `ReparameterizedBlock`.
 
     Raises:
-      ValueError: for an unknown choice, or norm="oabn" where no branch is left to clip.
+      ValueError: If a choice is unknown, norm="oabn" has no branch to clip, or a relative k has no kernel to refer to.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.layers import RepVGGBlock
+      >>> block = RepVGGBlock(4, norm="oabn", oabn_k=0.125, epsilon=0.0)
+      >>> block(keras.Input((8, 8, 4))).shape
+      TensorShape([None, 8, 8, 4])
+      >>> identity, _ = block.branches()["identity"]
+      >>> np.diag(identity[1, 1]).tolist()  # the centre tap; gamma is 1 before training
+      [0.125, 0.125, 0.125, 0.125]
     """
 
     def __init__(
         self,
-        filters,
-        norm="bn",
-        oabn_k=0.1,
-        oabn_branches="identity",
-        clip_mode="project",
-        identity="norm",
-        identity_gain=0.1,
-        **kwargs,
-    ):
+        filters: int,
+        norm: str = "bn",
+        oabn_k: float | str = 0.1,
+        oabn_branches: str = "identity",
+        clip_mode: str = "project",
+        identity: str = "norm",
+        identity_gain: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(filters, **kwargs)
         check_choice(self._kind, "norm", norm, NORMS)
         check_choice(self._kind, "oabn_branches", oabn_branches, OABN_BRANCHES)
         check_choice(self._kind, "identity", identity, IDENTITIES)
         if norm == "oabn" and oabn_branches == "identity" and identity != "norm":
             raise ValueError(
-                f"{self._kind}: norm='oabn' clips the identity branch, but identity={identity!r} leaves none with a "
-                "normalization; use norm='bn' or oabn_branches='all'"
+                f"{self._kind}: norm='oabn' clips the normalization of the identity branch, but identity={identity!r} "
+                "has none; use norm='bn' or oabn_branches='all'"
             )
         if norm == "oabn" and oabn_branches == "all" and ClipLimit.parse(oabn_k).relative:
             raise ValueError(
-                f"{self._kind}: oabn_k={oabn_k!r} is relative to the kernel that oabn_branches='all' clips itself; "
+                f"{self._kind}: oabn_k={oabn_k!r} is relative to the kernel that oabn_branches='all' itself clips; "
                 "give oabn_k as a number, or use oabn_branches='identity'"
             )
         if norm == "oabn":
-            OutlierAwareBatchNormalization(oabn_k, clip_mode)  # refuses bad arguments here, not first at build
+            OutlierAwareBatchNormalization(oabn_k, clip_mode)  # refuses bad arguments here rather than in `build`
         self.norm = norm
         self.oabn_k = oabn_k
         self.oabn_branches = oabn_branches
         self.clip_mode = clip_mode
         self.identity = identity
         self.identity_gain = identity_gain
-        self.norm3x3 = self._branch_norm("norm3x3")
-        self.norm1x1 = self._branch_norm("norm1x1")
+        self.norm3x3 = self._make_branch_norm("norm3x3")
+        self.norm1x1 = self._make_branch_norm("norm1x1")
         self.norm_identity = None
 
-    def _branch_norm(self, name):
+    def _make_branch_norm(self, name):
         is_clipped = self.norm == "oabn" and (self.oabn_branches == "all" or name == "norm_identity")
         if not is_clipped:
-            return self._batch_norm(name)
+            return self._make_batch_norm(name)
         norm = OutlierAwareBatchNormalization(
             k=self.oabn_k,
             clip_mode=self.clip_mode,
@@ -91,23 +100,23 @@ class RepVGGBlock(ReparameterizedBlock):
         return norm
 
     def _conv_kernel_spread(self):
-        """Standard deviation of the merged kernel without its identity branch: the scale other weights live on."""
+        """Standard deviation of the merged kernel without its identity branch: the scale of the other weights."""
         return tf.math.reduce_std(self._conv_branch(self.conv3x3, self.norm3x3)[0] + self._conv1x1_branch()[0])
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         if self.identity == "norm" and self._keeps_shape(input_shape):
-            self.norm_identity = self._branch_norm("norm_identity")
+            self.norm_identity = self._make_branch_norm("norm_identity")
         self.has_constant_identity = self.identity == "constant" and self._keeps_shape(input_shape)
         super().build(input_shape)
 
-    def call(self, inputs, training=None):
-        outputs = self.norm3x3(self._conv3x3(inputs), training=training)
-        outputs += self.norm1x1(self._conv1x1(inputs), training=training)
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        outputs = self.norm3x3(self._convolve3x3(inputs), training=training)
+        outputs += self.norm1x1(self._convolve1x1(inputs), training=training)
         if self.norm_identity is not None:
             outputs += self.norm_identity(inputs, training=training)
         elif self.has_constant_identity:
             outputs += self.identity_gain * tf.cast(inputs, outputs.dtype)
-        return self._activated(outputs)
+        return self._activate(outputs)
 
     @staticmethod
     def _conv_branch(conv, norm):
@@ -118,26 +127,27 @@ class RepVGGBlock(ReparameterizedBlock):
         kernel, bias = self._conv_branch(self.conv1x1, self.norm1x1)
         return place_on_centre(kernel), bias
 
-    def branches(self):
-        found = {"conv3x3": self._conv_branch(self.conv3x3, self.norm3x3), "conv1x1": self._conv1x1_branch()}
+    def branches(self) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+        branches = {"conv3x3": self._conv_branch(self.conv3x3, self.norm3x3), "conv1x1": self._conv1x1_branch()}
         if self.norm_identity is not None:
             scale, shift = scale_and_shift(self.norm_identity)
-            found["identity"] = self._identity_kernel() * scale, shift
+            branches["identity"] = identity_kernel(self.filters, self.groups) * scale, shift
         elif self.has_constant_identity:
-            found["identity"] = self._identity_kernel() * self.identity_gain, tf.zeros([self.filters])
-        return found
+            kernel = identity_kernel(self.filters, self.groups) * self.identity_gain
+            branches["identity"] = kernel, tf.zeros([self.filters])
+        return branches
 
-    def pre_activation_statistics(self):
+    def pre_activation_statistics(self) -> tuple[tf.Tensor, tf.Tensor] | None:
         """Mean: the sum of the betas, exact. Variance: the sum over branches, as if they were uncorrelated.
 
-        None for a constant identity, whose statistics no normalization knows.
+        None for a constant identity, which has no normalization.
         """
         if self.has_constant_identity:
             return None
         norms = [norm for norm in (self.norm3x3, self.norm1x1, self.norm_identity) if norm is not None]
         return tf.add_n([norm.beta for norm in norms]), tf.add_n([output_variance(norm) for norm in norms])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "norm": self.norm,

@@ -1,21 +1,24 @@
-"""Number formats for weights and activations, and the methods that put a network on them.
+"""Number formats for weights and activations, and the methods that bring a network into them.
 
-A quantized model, whatever made it, is a Keras model of `QuantizedLayer`s and `ActivationQuantizer`s, which
-`tf_repvgg.tflite.convert` writes code for code. Training with quantization is in `qat`, quantization after training in
-`ptq`. Both are imported on first use: tfmot, which `qat` extends, takes more than a second to import.
+Every method ends in a Keras model of `QuantizedLayer`s and `ActivationQuantizer`s, which `tf_repvgg.tflite.convert`
+writes code for code. `qat` holds quantization-aware training, `ptq` post-training quantization. Both are imported on
+first use, since tensorflow-model-optimization, which `qat` extends, takes more than a second to import.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tf_repvgg.quantization.activations import ActivationQuantizer, quantize_activations, quantizers
+from tf_repvgg.quantization import lazy_layers
+from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
+from tf_repvgg.quantization.activations import quantize_activations, quantizers
 from tf_repvgg.quantization.quantized_layers import (
     QuantizedConv2D,
     QuantizedDense,
     QuantizedDepthwiseConv2D,
     QuantizedLayer,
-    quantized_form,
+    make_quantized_layer,
 )
+from tf_repvgg.quantization.quantized_model import QuantizedModel
 from tf_repvgg.quantization.uniform import GRANULARITIES, QuantizedKernel, quantize_min_max
 
 if TYPE_CHECKING:
@@ -35,13 +38,14 @@ __all__ = [
     "QuantizedDepthwiseConv2D",
     "QuantizedKernel",
     "QuantizedLayer",
+    "QuantizedModel",
     "cluster_quantize",
     "learned_step_quantize",
+    "make_quantized_layer",
     "ptq",
     "qat",
     "quantize_activations",
     "quantize_min_max",
-    "quantized_form",
     "quantizers",
     "strip_cluster_quantize",
     "strip_learned_step",
@@ -49,10 +53,17 @@ __all__ = [
 
 _LAZY_MODULES = ("ptq", "qat")
 
+lazy_layers.register()
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
+    """Imports `ptq` and `qat`, and functions of the latter, on first use."""
     if name in _LAZY_MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
         return getattr(importlib.import_module(f"{__name__}.qat"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

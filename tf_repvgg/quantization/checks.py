@@ -1,7 +1,7 @@
-"""What may be quantized, how far, and on which images: checks that every way to an integer file shares."""
+"""Checks that every way to an integer file shares: of models, weights, settings by layer, and calibration images."""
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -9,11 +9,20 @@ import tf_keras as keras
 
 from tf_repvgg import by_name, graph
 from tf_repvgg.layers import ReparameterizedBlock
+from tf_repvgg.quantization.codebooks import NUMBERS_OF_CLUSTERS
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
+from tf_repvgg.quantization.uniform import WEIGHT_BITS
 
 
 def check_fused(model: keras.Model) -> None:
-    """Raises ValueError if a block is still in training form, or a layer in a wrapper for training; names it."""
+    """Refuses models with blocks in training form or with wrappers for training.
+
+    Args:
+      model: Any Keras model.
+
+    Raises:
+      ValueError: If there is such a layer. The message names it, and the function to be called first.
+    """
     for layer in graph.find_layers(model):
         if strip := getattr(layer, "stripped_by", None):
             raise ValueError(
@@ -23,25 +32,37 @@ def check_fused(model: keras.Model) -> None:
             raise ValueError(f"block {layer.name!r} is still in training form; call tf_repvgg.fusion.fuse(model) first")
 
 
-def check_finite(layer, *tensors) -> None:
-    """Raises ValueError if weights of a layer, or more tensors of it, hold infinities or NaN; names it."""
+def check_finite(layer: keras.layers.Layer, *tensors: tf.Tensor) -> None:
+    """Refuses weights that are not finite.
+
+    Args:
+      layer: Layer whose weights are checked.
+      *tensors: Further tensors of the layer to be checked.
+
+    Raises:
+      ValueError: If one of them holds infinities or NaN. The message names the layer.
+    """
     for tensor in (*tensors, *layer.weights):
         if not bool(tf.reduce_all(tf.math.is_finite(tensor))):
             raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
 
 
-def validate_images(calibration, input_shape) -> list[np.ndarray]:
-    """Calibration images as a list of float32 batches of one.
+def validate_images(calibration: Iterable[np.ndarray], input_shape: tuple) -> list[np.ndarray]:
+    """Turns calibration images into float32 batches of one image.
 
     Args:
-      calibration: iterable of images [height, width, channels].
-      input_shape: (batch, height, width, channels) of the model; height and width may be None.
+      calibration: Images, each [height, width, channels].
+      input_shape: Input shape of the model, (batch, height, width, channels); height and width may be None.
+
+    Returns:
+      Batches, each [1, height, width, channels].
 
     Raises:
-      ValueError: if there are none, or one has another shape or is not finite; names it.
+      ValueError: If there are no images, if one has another shape or is not finite, or if the model has several inputs.
+        The message names the image.
     """
     if any(isinstance(part, tuple) for part in input_shape):
-        raise ValueError(f"calibration images are for models of one input, and this one has {len(input_shape)}")
+        raise ValueError(f"calibration images need a model with one input; this one has {len(input_shape)}")
     shape = tuple(input_shape[1:])
     images = []
     for index, image in enumerate(calibration):
@@ -56,40 +77,66 @@ def validate_images(calibration, input_shape) -> list[np.ndarray]:
     return images
 
 
-def values_by_layer(
-    model: keras.Model,
-    value: int | str | Mapping[str, int],
-    description: str,
-    lowest: int,
-    highest: int,
-    kinds: tuple[type, ...] = WEIGHTED_LAYERS,
-) -> dict[str, int]:
-    """The number of each layer, such as its weight bits.
+def bits_by_layer(model: keras.Model, weight_bits: int | str | Mapping[str, int]) -> dict[str, int]:
+    """Resolves the weight bits of each Conv2D, DepthwiseConv2D and Dense layer of a model.
 
     Args:
-      model: Functional model; names are those of `tf_repvgg.graph.unique_names`.
-      value: One number, or numbers by name pattern as `tf_repvgg.by_name.parse` reads them: "stem=8,.*=4".
-      description: Name of the numbers in messages, such as "weight bits".
-      lowest: Smallest number allowed.
-      highest: Largest number allowed.
-      kinds: Classes of the layers, by default Conv2D, DepthwiseConv2D and Dense.
+      model: Functional model.
+      weight_bits: Bits of a weight, from 2 to 8, or bits by pattern of layer names, first match wins; also as text:
+        "stem=8,.*=4".
 
     Returns:
-      {layer name: number}.
+      {layer name as in `tf_repvgg.graph.unique_names`: bits}.
 
     Raises:
-      ValueError: For a number out of range, and as `tf_repvgg.by_name.parse` and `tf_repvgg.by_name.resolve`.
-    """
+      ValueError: If bits are out of range, a pattern matches no layer or comes too late, or a layer matches no pattern.
 
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import checks
+      >>> model = keras.Sequential([keras.layers.Dense(2, name="stem"), keras.layers.Dense(2, name="logits")])
+      >>> model.build((None, 3))
+      >>> checks.bits_by_layer(model, "stem=8,.*=4")
+      {'stem': 8, 'logits': 4}
+    """
+    return _numbers_by_layer(model, weight_bits, "weight bits", WEIGHT_BITS, WEIGHTED_LAYERS)
+
+
+def clusters_by_layer(
+    model: keras.Model,
+    number_of_clusters: int | str | Mapping[str, int],
+    classes: tuple[type, ...] = WEIGHTED_LAYERS,
+) -> dict[str, int]:
+    """Resolves the number of clusters of each layer of a model.
+
+    Args:
+      model: Functional model.
+      number_of_clusters: Number of clusters in a codebook, from 2 to 256, or numbers by pattern of layer names, as for
+        `bits_by_layer`.
+      classes: Classes of the layers to be clustered.
+
+    Returns:
+      {layer name as in `tf_repvgg.graph.unique_names`: number of clusters}.
+
+    Raises:
+      ValueError: If a number is out of range, a pattern matches no layer or comes too late, or a layer matches no
+        pattern.
+    """
+    return _numbers_by_layer(model, number_of_clusters, "numbers of clusters", NUMBERS_OF_CLUSTERS, classes)
+
+
+def _numbers_by_layer(model, value, description, allowed, classes):
     def parse_number(number):
         if isinstance(number, str) and number.isdigit():
             number = int(number)
-        is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)  # NumPy's are, too
-        if not (is_whole and lowest <= number <= highest):
-            raise ValueError(f"{description} are {number!r}; they must be a whole number from {lowest} to {highest}")
+        is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)  # includes those of NumPy
+        if not (is_whole and number in allowed):
+            raise ValueError(
+                f"{description} are {number!r}; they must be a whole number from {allowed[0]} to {allowed[-1]}"
+            )
         return int(number)
 
     values = by_name.parse(value, parse_number, description)
-    unique = graph.unique_names(model)
-    names = [unique[id(layer)] for layer in graph.leaves(model) if isinstance(layer, kinds)]
-    return by_name.resolve(values, names, description)
+    unique_names = graph.unique_names(model)
+    layer_names = [unique_names[id(layer)] for layer in graph.leaves(model) if isinstance(layer, classes)]
+    return by_name.resolve(values, layer_names, description)

@@ -1,4 +1,7 @@
-"""Layers whose kernel lies on an integer grid: what every way of quantizing weights ends in, and what is exported."""
+"""Layers whose kernel lies on an integer grid: the result of every way to quantize weights, and what is exported."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -10,46 +13,65 @@ from tf_repvgg.quantization.uniform import LARGEST_CODE, QuantizedKernel
 WEIGHTED_LAYERS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
 
-class QuantizedLayer:
-    """A layer with a kernel of int8 codes times a scale; a plain layer otherwise, kernel and bias included.
+class QuantizedLayer(keras.layers.Layer):
+    """Base of the layers whose kernel is int8 codes times a scale; in all else they are plain layers.
 
-    The kernel is stored as it is multiplied with, in float32; `scale` is one more weight beside kernel and bias, and
-    codes are read back from both, exactly.
+    The layer stores the float32 kernel that it multiplies with, and `scale` as one more weight. Codes are read back
+    from both, exactly.
 
     Args:
-      per_channel: whether there is a scale for each output channel, or one.
-      **kwargs: those of the plain layer.
+      *args: Arguments of the plain layer.
+      per_channel: Whether every output channel has its own scale; otherwise the kernel has one.
+      **kwargs: Keyword arguments of the plain layer.
+
+    Attributes:
+      per_channel: Whether every output channel has its own scale.
+      scale: Scale of the codes, a float32 variable of shape [1] or [output channels].
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import QuantizedLayer, ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> quantized = ptq.quantize(model, weight_bits=4, calibration=[[[[0.5] * 3] * 8] * 8])
+      >>> for layer in quantized.layers:
+      ...     if isinstance(layer, QuantizedLayer):
+      ...         print(layer.name, layer.codes_shape, layer.get_quantized_kernel().codes.max())
+      conv (3, 3, 3, 4) 7
     """
 
-    def __init__(self, *args, per_channel=True, **kwargs):
+    def __init__(self, *args: Any, per_channel: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.per_channel = per_channel
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         super().build(input_shape)
         count = self.codes_shape[-1] if self.per_channel else 1
         self.scale = self.add_weight("scale", [count], tf.float32, keras.initializers.Ones(), trainable=False)
 
-    def set_quantized_kernel(self, quantized: QuantizedKernel):
-        """Takes over codes and scale.
+    def set_quantized_kernel(self, quantized: QuantizedKernel) -> None:
+        """Sets kernel and scale.
+
+        Args:
+          quantized: Codes of shape `codes_shape`, and their scale.
 
         Raises:
-          ValueError: if their shapes are not the layer's.
+          ValueError: If the shapes do not fit the layer.
         """
-        expected, found = ((self.codes_shape, tuple(self.scale.shape)), (quantized.codes.shape, quantized.scale.shape))
-        if found != expected:
+        expected = self.codes_shape, tuple(self.scale.shape)
+        actual = quantized.codes.shape, quantized.scale.shape
+        if actual != expected:
             raise ValueError(
-                f"layer {self.name!r}: codes and scale have shapes {found[0]} and {found[1]}; the layer needs "
+                f"layer {self.name!r}: codes and scale have shapes {actual[0]} and {actual[1]}; the layer needs "
                 f"{expected[0]} and {expected[1]}"
             )
         self._kernel.assign(quantized.dequantize().reshape(self._kernel.shape))
         self.scale.assign(quantized.scale)
 
-    def quantized_kernel(self) -> QuantizedKernel:
-        """Codes and scale, output channels last (see `QuantizedKernel`).
+    def get_quantized_kernel(self) -> QuantizedKernel:
+        """Reads codes and scale back from the kernel.
 
         Raises:
-          ValueError: if the kernel is not on its grid, as after training it as a plain weight.
+          ValueError: If the kernel is not on its grid, for example after it was trained as a plain weight.
         """
         kernel, scale = self._kernel.numpy().reshape(self.codes_shape), self.scale.numpy()
         codes = np.round(kernel / scale)
@@ -65,39 +87,66 @@ class QuantizedLayer:
         return self.kernel
 
     @property
-    def codes_shape(self):
+    def codes_shape(self) -> tuple[int, ...]:
         """Shape of the codes (see `QuantizedKernel`), once the layer is built."""
         return tuple(self._kernel.shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "per_channel": self.per_channel}
 
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
 class QuantizedConv2D(QuantizedLayer, keras.layers.Conv2D):
-    """Conv2D with its kernel on a grid."""
+    """Conv2D with its kernel on a grid; see `QuantizedLayer`.
+
+    Example:
+      >>> from tf_repvgg.quantization import QuantizedConv2D
+      >>> layer = QuantizedConv2D(4, 3, per_channel=True)
+      >>> layer.build((None, 8, 8, 3))
+      >>> layer.codes_shape, layer.scale.shape
+      ((3, 3, 3, 4), TensorShape([4]))
+    """
 
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
 class QuantizedDense(QuantizedLayer, keras.layers.Dense):
-    """Dense with its kernel on a grid."""
+    """Dense with its kernel on a grid; see `QuantizedLayer`.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg.quantization import QuantizedDense, quantize_min_max
+      >>> layer = QuantizedDense(2, per_channel=False)
+      >>> layer.build((None, 1))
+      >>> layer.set_quantized_kernel(quantize_min_max(np.array([[4.0, -127.0]]), per_channel=False))
+      >>> layer.get_quantized_kernel().codes.tolist()
+      [[4, -127]]
+    """
 
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
 class QuantizedDepthwiseConv2D(QuantizedLayer, keras.layers.DepthwiseConv2D):
-    """DepthwiseConv2D with its kernel on a grid; codes are those of the grouped convolution that it is."""
+    """DepthwiseConv2D with its kernel on a grid; its codes have the layout of a grouped convolution.
+
+    Example:
+      >>> from tf_repvgg.quantization import QuantizedDepthwiseConv2D
+      >>> layer = QuantizedDepthwiseConv2D(3, depth_multiplier=2)
+      >>> layer.build((None, 8, 8, 5))
+      >>> layer.codes_shape
+      (3, 3, 1, 10)
+    """
 
     @property
     def _kernel(self):
         return self.depthwise_kernel
 
     @property
-    def codes_shape(self):
+    def codes_shape(self) -> tuple[int, ...]:
+        """Shape of the codes, [height, width, 1, channels * depth multiplier]."""
         height, width, channels, multiplier = self.depthwise_kernel.shape
         return height, width, 1, channels * multiplier
 
 
-def kernel_of(layer) -> np.ndarray:
+def kernel_of(layer: keras.layers.Layer) -> np.ndarray:
     """The kernel of a Conv2D, DepthwiseConv2D or Dense layer in the layout of `QuantizedKernel`."""
     if isinstance(layer, keras.layers.DepthwiseConv2D):
         kernel = layer.depthwise_kernel.numpy()
@@ -105,13 +154,22 @@ def kernel_of(layer) -> np.ndarray:
     return layer.kernel.numpy()
 
 
-def bias_of(layer) -> np.ndarray:
-    """The bias of such a layer, zeros where it has none: shape [output channels]."""
+def bias_of(layer: keras.layers.Layer) -> np.ndarray:
+    """The bias of a Conv2D, DepthwiseConv2D or Dense layer, [output channels]; zeros if it has none."""
     return layer.bias.numpy() if layer.use_bias else np.zeros(kernel_of(layer).shape[-1], np.float32)
 
 
-def linear(layer, inputs, kernel):
-    """What a layer computes with another kernel, in the layout of `QuantizedKernel`, without bias and activation."""
+def apply_kernel(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """Computes a Conv2D, DepthwiseConv2D or Dense layer with another kernel, without bias and activation.
+
+    Args:
+      layer: Layer with the strides, padding and dilation rate to use.
+      inputs: Inputs of the layer.
+      kernel: Kernel in the layout of `QuantizedKernel`.
+
+    Returns:
+      Linear outputs of the layer.
+    """
     if isinstance(layer, keras.layers.DepthwiseConv2D):
         kernel = tf.reshape(kernel, layer.depthwise_kernel.shape)
         return keras.backend.depthwise_conv2d(
@@ -122,50 +180,68 @@ def linear(layer, inputs, kernel):
     return layer.convolution_op(inputs, kernel=kernel)
 
 
-_QUANTIZED_FORMS = {
+_QUANTIZED_CLASSES = {
     keras.layers.Conv2D: QuantizedConv2D,
     keras.layers.Dense: QuantizedDense,
     keras.layers.DepthwiseConv2D: QuantizedDepthwiseConv2D,
 }
 
 
-def has_quantized_form(layer) -> bool:
-    """Whether the layer is of a class that `quantized_form` knows; a subclass may do more with its kernel."""
-    return type(layer) in _QUANTIZED_FORMS
+def is_quantizable(layer: keras.layers.Layer) -> bool:
+    """Whether `make_quantized_layer` accepts a layer. It refuses subclasses, which may do more with their kernel."""
+    return type(layer) in _QUANTIZED_CLASSES
 
 
-def quantized_form(layer, per_channel, **changes):
-    """A new quantized layer in the configuration of a plain one; it has its weights once it is called.
+def make_quantized_layer(layer: keras.layers.Layer, per_channel: bool, **changes: Any) -> QuantizedLayer:
+    """Makes a quantized layer with the configuration of a plain layer; its weights do not carry over.
+
+    Args:
+      layer: Conv2D, DepthwiseConv2D or Dense layer.
+      per_channel: Whether every output channel gets its own scale.
+      **changes: Changes to the configuration of the layer.
+
+    Returns:
+      A new layer that is not built.
 
     Raises:
-      ValueError: if the layer is of no class that has a quantized form.
+      ValueError: If the layer is of another class.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import make_quantized_layer
+      >>> layer = make_quantized_layer(keras.layers.Dense(2, name="logits"), per_channel=False, use_bias=False)
+      >>> type(layer).__name__, layer.name, layer.use_bias
+      ('QuantizedDense', 'logits', False)
     """
-    if not has_quantized_form(layer):
+    if not is_quantizable(layer):
         raise ValueError(
             f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be quantized; Conv2D, "
             "DepthwiseConv2D and Dense can"
         )
     config = layer.get_config() | {"dtype": layer.variable_dtype, "per_channel": per_channel} | changes
-    return _QUANTIZED_FORMS[type(layer)].from_config(config)
+    return _QUANTIZED_CLASSES[type(layer)].from_config(config)
 
 
-def fill_weights(form: QuantizedLayer, kernel, scale, bias):
-    """A new quantized layer as a callable on tensors, which puts weights into it once it is built.
+def fill_on_call(layer: QuantizedLayer, kernel: Any, scale: Any, bias: np.ndarray) -> Callable:
+    """Makes a callable that calls a new quantized layer and then sets its weights, which exist only from then on.
 
     Args:
-      form: see `quantized_form`.
-      kernel: tensor or array that lies on the grid; any shape with the codes in order.
-      scale: float32 [1 or output channels].
-      bias: [output channels]; left out where the layer has none.
+      layer: Layer that is not built; see `make_quantized_layer`.
+      kernel: Tensor or array on the grid; any shape that has the order of the codes.
+      scale: Scale of the codes, float32, [1] or [output channels].
+      bias: Bias, [output channels]; ignored if the layer has none.
+
+    Returns:
+      A callable with the arguments and outputs of the layer.
     """
 
-    def call(*arguments, **keywords):
-        outputs = form(*arguments, **keywords)
-        steps = np.asarray(scale, np.float32)
-        codes = np.round(np.reshape(kernel, form.codes_shape) / steps).astype(np.int8)
-        form.set_quantized_kernel(QuantizedKernel(codes, steps))
-        if form.use_bias:
-            form.bias.assign(bias)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        outputs = layer(*arguments, **keywords)
+        scale_array = np.asarray(scale, np.float32)
+        codes = np.round(np.reshape(kernel, layer.codes_shape) / scale_array).astype(np.int8)
+        layer.set_quantized_kernel(QuantizedKernel(codes, scale_array))
+        if layer.use_bias:
+            layer.bias.assign(bias)
         return outputs
 
     return call

@@ -1,17 +1,16 @@
-"""Fully integer TFLite files: writing them code for code, reading and running them."""
+"""Fully integer TFLite files: writing them code for code, reading them and running them."""
 
 from tf_repvgg.tflite.convert import (
     INFERENCE_TYPES,
-    METADATA_NAME,
     activation_bits,
     convert,
     convert_float,
     resolve_inference_type,
-    with_weights,
 )
 from tf_repvgg.tflite.fidelity import LayerFidelity, layers
 from tf_repvgg.tflite.interpreter import Latency, latency, predict
 from tf_repvgg.tflite.reader import Costs, Operator, costs, metadata, operators, weight_codes
+from tf_repvgg.tflite.weights import METADATA_NAME, with_weights
 
 __all__ = [
     "INFERENCE_TYPES",

@@ -1,6 +1,7 @@
 """The flatbuffer of a TFLite file as Python objects, and the few edits that this package makes to it."""
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flatbuffers
@@ -13,15 +14,17 @@ FILE_IDENTIFIER = b"TFL3"
 DATA_ALIGNMENT = 16
 _BIAS_INPUT = 2
 _BIAS_TYPES = {schema.TensorType.INT32: np.int32, schema.TensorType.INT64: np.int64}
+# The name of a weight tensor is that of its layer and this; Netron and other viewers show it.
+_KERNEL_SUFFIX = "/kernel"
 
 
 class WeightsLayout(NamedTuple):
-    """How an operator holds its weights.
+    """Layout of an operator's weights.
 
     Attributes:
-      channel_axis: the axis of the output channels, which per-channel scales belong to.
-      first_axis: where the file's first axis stands in the layout of Keras, output channels last. A depthwise kernel
-        counts as that of the grouped convolution it is: [height, width, 1, channels * depth multiplier].
+      channel_axis: Axis of the output channels, to which per-channel scales belong.
+      first_axis: Position of the file's first axis in the layout of Keras, output channels last. A depthwise kernel
+        has the layout of the equivalent grouped convolution: [height, width, 1, channels * depth multiplier].
     """
 
     channel_axis: int
@@ -37,10 +40,10 @@ WEIGHTS_LAYOUT = {
 
 
 def unpack(file: bytes) -> schema.ModelT:
-    """Parses a file. Constants that it holds behind the flatbuffer, as large files of others do, become buffers' data.
+    """Parses a file. Constants behind the flatbuffer, where large files have them, become data of their buffers.
 
     Raises:
-      ValueError: if it is no TFLite file, or a damaged one.
+      ValueError: If the file is not a TFLite file, or a damaged one.
     """
     if file[4:8] != FILE_IDENTIFIER:
         raise ValueError(
@@ -48,7 +51,7 @@ def unpack(file: bytes) -> schema.ModelT:
         )
     try:
         model = schema.ModelT.InitFromPackedBuf(file, 0)
-    except Exception as error:  # offsets that point anywhere make the schema's reader raise whatever Python does
+    except Exception as error:  # a damaged file makes the reader of the schema raise any error of Python
         raise ValueError(f"not a whole TFLite file ({type(error).__name__}: {error})") from None
     for buffer in model.buffers or ():
         if buffer.offset > _NO_OFFSET:
@@ -61,9 +64,9 @@ def unpack(file: bytes) -> schema.ModelT:
 
 
 class _AlignedBuffer(schema.BufferT):
-    """A buffer whose data start at a multiple of 16 bytes, as the format demands and Python's flatbuffers forgets.
+    """A buffer whose data start at a multiple of 16 bytes, as the format requires and Python's flatbuffers ignores.
 
-    Kernels of microcontrollers read weights in place and may fault on others.
+    Kernels of microcontrollers read weights in place and may fail on others.
     """
 
     def Pack(self, builder):
@@ -88,22 +91,28 @@ def pack(model: schema.ModelT) -> bytes:
     return bytes(builder.Output())
 
 
-def operator_code(model, operator) -> int:
+def tensor_name(tensor: schema.TensorT) -> str:
+    """The name of a tensor; empty if it has none."""
+    return (tensor.name or b"").decode(errors="replace")
+
+
+def operator_code(model: schema.ModelT, operator: schema.OperatorT) -> int:
+    """The code of an operator in `schema.BuiltinOperator`."""
     return model.operatorCodes[operator.opcodeIndex].builtinCode
 
 
-def weights_layout(model, operator) -> WeightsLayout | None:
-    """How an operator holds its weights; None if it has none."""
+def weights_layout(model: schema.ModelT, operator: schema.OperatorT) -> WeightsLayout | None:
+    """The layout of an operator's weights; None if it has none."""
     return WEIGHTS_LAYOUT.get(operator_code(model, operator))
 
 
-def weights_tensor(graph, operator):
+def weights_tensor(graph: schema.SubGraphT, operator: schema.OperatorT) -> schema.TensorT:
     """The weights among the inputs of an operator that has a `weights_layout`."""
     return graph.tensors[operator.inputs[WEIGHTS_INPUT]]
 
 
-def weight_codes(model, tensor, layout) -> np.ndarray:
-    """The int8 codes of a weight tensor, which may be stored as INT4, output channels last."""
+def weight_codes(model: schema.ModelT, tensor: schema.TensorT, layout: WeightsLayout) -> np.ndarray:
+    """The codes of a weight tensor, int8, output channels last. The file may store them as INT4."""
     if tensor.type == schema.TensorType.INT4:
         packed = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
         codes = unpack_int4(packed, int(np.prod(tensor.shape))).reshape(tensor.shape)
@@ -113,48 +122,66 @@ def weight_codes(model, tensor, layout) -> np.ndarray:
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:
-    """Two codes per byte in their order, the first in the low half; a last one alone leaves the high half zero."""
+    """Packs two codes into each byte, in their order, the first into the low half.
+
+    Of an odd number of codes, the last leaves the high half of its byte at zero.
+    """
     nibbles = codes.reshape(-1).astype(np.uint8) & 0xF
     nibbles = np.pad(nibbles, [0, len(nibbles) % 2])
     return nibbles[::2] | nibbles[1::2] << 4
 
 
 def unpack_int4(packed: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` codes, int8."""
+    """Unpacks the first `count` codes, int8."""
     nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)[:count]
     return (nibbles.astype(np.int8) ^ 8) - 8
 
 
-def set_weights(model, tensor, layout, codes, scale):
+def set_weights(
+    model: schema.ModelT, tensor: schema.TensorT, layout: WeightsLayout, codes: np.ndarray, scale: np.ndarray
+) -> None:
     """Gives a weight tensor new codes, output channels last, and scales."""
     set_constant(model, tensor, np.moveaxis(codes, layout.first_axis, 0), scale)
     tensor.quantization.quantizedDimension = layout.channel_axis
 
 
-def give_own_weights(graph, operators):
-    """Puts a copy of the weight tensor that operators share with others in its place."""
+def set_weights_name(tensor: schema.TensorT, layer_name: str) -> None:
+    """Names a weight tensor after its layer: "stage1_block1/kernel"."""
+    tensor.name = f"{layer_name}{_KERNEL_SUFFIX}".encode()
+
+
+def weights_layer_name(tensor: schema.TensorT) -> str | None:
+    """The name of the layer after which a weight tensor is named; None if its name is of another form."""
+    name = tensor_name(tensor)
+    return name.removesuffix(_KERNEL_SUFFIX) if name.endswith(_KERNEL_SUFFIX) else None
+
+
+def give_own_weights(graph: schema.SubGraphT, operators: Sequence[schema.OperatorT]) -> None:
+    """Replaces the weight tensor that operators share with other operators by a copy."""
     graph.tensors.append(copy.deepcopy(weights_tensor(graph, operators[0])))
     for operator in operators:
         operator.inputs = np.array(operator.inputs)  # as read from a file it cannot be written to
         operator.inputs[WEIGHTS_INPUT] = len(graph.tensors) - 1
 
 
-def bias_tensor(graph, operator):
-    """The bias among the inputs of an operator that holds weights; None where it is left out."""
+def bias_tensor(graph: schema.SubGraphT, operator: schema.OperatorT) -> schema.TensorT | None:
+    """The bias among the inputs of an operator that has weights; None if it has no bias."""
     has_bias = len(operator.inputs) > _BIAS_INPUT and operator.inputs[_BIAS_INPUT] >= 0
     return graph.tensors[operator.inputs[_BIAS_INPUT]] if has_bias else None
 
 
-def bias_codes(model, tensor) -> np.ndarray:
-    """The codes of a bias."""
+def bias_codes(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray:
+    """The codes of a bias, int32 or int64."""
     return constant(model, tensor, _BIAS_TYPES[tensor.type])
 
 
-def set_bias(model, graph, operator, codes, scale):
-    """Gives an operator's bias, if it has one, new codes and scales.
+def set_bias(
+    model: schema.ModelT, graph: schema.SubGraphT, operator: schema.OperatorT, codes: np.ndarray, scale: np.ndarray
+) -> None:
+    """Gives the bias of an operator, if it has one, new codes and scales.
 
-    With int16 activations it becomes int64, whatever the converter chose: kernels sum up in the type of the bias, and
-    32 bits overflow.
+    With int16 activations it becomes int64, whatever the converter chose: kernels accumulate in the type of the bias,
+    and 32 bits overflow.
     """
     if (tensor := bias_tensor(graph, operator)) is not None:
         if graph.tensors[operator.inputs[0]].type == schema.TensorType.INT16:
@@ -162,14 +189,14 @@ def set_bias(model, graph, operator, codes, scale):
         set_constant(model, tensor, codes.astype(_BIAS_TYPES[tensor.type]), scale)
 
 
-def constant(model, tensor, dtype) -> np.ndarray:
+def constant(model: schema.ModelT, tensor: schema.TensorT, dtype: type) -> np.ndarray:
     """The values of a constant tensor, in its shape."""
     data = model.buffers[tensor.buffer].data
     return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(tensor.shape)
 
 
-def set_constant(model, tensor, values, scale):
-    """Gives a tensor new values and scales in a buffer of its own: the converter lets equal constants share one."""
+def set_constant(model: schema.ModelT, tensor: schema.TensorT, values: np.ndarray, scale: np.ndarray) -> None:
+    """Gives a tensor new values and scales, in a new buffer: the converter lets equal constants share one."""
     model.buffers.append(buffer := schema.BufferT())
     buffer.data = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
     tensor.buffer = len(model.buffers) - 1
@@ -177,19 +204,19 @@ def set_constant(model, tensor, values, scale):
     tensor.quantization.zeroPoint = np.zeros(len(tensor.quantization.scale), np.int64)
 
 
-def set_metadata(model, name, content: bytes):
-    """Puts a named block of bytes, which interpreters ignore, into the file in place of any of that name."""
+def set_metadata(model: schema.ModelT, name: str, content: bytes) -> None:
+    """Puts a named block of bytes, which interpreters ignore, into the file; replaces any block of that name."""
     model.buffers.append(buffer := schema.BufferT())
     buffer.data = np.frombuffer(content, np.uint8)
     entry = schema.MetadataT()
     entry.name = name
     entry.buffer = len(model.buffers) - 1
-    others = [old for old in model.metadata or [] if old.name not in (name, name.encode())]
+    others = [other for other in model.metadata or [] if other.name not in (name, name.encode())]
     model.metadata = [*others, entry]
 
 
-def drop_unused_buffers(model):
-    """Removes buffers that no tensor and no metadata refer to; buffer 0 stays, as the format asks."""
+def drop_unused_buffers(model: schema.ModelT) -> None:
+    """Removes buffers that no tensor and no metadata refer to; buffer 0 stays, as the format requires."""
     owners = [tensor for graph in model.subgraphs for tensor in graph.tensors] + (model.metadata or [])
     kept = sorted({0} | {owner.buffer for owner in owners})
     position = {old: new for new, old in enumerate(kept)}

@@ -3,7 +3,8 @@
 import concurrent.futures
 import os
 import time
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -15,7 +16,19 @@ _WARMUP_RUNS = 10
 
 
 class Latency(NamedTuple):
-    """Milliseconds of one inference on one image."""
+    """Time of one inference on one image.
+
+    Attributes:
+      p50_ms: Median, in milliseconds.
+      p90_ms: 90th percentile, in milliseconds.
+      runs: Number of timed inferences.
+      threads: Number of interpreter threads.
+
+    Example:
+      >>> from tf_repvgg.tflite import Latency
+      >>> Latency(p50_ms=1.5, p90_ms=1.75, runs=100, threads=2).p90_ms
+      1.75
+    """
 
     p50_ms: float
     p90_ms: float
@@ -23,10 +36,17 @@ class Latency(NamedTuple):
     threads: int
 
 
-def load_interpreter(file: bytes, threads: int, default_delegate: bool = True, **options) -> Interpreter:
-    """A file in LiteRT, its tensors allocated; see `predict`. Options are those of LiteRT's interpreter."""
+def load_interpreter(file: bytes, threads: int, default_delegate: bool = True, **options: Any) -> Interpreter:
+    """Loads a file in LiteRT and allocates its tensors.
+
+    Args:
+      file: TFLite file.
+      threads: Number of interpreter threads.
+      default_delegate: Whether XNNPACK runs the operators that it supports; see `predict`.
+      **options: Further options of LiteRT's interpreter.
+    """
     resolver = OpResolverType.AUTO if default_delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    with native_output.hide():  # it tells of its delegate each time
+    with native_output.hide():  # it announces its delegate each time
         interpreter = Interpreter(
             model_content=file, num_threads=threads, experimental_op_resolver_type=resolver, **options
         )
@@ -34,8 +54,8 @@ def load_interpreter(file: bytes, threads: int, default_delegate: bool = True, *
     return interpreter
 
 
-def quantize_input(images, details):
-    """Float images in the type and scale of an input tensor."""
+def quantize_input(images: np.ndarray, details: Mapping[str, Any]) -> np.ndarray:
+    """Converts float images to the type and scale of an input tensor, described by LiteRT's details."""
     dtype = details["dtype"]
     if dtype == np.float32:
         return images
@@ -44,34 +64,45 @@ def quantize_input(images, details):
     return np.clip(np.round(images / scale) + zero_point, limits.min, limits.max).astype(dtype)
 
 
-def dequantize_output(outputs, details):
+def dequantize_output(outputs: np.ndarray, details: Mapping[str, Any]) -> np.ndarray:
+    """Converts values of a tensor, described by LiteRT's details, to float32."""
     if details["dtype"] == np.float32:
         return outputs
     scale, zero_point = details["quantization"]
     return (outputs.astype(np.float32) - zero_point) * np.float32(scale)
 
 
-def _outputs(interpreter):
-    """{name in the file's signature: details}; a single output needs no signature."""
+def _output_details(interpreter):
+    """{name in the file's signature: details}; a single output needs no signature and has the name ""."""
     details = interpreter.get_output_details()
-    # With several, the order of this list is the converter's own; only the signature tells which is which.
+    # LiteRT lists several outputs in the converter's order; only the signature has their names.
     return {"": details[0]} if len(details) == 1 else interpreter.get_signature_runner().get_output_details()
 
 
 def predict(
-    file: bytes, images, description: str | None = None, default_delegate: bool = True
+    file: bytes, images: np.ndarray, description: str | None = None, default_delegate: bool = True
 ) -> np.ndarray | dict[str, np.ndarray]:
-    """Runs a file of batch 1 on every image, one interpreter per core.
+    """Runs a file of batch 1 on every image, with one interpreter for each core.
 
     Args:
-      file: bytes of a TFLite file with one input.
-      images: float32 array [count, height, width, channels], normalised; quantized here as the input asks.
-      description: label of a progress bar; None for no bar.
-      default_delegate: whether XNNPACK runs what it can, or LiteRT's own kernels all, which round a little differently.
+      file: TFLite file with one input.
+      images: Normalized images, float32 [count, height, width, channels]; quantized here as the file's input requires.
+      description: Label of a progress bar; None for no bar.
+      default_delegate: Whether XNNPACK runs the operators that it supports; otherwise LiteRT's own kernels run all,
+        and round a little differently.
 
     Returns:
-      float32 array [count, ...]: the dequantized outputs. Of a file with several outputs, a dictionary of such arrays:
-      by the keys of the model's outputs, or "output_0" onwards where they are a list.
+      The dequantized outputs, float32 [count, ...]. For a file with several outputs, a dictionary of such arrays: its
+      keys are those of the model's outputs, or "output_0" onwards if these are a list.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> images = np.ones([2, 8, 8, 3], np.float32)
+      >>> tflite.predict(tflite.convert(model, calibration=images), images).shape
+      (2, 6, 6, 4)
     """
     workers = os.cpu_count() or 1
     interpreters = [load_interpreter(file, 1, default_delegate) for _ in range(workers)]
@@ -80,15 +111,15 @@ def predict(
 
         def run(interpreter, indices):
             (input_details,) = interpreter.get_input_details()
-            details = _outputs(interpreter)
-            outputs = {name: np.empty([len(indices), *its["shape"][1:]], its["dtype"]) for name, its in details.items()}
+            details = _output_details(interpreter)
+            outputs = {name: np.empty([len(indices), *out["shape"][1:]], out["dtype"]) for name, out in details.items()}
             for row, index in enumerate(indices):
                 interpreter.set_tensor(input_details["index"], quantize_input(images[index : index + 1], input_details))
                 interpreter.invoke()
-                for name, its in details.items():
-                    outputs[name][row] = interpreter.get_tensor(its["index"])[0]
+                for name, output in outputs.items():
+                    output[row] = interpreter.get_tensor(details[name]["index"])[0]
                 bar.update()
-            return {name: dequantize_output(outputs[name], its) for name, its in details.items()}
+            return {name: dequantize_output(output, details[name]) for name, output in outputs.items()}
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             parts = list(pool.map(run, interpreters, chunks))
@@ -96,32 +127,50 @@ def predict(
     return outputs.get("", outputs)
 
 
-def intermediate(file: bytes, images, tensors: list[int]) -> list[np.ndarray]:
-    """What a file of batch 1 and one input computes on the way, on LiteRT's own kernels.
+def intermediate(file: bytes, images: np.ndarray, tensors: Sequence[int]) -> list[np.ndarray]:
+    """Computes intermediate tensors of a file of batch 1 with one input, on LiteRT's own kernels.
 
     Args:
-      file: bytes of a TFLite file.
-      images: as for `predict`.
-      tensors: indices of the tensors to keep.
+      file: TFLite file.
+      images: Normalized images, as for `predict`.
+      tensors: Indices of the tensors.
 
     Returns:
-      For each of them a float32 array [count, ...], dequantized.
+      The dequantized values of each tensor, float32 [count, ...].
     """
-    # The delegate would keep to itself what lies between the operators that it runs.
+    # The delegate would not show the tensors between the operators that it runs.
     interpreter = load_interpreter(file, 1, default_delegate=False, experimental_preserve_all_tensors=True)
     (input_details,) = interpreter.get_input_details()
-    details = {its["index"]: its for its in interpreter.get_tensor_details()}
-    values = [[] for _ in tensors]
+    details = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
+    values: list[list[np.ndarray]] = [[] for _ in tensors]
     for image in images:
         interpreter.set_tensor(input_details["index"], quantize_input(image[np.newaxis], input_details))
         interpreter.invoke()
-        for kept, index in zip(values, tensors, strict=True):
-            kept.append(interpreter.get_tensor(index)[0])
-    return [dequantize_output(np.stack(kept), details[index]) for kept, index in zip(values, tensors, strict=True)]
+        for tensor_values, index in zip(values, tensors, strict=True):
+            tensor_values.append(interpreter.get_tensor(index)[0])
+    return [
+        dequantize_output(np.stack(tensor_values), details[index])
+        for tensor_values, index in zip(values, tensors, strict=True)
+    ]
 
 
 def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
-    """Times single inferences on random input, after a warm-up."""
+    """Times single inferences on random input, after a warm-up.
+
+    Args:
+      file: TFLite file with one input.
+      threads: Number of interpreter threads.
+      runs: Number of timed inferences.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> latency = tflite.latency(tflite.convert(model, calibration=np.ones([1, 8, 8, 3])), runs=50)
+      >>> 0 < latency.p50_ms <= latency.p90_ms
+      True
+    """
     interpreter = load_interpreter(file, threads)
     (details,) = interpreter.get_input_details()
     noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)

@@ -1,169 +1,188 @@
-"""Files of unknown origin in LiteRT, each in a process of its own: one that crashes or hangs takes nothing with it."""
+"""Files of unknown origin in LiteRT, each in a process of its own: a crash or a hang stays in that process."""
 
-import contextlib
-import faulthandler
-import multiprocessing
 import resource
-import signal
 import time
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tf_repvgg import native_output
 from tf_repvgg.tflite import interpreter, reader
+from tf_repvgg.tflite.clean_process import ProcessEnded, RemoteError, RemoteObject
 
 SECONDS = 120
 _BYTES_OF_MEMORY = 16 * 2**30
 
 
 class Isolated:
-    """A file loaded in LiteRT in a process of its own; a context manager, which ends it.
+    """A file that LiteRT runs in a process of its own; a context manager that ends the process.
 
     Args:
-      name: of the file, for messages.
-      file: its bytes.
-      threads: of the interpreter.
+      name: Name of the file in messages.
+      file: Content of the file.
+      threads: Number of interpreter threads.
+
+    Attributes:
+      process_id: ID of the process.
 
     Raises:
-      ValueError: from every method, if the file cannot be read or run, or the process dies or takes too long.
+      ValueError: From every method, if the file cannot be read or run, or the process crashes or takes too long.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> from tf_repvgg.tflite.isolated import Isolated
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> file = tflite.convert(model, calibration=np.ones([1, 8, 8, 3]))
+      >>> with Isolated("conv.tflite", file) as isolated:
+      ...     isolated.costs().macs, isolated.predict(np.ones([2, 8, 8, 3], np.float32)).shape
+      (3888, (2, 6, 6, 4))
+      >>> with Isolated("labels.txt", b"cat dog bird") as isolated:
+      ...     try:
+      ...         isolated.costs()
+      ...     except ValueError as error:
+      ...         print(error)
+      labels.txt: not a TFLite file: it should have b'TFL3' at byte 4, but has b'dog '
     """
 
-    def __init__(self, name: str, file: bytes, threads: int = 1):
+    def __init__(self, name: str, file: bytes, threads: int = 1) -> None:
         self._name = name
-        # Forked, not spawned: a process that imports TensorFlow first would take seconds for each file.
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, file, threads), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process = RemoteObject(_LoadedFile, file, threads)
 
-    def __enter__(self):
+    def __enter__(self) -> "Isolated":
         return self
 
-    def __exit__(self, *_):
-        with contextlib.suppress(OSError):
-            self._connection.send(None)
-        self._process.join(1)
-        self._process.kill()
-        self._process.join()
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.end()
+
+    @property
+    def process_id(self) -> int:
+        return self._process.process_id
 
     def costs(self) -> reader.Costs:
-        """See `tf_repvgg.tflite.costs`."""
-        return reader.Costs(*self._ask("costs"))
+        """The costs of the file; see `tf_repvgg.tflite.costs`."""
+        return self._call("costs")
 
     def metadata(self, name: str) -> bytes | None:
-        return self._ask("metadata", name)
+        """A metadata block of the file; see `tf_repvgg.tflite.metadata`."""
+        return self._call("metadata", name)
 
     def times(self, runs: int) -> list[float]:
-        """Milliseconds of single inferences on random input."""
-        return self._ask("times", runs)
+        """Times single inferences on random input.
+
+        Args:
+          runs: Number of inferences.
+
+        Returns:
+          Milliseconds of each inference.
+        """
+        return self._call("times", runs)
 
     def throughput(self, batch: int, runs: int) -> float:
-        """Images per second in batches."""
-        return self._ask("throughput", batch, runs)
+        """Times inferences on batches of random input.
 
-    def predict(self, images) -> np.ndarray:
-        """Outputs for every image, dequantized."""
-        return self._ask("predict", images)
+        Args:
+          batch: Images in a batch.
+          runs: Number of inferences.
+
+        Returns:
+          Images per second, from the median time.
+        """
+        return self._call("throughput", batch, runs)
+
+    def predict(self, images: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
+        """The outputs for images; see `tf_repvgg.tflite.predict`."""
+        return self._call("predict", images)
 
     def peak_memory_mib(self) -> float:
-        """By how much the process grew from its start to its peak, in MiB."""
-        return self._ask("peak_memory_mib")
+        """Growth of the process from its start to its peak so far, in MiB."""
+        return self._call("peak_memory_mib")
 
-    def _ask(self, *request):
+    def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            self._connection.send(request)
-            if not self._connection.poll(SECONDS):
-                raise ValueError(f"{self._name}: LiteRT did not answer within {SECONDS} s; the file may be damaged")
-            kind, answer = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(SECONDS)
-            raise ValueError(f"{self._name}: LiteRT {_end(self._process.exitcode)}; the file may be damaged") from None
-        if kind == "error":
-            raise ValueError(f"{self._name}: {answer}")
-        return answer
+            return self._process.call(method, *arguments, seconds=SECONDS)
+        except TimeoutError:
+            reason = f"LiteRT did not answer within {SECONDS} s; the file may be damaged"
+        except ProcessEnded as error:
+            reason = f"LiteRT {error}; the file may be damaged"
+        except RemoteError as error:
+            reason = f"it cannot be run: {error}"
+        except ValueError as error:
+            reason = str(error)
+        raise ValueError(f"{self._name}: {reason}")
 
 
-def interleaved_times(
+def time_by_turns(
     files: Mapping[str, Isolated], runs: int, warmup_runs: int = 20, runs_per_turn: int = 10
 ) -> dict[str, list[float]]:
-    """{name: milliseconds of each timed inference}, the files taking turns in an order that turns too.
+    """Times files by turns, so that a machine that slows down slows all of them alike.
 
-    A machine that slows down slows all of them alike.
+    Args:
+      files: {name: file}.
+      runs: Number of timed inferences of each file.
+      warmup_runs: Number of inferences of each file before the first turn.
+      runs_per_turn: Number of inferences of a file in one turn.
+
+    Returns:
+      {name: milliseconds of each timed inference}.
     """
     for file in files.values():
         file.times(max(warmup_runs, 1))
-    found = {name: [] for name in files}
+    times: dict[str, list[float]] = {name: [] for name in files}
     names = list(files)
     for turn in tqdm(range(-(-runs // runs_per_turn)), desc="latency", unit="turn", leave=False):
         for name in np.roll(names, turn):
-            found[name] += files[name].times(min(runs_per_turn, runs - len(found[name])))
-    return found
+            times[name] += files[name].times(min(runs_per_turn, runs - len(times[name])))
+    return times
 
 
-def _end(status):
-    if status is not None and status < 0:
-        return f"crashed ({signal.Signals(-status).name})"
-    return "ended unexpectedly"
+class _LoadedFile:
+    """The file in its own process, where LiteRT has loaded it."""
 
-
-class _Server:
     def __init__(self, file, threads):
-        self._start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._file, self._threads = file, threads
-        reader.operators(file)  # refuses what is no such file, before native code sees it
+        resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_MEMORY, _BYTES_OF_MEMORY))
+        self._memory_at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._file = file
+        reader.operators(file)  # refuses bytes that are not a TFLite file, before native code reads them
         self._interpreter = interpreter.load_interpreter(file, threads)
-        self._fill(1)
+        self._fill_inputs(1)
 
-    def _fill(self, batch):
+    def _fill_inputs(self, batch):
         (details, *_) = self._interpreter.get_input_details()
         if batch != details["shape"][0]:
             self._interpreter.resize_tensor_input(details["index"], [batch, *details["shape"][1:]])
             self._interpreter.allocate_tensors()
-        for end in self._interpreter.get_input_details():
-            noise = np.random.default_rng(0).uniform(-1, 1, end["shape"]).astype(np.float32)
-            self._interpreter.set_tensor(end["index"], interpreter.quantize_input(noise, end))
+        for details in self._interpreter.get_input_details():
+            noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
+            self._interpreter.set_tensor(details["index"], interpreter.quantize_input(noise, details))
 
     def costs(self):
-        return tuple(reader.costs(self._file))
+        return reader.costs(self._file)
 
     def metadata(self, name):
         return reader.metadata(self._file, name)
 
     def times(self, runs):
-        found = []
+        times = []
         for _ in range(runs):
             started = time.perf_counter()
             self._interpreter.invoke()
-            found.append(1000 * (time.perf_counter() - started))
-        return found
+            times.append(1000 * (time.perf_counter() - started))
+        return times
 
     def throughput(self, batch, runs):
-        self._fill(batch)
+        self._fill_inputs(batch)
         milliseconds = self.times(runs + 1)[1:]
-        self._fill(1)
+        self._fill_inputs(1)
         return 1000 * batch / float(np.median(milliseconds))
 
     def predict(self, images):
         return interpreter.predict(self._file, images)
 
     def peak_memory_mib(self):
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._start) / 1024
-
-
-def _serve(connection, file, threads):
-    resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_MEMORY, _BYTES_OF_MEMORY))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.disable()  # whoever waits tells of a crash, in one line
-    server = None
-    with native_output.hide():
-        while (request := connection.recv()) is not None:
-            method, *arguments = request
-            try:
-                server = server or _Server(file, threads)
-                connection.send(("answer", getattr(server, method)(*arguments)))
-            except Exception as error:  # whatever a damaged file makes of LiteRT or of the schema's reader
-                words = " ".join(str(error).split()) or type(error).__name__
-                connection.send(("error", words if isinstance(error, ValueError) else f"it cannot be run: {words}"))
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._memory_at_start) / 1024

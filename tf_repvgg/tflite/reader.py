@@ -1,4 +1,4 @@
-"""What is in a TFLite file: operators, weight codes, and what they cost."""
+"""Contents of a TFLite file: operators, weight codes, and their costs."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,18 @@ _NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if n
 
 
 class Operator(NamedTuple):
-    """One operator of the file: its name as in the schema, its version, and the shape of its first output."""
+    """One operator of a file.
+
+    Attributes:
+      name: Name of the operator in TFLite's schema, such as "CONV_2D".
+      version: Version of the operator.
+      output_shape: Shape of its first output.
+
+    Example:
+      >>> from tf_repvgg.tflite import Operator
+      >>> Operator("CONV_2D", version=3, output_shape=(1, 8, 8, 4)).name
+      'CONV_2D'
+    """
 
     name: str
     version: int
@@ -20,7 +31,21 @@ class Operator(NamedTuple):
 
 
 def operators(file: bytes) -> list[Operator]:
-    """The operators of a file in execution order."""
+    """The operators of a file, in execution order.
+
+    Raises:
+      ValueError: If the file is not a TFLite file.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.Flatten()])
+      >>> for operator in tflite.operators(tflite.convert(model, calibration=np.ones([1, 8, 8, 3]))):
+      ...     print(operator.name, operator.output_shape)
+      CONV_2D (1, 6, 6, 4)
+      RESHAPE (1, 144)
+    """
     flat = flatbuffer.unpack(file)
     return [
         Operator(
@@ -34,26 +59,47 @@ def operators(file: bytes) -> list[Operator]:
 
 
 def weight_codes(file: bytes) -> list[QuantizedKernel]:
-    """Codes (output channels last, see `QuantizedKernel`) and scales of every weight tensor, in execution order."""
+    """The weights of every operator that has some, in execution order.
+
+    Returns:
+      Codes and scales; output channels are last, see `QuantizedKernel`.
+
+    Raises:
+      ValueError: If the file is not a TFLite file.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> (kernel,) = tflite.weight_codes(tflite.convert(model, calibration=np.ones([1, 8, 8, 3]), weight_bits=4))
+      >>> kernel.codes.shape, int(kernel.codes.max()), kernel.scale.shape
+      ((3, 3, 3, 4), 7, (4,))
+    """
     flat = flatbuffer.unpack(file)
-    found = []
+    kernels = []
     for graph in flat.subgraphs:
         for operator in graph.operators:
             if (layout := flatbuffer.weights_layout(flat, operator)) is not None:
                 weights = flatbuffer.weights_tensor(graph, operator)
                 codes = flatbuffer.weight_codes(flat, weights, layout)
-                found.append(QuantizedKernel(codes, np.asarray(weights.quantization.scale, np.float32)))
-    return found
+                kernels.append(QuantizedKernel(codes, np.asarray(weights.quantization.scale, np.float32)))
+    return kernels
 
 
 class Costs(NamedTuple):
-    """What a file asks of a machine.
+    """Costs of running and storing a file.
 
     Attributes:
-      macs: multiply-accumulates of convolutions and dense layers, one inference.
-      weight_bytes: of their weights, as stored.
-      weight_entropy_bits: mean over all integer weights of the entropy of their tensor's codes, in bits per weight;
-        None where weights are float.
+      macs: Multiply-accumulates of convolutions and dense layers in one inference.
+      weight_bytes: Bytes of their weights, as stored.
+      weight_entropy_bits: Entropy of the codes of a weight tensor in bits per weight, mean over all weights; None if
+        weights are float.
+
+    Example:
+      >>> from tf_repvgg.tflite import Costs
+      >>> Costs(macs=8_000_000, weight_bytes=4096, weight_entropy_bits=2.5).weight_bytes
+      4096
     """
 
     macs: int
@@ -62,13 +108,22 @@ class Costs(NamedTuple):
 
 
 def costs(file: bytes) -> Costs:
-    """Counts over the main graph; see `Costs`.
+    """Counts the costs of a file's main graph.
 
     Raises:
-      ValueError: if it is no TFLite file.
+      ValueError: If the file is not a TFLite file.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> costs = tflite.costs(tflite.convert(model, calibration=np.ones([1, 8, 8, 3])))
+      >>> costs.macs == 6 * 6 * 4 * 3 * 3 * 3, costs.weight_bytes
+      (True, 108)
     """
     flat = flatbuffer.unpack(file)
-    graph, macs, seen = flat.subgraphs[0], 0, {}
+    graph, macs, tensors = flat.subgraphs[0], 0, {}
     for operator in graph.operators:
         if (layout := flatbuffer.weights_layout(flat, operator)) is None:
             continue
@@ -76,14 +131,14 @@ def costs(file: bytes) -> Costs:
         output = graph.tensors[operator.outputs[0]]
         channels = int(weights.shape[layout.channel_axis])
         macs += int(np.prod(output.shape)) * (int(np.prod(weights.shape)) // channels)
-        seen[id(weights)] = weights, layout
-    stored = sum(len(flat.buffers[weights.buffer].data) for weights, _ in seen.values())
-    integer = (schema.TensorType.INT8, schema.TensorType.INT4)
-    if not seen or any(weights.type not in integer for weights, _ in seen.values()):
-        return Costs(macs, stored, None)
-    codes = [flatbuffer.weight_codes(flat, *its) for its in seen.values()]
-    bits = sum(its.size * entropy_bits(its) for its in codes)
-    return Costs(macs, stored, bits / sum(its.size for its in codes))
+        tensors[id(weights)] = weights, layout
+    weight_bytes = sum(len(flat.buffers[weights.buffer].data) for weights, _ in tensors.values())
+    integer_types = (schema.TensorType.INT8, schema.TensorType.INT4)
+    if not tensors or any(weights.type not in integer_types for weights, _ in tensors.values()):
+        return Costs(macs, weight_bytes, None)
+    kernels = [flatbuffer.weight_codes(flat, weights, layout) for weights, layout in tensors.values()]
+    bits = sum(codes.size * entropy_bits(codes) for codes in kernels)
+    return Costs(macs, weight_bytes, bits / sum(codes.size for codes in kernels))
 
 
 def entropy_bits(codes: np.ndarray) -> float:
@@ -94,13 +149,31 @@ def entropy_bits(codes: np.ndarray) -> float:
 
 
 def distinct_codes(codes: np.ndarray, is_per_channel: bool) -> int:
-    """Distinct codes of a tensor, output channels last; per channel, of the channel with the most."""
+    """Number of distinct codes of a tensor; per channel, that of the channel with the most.
+
+    Args:
+      codes: Codes of any shape, output channels last.
+      is_per_channel: Whether each output channel counts alone.
+    """
     columns = codes.reshape(-1, codes.shape[-1]).T if is_per_channel else [codes]
     return max(len(np.unique(column)) for column in columns)
 
 
 def metadata(file: bytes, name: str) -> bytes | None:
-    """A named metadata block of a file; None if it has none of that name."""
+    """The content of a named metadata block of a file; None if there is no block of that name.
+
+    Raises:
+      ValueError: If the file is not a TFLite file.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> file = tflite.convert(model, calibration=np.ones([1, 8, 8, 3]), metadata={"labels": ["cat", "dog"]})
+      >>> tflite.metadata(file, tflite.METADATA_NAME)
+      b'{"labels": ["cat", "dog"]}'
+    """
     flat = flatbuffer.unpack(file)
     for entry in flat.metadata or []:
         if entry.name in (name, name.encode()):

@@ -1,1 +1,4 @@
-"""What a training loop needs beside the model: optimizer and schedule, progress, logs, resuming."""
+"""Training beside the model: optimizer and losses, distillation, and callbacks that log, average, save and stop.
+
+Importing this package imports none of its modules.
+"""

@@ -1,66 +1,75 @@
-"""Models of finished runs, and the data that they are for."""
+"""Models of finished runs, and whether they fit the data of a new one."""
+
+from pathlib import Path
 
 import tf_keras as keras
 
 from tf_repvgg import fusion, runs
-from tf_repvgg.data import Preprocessing
+from tf_repvgg.data import ClassificationData, Preprocessing
 
 
-def load_matching(path, data, role: str) -> keras.Model:
-    """The model of a finished run whose images and classes are those of `data`.
+def load_matching(path: str | Path, data: ClassificationData, role: str) -> keras.Model:
+    """Loads the model of a finished run that was trained on the images and classes of `data`.
 
     Args:
-      path: workdir of the run, or its model.keras.
-      data: what is trained on now, `tf_repvgg.data.ClassificationData`.
-      role: what the model is to the new run, for messages: "teacher".
+      path: Folder of the run, or its model file.
+      data: Data of the new run.
+      role: Role of the model in the new run, for messages: "teacher".
 
     Raises:
-      FileNotFoundError: if there is no finished run.
-      ValueError: if its model expects other images or knows other classes.
+      FileNotFoundError: If there is no finished run.
+      ValueError: If the model expects other images or knows other classes.
     """
-    facts = runs.read_input(path)
+    metadata = runs.read_input(path)
     model = runs.load_model(path)
-    labels = tuple(facts.get("labels", data.labels))
+    labels = tuple(metadata.get("labels", data.labels))
     if labels != data.labels or model.output_shape[-1] != data.num_classes:
         raise ValueError(
-            f"{role} {str(path)!r} tells {model.output_shape[-1]} classes apart ({_few(labels)}), but {data.name!r} "
-            f"has {data.num_classes} ({_few(data.labels)}); use one that was trained on the same classes"
+            f"{role} {str(path)!r} distinguishes {model.output_shape[-1]} classes ({_abbreviate(labels)}), but "
+            f"{data.name!r} has {data.num_classes} ({_abbreviate(data.labels)}); use a {role} that was trained on the "
+            "same classes"
         )
-    expected = Preprocessing.from_facts(facts)
-    if expected != data.preprocessing or model.input_shape[-1] != data.channels:
+    preprocessing = Preprocessing.from_metadata(metadata)
+    if preprocessing != data.preprocessing or model.input_shape[-1] != data.channels:
         raise ValueError(
-            f"{role} {str(path)!r} expects images of {model.input_shape[-1]} channels by {expected}, but this run "
-            f"trains on {data.channels} channels by {data.preprocessing}; use the same input for both"
+            f"{role} {str(path)!r} expects images with {model.input_shape[-1]} channels and {preprocessing}, but this "
+            f"run trains on images with {data.channels} channels and {data.preprocessing}; use the same input for both"
         )
     return model
 
 
-def fused(model: keras.Model, path, role: str) -> keras.Model:
-    """The model of `load_matching` with every block as one convolution; one that is fused already, as it is.
+def fuse_if_needed(model: keras.Model, path: str | Path, role: str) -> keras.Model:
+    """Fuses a model that `load_matching` has loaded; returns a model without blocks to fuse as it is.
+
+    Args:
+      model: Model in training form or fused.
+      path: Folder of the model's run, for messages.
+      role: Role of the model in the new run, for messages: "teacher".
 
     Raises:
-      ValueError: if its weights are not finite.
+      ValueError: If its weights are not finite.
     """
     if not fusion.needs_fusing(model):
         return model
     try:
         return fusion.fuse(model)
     except ArithmeticError as error:
-        raise ValueError(f"{role} {str(path)!r} cannot be fused: {error}; was its training stable?") from None
+        raise ValueError(f"{role} {str(path)!r} cannot be fused: {error}; did its training diverge?") from None
 
 
-def check_fits(model: keras.Model, data) -> None:
-    """
+def check_fits(model: keras.Model, data: ClassificationData) -> None:
+    """Checks that a model takes the images of `data` and distinguishes as many classes.
+
     Raises:
-      ValueError: if the model is for images of another shape, or another number of classes, than `data` has.
+      ValueError: If it does not.
     """
-    expected, found = (model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes)
-    if expected != found:
+    expected, actual = (model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes)
+    if expected != actual:
         raise ValueError(
-            "the model takes images {} into {} classes, but ".format(*expected)
-            + "{name} has images {} of {} classes".format(*found, name=repr(data.name))
+            "the model takes images of shape {} and distinguishes {} classes, ".format(*expected)
+            + "but {name!r} has images of shape {} and {} classes".format(*actual, name=data.name)
         )
 
 
-def _few(labels):
+def _abbreviate(labels):
     return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")

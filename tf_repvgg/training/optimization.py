@@ -1,6 +1,7 @@
-"""Optimizers with the schedule and the weight decay that RepVGG is trained with; losses and their metric."""
+"""Optimizers with the schedule and the weight decay that RepVGG is trained with, the losses, and their metric."""
 
 import functools
+from typing import Any
 
 import tensorflow as tf
 import tf_keras as keras
@@ -10,74 +11,115 @@ from tf_repvgg.layers import ReparameterizedBlock
 OPTIMIZERS = ("sgd", "adamw")
 
 
-def make_optimizer(learning_rate, steps, warmup_steps, momentum=0.9, weight_decay=0.0, nesterov=True, optimizer="sgd"):
-    """SGD or AdamW (arXiv:1711.05101); linear warm-up to `learning_rate`, then cosine to 0 at `steps`.
+def make_optimizer(
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
+    optimizer: str = "sgd",
+) -> keras.optimizers.Optimizer:
+    """SGD or AdamW (arXiv:1711.05101) with linear warm-up to `learning_rate`, then a cosine to 0 at `steps`.
 
-    Weight decay is decoupled from the gradient, and leaves normalization parameters, biases, codebooks and learned
-    steps alone: kernels shrink by `weight_decay` times the learning rate in each step. With SGD and momentum m it acts
-    about like an L2 penalty of (1 - m) * weight_decay in PyTorch's SGD.
+    Weight decay is decoupled from the gradient: in each step, kernels shrink by `weight_decay` times the learning rate.
+    Normalization parameters, biases, codebooks and learned steps do not decay. With SGD of momentum m, weight decay
+    acts about like an L2 penalty of (1 - m) * weight_decay in PyTorch's SGD.
 
     Args:
-      learning_rate: peak of the schedule; SGD is used to about 0.1, AdamW to about 0.001.
-      steps, warmup_steps: of the whole run, and of the warm-up in it.
-      momentum, nesterov: of SGD, with Nesterov's momentum or the plain one; AdamW has Keras's moments, 0.9 and 0.999.
-      weight_decay: see above.
-      optimizer: one of `OPTIMIZERS`.
+      learning_rate: Peak of the schedule; about 0.1 suits SGD, about 0.001 suits AdamW.
+      steps: Number of steps of the whole run.
+      warmup_steps: Number of those steps in which the rate rises.
+      momentum: Momentum of SGD; AdamW has Keras's decay rates, 0.9 and 0.999.
+      weight_decay: Decay of kernels.
+      nesterov: Whether SGD uses Nesterov's momentum.
+      optimizer: One of `OPTIMIZERS`.
 
     Raises:
-      ValueError: if `optimizer` is unknown.
+      ValueError: If the optimizer is unknown.
+
+    Example:
+      >>> from tf_repvgg.training import optimization
+      >>> optimizer = optimization.make_optimizer(0.1, steps=100, warmup_steps=10)
+      >>> type(optimizer).__name__, round(float(optimizer.learning_rate), 3)
+      ('SGD', 0.0)
     """
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         max(steps - warmup_steps, 1),
         warmup_target=learning_rate,
-        # Keras starts to count the decay after the warm-up.
+        # Keras counts the steps of the decay from the end of the warm-up.
         warmup_steps=max(warmup_steps, 1),
     )
     if optimizer == "sgd":
-        made = keras.optimizers.SGD(
+        result = keras.optimizers.SGD(
             schedule, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay or None
         )
     elif optimizer == "adamw":
-        made = keras.optimizers.AdamW(schedule, weight_decay=weight_decay)
+        result = keras.optimizers.AdamW(schedule, weight_decay=weight_decay)
     else:
         raise ValueError(f"optimizer is {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-    made.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", "cluster_centroids", "step"])
-    return made
+    result.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", "cluster_centroids", "step"])
+    return result
 
 
-def penalize_merged_kernels(model, weight):
-    """Adds weight / 2 * sum(K^2) over the merged kernels K of all blocks to the model's loss.
+def penalize_merged_kernels(model: keras.Model, weight: float) -> None:
+    """Adds weight / 2 * sum(K^2), over the merged kernels K of all blocks, to the loss of a model.
 
-    Decay of the branches' own kernels leaves K alone, since normalization undoes it: a channel whose input varies
-    little gets a large gamma / sigma, and its K spans the grid that all channels share. This penalty moves scale from
-    such channels to the next layer's kernel, which costs nothing, before a range has to be chosen.
+    Decay of the branches' own kernels does not limit K, since normalization undoes it: a channel whose input varies
+    little gets a large gamma / sigma, and its K widens the grid that all channels share. The penalty moves scale from
+    such channels to the kernel of the next layer, which costs no accuracy, before a range has to be chosen.
 
-    The running variances count as constants in its gradient, so that it pulls on a channel that has died with up to
-    weight * gamma^2 / epsilon: with the usual epsilon of 1e-5, SGD can diverge there, and 1e-3 keeps it stable.
+    Its gradient takes the running variances as constants, so that it pulls on a dead channel with up to
+    weight * gamma^2 / epsilon. With the usual epsilon of 1e-5 this can make SGD diverge; 1e-3 keeps it stable.
+
+    Args:
+      model: Model in training form; its loss is changed.
+      weight: Weight of the penalty.
+
+    Example:
+      >>> from tf_repvgg.models import build_repvgg
+      >>> from tf_repvgg.training import optimization
+      >>> model = build_repvgg("digits", (8, 8, 1), 10)
+      >>> optimization.penalize_merged_kernels(model, weight=1e-4)
+      >>> len(model.losses)  # one per block
+      5
     """
     for block in model.layers:
         if isinstance(block, ReparameterizedBlock):
-            model.add_loss(functools.partial(_half_squares, block, weight))
+            model.add_loss(functools.partial(_kernel_penalty, block, weight))
 
 
-def _half_squares(block, weight):
+def _kernel_penalty(block, weight):
     kernel, _ = block.equivalent_kernel_and_bias()
     return weight * tf.nn.l2_loss(kernel)
 
 
 class CrossEntropy(keras.losses.Loss):
-    """Softmax cross-entropy of logits [batch, classes], with label smoothing.
+    """Softmax cross-entropy of logits, with label smoothing.
 
-    Labels are integers [batch], or probabilities [batch, classes] where mixup has mixed them.
+    Labels are integers [batch], or probabilities [batch, classes] where mixup has mixed them; logits are
+    [batch, classes].
+
+    Args:
+      num_classes: Number of classes.
+      label_smoothing: Probability that is spread over all classes, from 0 to 1.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg.training import optimization
+      >>> loss = optimization.CrossEntropy(num_classes=2)
+      >>> round(float(loss(np.array([1, 0]), np.zeros([2, 2], np.float32))), 3)
+      0.693
     """
 
-    def __init__(self, num_classes, label_smoothing=0.0):
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
         super().__init__(name="cross_entropy")
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
 
-    def call(self, labels, logits):
+    def call(self, labels: Any, logits: Any) -> tf.Tensor:
+        """The loss of each image, [batch]."""
         if not _are_probabilities(labels, logits):
             labels = tf.one_hot(tf.cast(tf.reshape(labels, [-1]), tf.int32), self.num_classes)
         return keras.losses.categorical_crossentropy(
@@ -85,8 +127,21 @@ class CrossEntropy(keras.losses.Loss):
         )
 
 
-def top1(name="top1"):
-    """Metric: share of images whose largest logit is that of their label; of mixed images, of their likelier label."""
+def make_top1(name: str = "top1") -> keras.metrics.Metric:
+    """Metric: share of images whose largest logit is that of their label, or of their likelier label if mixed.
+
+    Args:
+      name: Name of the metric.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg.training import optimization
+      >>> metric = optimization.make_top1()
+      >>> metric.update_state(np.array([0, 1]), np.array([[2.0, 1.0], [2.0, 1.0]])) is not None
+      True
+      >>> float(metric.result())
+      0.5
+    """
     return keras.metrics.MeanMetricWrapper(_is_top1, name=name)
 
 

@@ -1,1 +1,1 @@
-"""Parts of experiments/low_bit.py: methods, fine-tunings, learning rates, statistics and its page."""
+"""Parts of experiments/low_bit.py: methods, fine-tunings, learning rates, paired statistics, rows, page and figure."""

@@ -1,1 +1,1 @@
-"""Parts of experiments/ptq.py: cells of its table, measured in workers, and its page."""
+"""Parts of experiments/ptq.py: the cells of its table, measured in worker processes, and its page."""

@@ -1,4 +1,4 @@
-"""One cell of the table of experiments/ptq.py: a model quantized one way, its file run over the test split.
+"""One cell of the table of experiments/ptq.py: a model quantized in one way, and its file run over the test split.
 
 Cells are measured in worker processes, one for each core; a worker keeps models and images for its next cells.
 """
@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -22,19 +21,18 @@ from tf_repvgg import fusion, provenance, runs, tflite
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.quantization import ptq
 
-AI_EDGE = "ai-edge-quantizer "  # a method that is not ours starts with this
-LEARNED_METHODS = ("adaround", "adaquant", "bias_tune")
+AI_EDGE = "ai-edge-quantizer "  # prefix of the methods of that toolkit
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all cells of a table share.
+    """The settings that all cells of a table share.
 
     Attributes:
       data_dir: TFDS data directory; None for TFDS's own.
-      calibration_images: training images that methods see.
-      test_images: how many are evaluated; None for the whole test split.
-      iterations: of methods that learn.
+      calibration_images: Number of training images that methods see.
+      test_images: Number of test images; None for the whole split.
+      iterations: Steps per layer of methods that learn.
     """
 
     data_dir: str | None
@@ -45,29 +43,46 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A model by its workdir, and how it is quantized; `ai_edge.ALGORITHMS` with `AI_EDGE` before them are methods."""
+    """A model, and how it is quantized.
+
+    Attributes:
+      workdir: Workdir of the trained model.
+      method: Method of `ptq.METHODS`, or several joined by "+"; or `AI_EDGE` followed by a name in
+        `ai_edge.ALGORITHMS`.
+      bits: Weight width.
+      granularity: "per_tensor" or "per_channel".
+    """
 
     workdir: str
     method: str
     bits: int
     granularity: str
 
-    def asked(self, settings: Settings) -> dict:
-        """Everything that the result depends on but the program itself."""
-        is_learned = any(name in LEARNED_METHODS for name in self.method.split("+"))
+    @property
+    def name(self) -> str:
+        """Name of the cell among those of its model."""
+        return f"{self.method.replace('+', '_').replace(' ', '_')}_w{self.bits}_{self.granularity}"
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method trains."""
+        return not self.method.startswith(AI_EDGE) and any(step.learns for step in ptq.parse_method(self.method))
+
+    def find_inputs(self, settings: Settings) -> dict:
+        """Everything that the result depends on, except the program itself."""
         return {
-            "model_sha256": runs.model_sha256(self.workdir),
+            "model_sha256": _hash_model(self.workdir),
             "method": self.method,
             "weight_bits": self.bits,
             "granularity": self.granularity,
             "calibration_images": settings.calibration_images,
             "test_images": settings.test_images,
-            "iterations": settings.iterations if is_learned else None,
+            "iterations": settings.iterations if self.learns else None,
         }
 
 
-def start_worker():
-    """Each worker has one core, does not tell of every file that TFDS opens, and ends when its parent is killed."""
+def start_worker() -> None:
+    """Prepares a worker process: one core, no messages about every file that TFDS opens, and an end with its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.set_verbosity(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -80,14 +95,14 @@ def _end_with_parent():
 
 
 def measure(cell: Cell, settings: Settings) -> dict:
-    """Quantizes, writes the file and runs it: what was asked and what was found."""
-    fused, data = _fused(cell.workdir), _data(cell.workdir, settings)
+    """Quantizes the model of a cell, writes the file and runs it over the test split."""
+    fused, data = _load_fused(cell.workdir), _load_data(cell.workdir, settings)
     per_channel = cell.granularity == "per_channel"
     started, notes = time.monotonic(), []
     if cell.method.startswith(AI_EDGE):
         algorithm = cell.method.removeprefix(AI_EDGE)
-        written = ai_edge.quantize(_float_file(cell.workdir), algorithm, cell.bits, per_channel, data.calibration)
-        seconds, file = time.monotonic() - started, ai_edge.stored_as_int8(written)
+        written = ai_edge.quantize(_load_float_file(cell.workdir), algorithm, cell.bits, per_channel, data.calibration)
+        seconds, file = time.monotonic() - started, ai_edge.store_as_int8(written)
     else:
         model = ptq.quantize(
             fused,
@@ -102,9 +117,9 @@ def measure(cell: Cell, settings: Settings) -> dict:
         written = file = tflite.convert(model)
     classes = np.argmax(tflite.predict(file, data.images), axis=1)
     keras.backend.clear_session()  # a worker makes hundreds of models
-    return cell.asked(settings) | {
+    return {
         "top1_percent": _percent(classes == data.labels),
-        "agreement_with_float_percent": _percent(classes == _float_classes(cell.workdir, settings)),
+        "agreement_with_float_percent": _percent(classes == _classify_in_float(cell.workdir, settings)),
         "file_bytes": len(written),
         "quantization_seconds": round(seconds, 1),
         "notes": notes,
@@ -112,19 +127,14 @@ def measure(cell: Cell, settings: Settings) -> dict:
     }
 
 
-def float_top1_percent(workdir: str, settings: Settings) -> float:
-    return _percent(_float_classes(workdir, settings) == _data(workdir, settings).labels)
+def measure_float(workdir: str, settings: Settings) -> float:
+    """Top-1 in percent of the float model."""
+    return _percent(_classify_in_float(workdir, settings) == _load_data(workdir, settings).labels)
 
 
-def path_of(folder: Path, model: str, cell: Cell) -> Path:
-    name = cell.method.replace("+", "_").replace(" ", "_")
-    return folder / model / f"{name}_w{cell.bits}_{cell.granularity}.json"
-
-
-def read(path: Path, asked: dict) -> dict | None:
-    """A measured cell, if it is there and is just what is asked."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found if asked.items() <= found.items() else None
+@functools.lru_cache
+def _hash_model(workdir):
+    return runs.model_sha256(workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +145,18 @@ class _Data:
     input_range: tuple[float, float]
 
 
-def _data(workdir, settings):
-    return _data_of(json.dumps(runs.read_input(workdir)), settings)
+def _load_data(workdir, settings):
+    # By content: models that were trained on the same images share them.
+    return _load_images(json.dumps(runs.read_input(workdir)), settings)
 
 
 @functools.lru_cache(1)
-def _data_of(facts, settings):
-    facts = json.loads(facts)
-    preprocessing = Preprocessing.from_facts(facts)
-    data = ClassificationData(facts["dataset"], settings.data_dir, preprocessing, hold_out=facts["validation_held_out"])
+def _load_images(metadata, settings):
+    metadata = json.loads(metadata)
+    preprocessing = Preprocessing.from_metadata(metadata)
+    data = ClassificationData(
+        metadata["dataset"], settings.data_dir, preprocessing, hold_out=metadata["validation_held_out"]
+    )
     calibration = np.stack(list(data.calibration(settings.calibration_images).as_numpy_iterator()))
     images, labels = map(np.concatenate, zip(*data.evaluation("test").as_numpy_iterator(), strict=True))
     count = settings.test_images
@@ -151,19 +164,19 @@ def _data_of(facts, settings):
 
 
 @functools.lru_cache(1)
-def _fused(workdir):
+def _load_fused(workdir):
     return fusion.fuse(runs.load_model(workdir))
 
 
 @functools.lru_cache(1)
-def _float_file(workdir):
-    return tflite.convert_float(_fused(workdir))
+def _load_float_file(workdir):
+    return tflite.convert_float(_load_fused(workdir))
 
 
 @functools.lru_cache(8)
-def _float_classes(workdir, settings):
-    predict = _fused(workdir).predict
-    return np.argmax(predict(_data(workdir, settings).images, batch_size=250, verbose=0), axis=1)
+def _classify_in_float(workdir, settings):
+    predict = _load_fused(workdir).predict
+    return np.argmax(predict(_load_data(workdir, settings).images, batch_size=250, verbose=0), axis=1)
 
 
 def _percent(matches):

@@ -1,21 +1,21 @@
-"""Post-training quantization: `quantize` applies one method of `METHODS`, or several in a row, to a fused network."""
+"""Post-training quantization: `quantize` applies a method of `METHODS`, or several in a row, to a fused network."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tf_keras as keras
 
-from tf_repvgg import graph
-from tf_repvgg.quantization.activations import ACTIVATION_BITS
-from tf_repvgg.quantization.checks import check_fused, validate_images, values_by_layer
+from tf_repvgg import fusion, graph
+from tf_repvgg.quantization.checks import bits_by_layer, check_fused, validate_images
+from tf_repvgg.quantization.ptq.calibration import LARGEST_INPUT
 from tf_repvgg.quantization.ptq.methods import METHODS, Method
 from tf_repvgg.quantization.ptq.methods.dfq_data_free import check_statistics
 from tf_repvgg.quantization.ptq.methods.min_max import min_max
-from tf_repvgg.quantization.ptq.network import Network, Options
+from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.options import Options
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer
-
-# Normalised images are within a few units of zero; pixels of 0 to 255 are not.
-_LARGEST_INPUT = 32.0
+from tf_repvgg.quantization.quantized_model import QuantizedModel
 
 __all__ = [
     "METHODS",
@@ -24,11 +24,11 @@ __all__ = [
     "Options",
     "bits_by_layer",
     "check_data_free",
-    "dequantized",
+    "dequantize",
     "needs_calibration",
     "parse_method",
     "quantize",
-    "quantized_network",
+    "quantize_network",
 ]
 
 
@@ -37,47 +37,85 @@ def quantize(
     method: str = "min_max",
     weight_bits: int | str | Mapping[str, int] = 8,
     per_channel: bool = False,
-    calibration=None,
-    **options,
-) -> keras.Model:
+    calibration: Iterable[np.ndarray] | None = None,
+    **options: Any,
+) -> QuantizedModel:
     """Quantizes a fused model after training: weights to a few bits, activations to 8 or 16.
 
     Args:
-      model: fused functional model with one input (see `tf_repvgg.fusion.fuse`).
-      method: a name in `METHODS`, or several in the order in which they are applied, as in "equalize+adaquant".
-      weight_bits: 2 to 8, or {pattern of layer names: bits}, first match wins; also as text, "stem=8,.*=4".
-      per_channel: one weight scale per output channel, or one per tensor.
-      calibration: iterable of normalised float images [height, width, channels], without a batch dimension; None for
-        a method that needs none (see `needs_calibration`).
-      **options: fields of `Options`.
+      model: Fused functional model with one input (see `tf_repvgg.fusion.fuse`).
+      method: Name in `METHODS`, or several in the order in which they are applied: "equalize+adaquant".
+      weight_bits: Width of weights, 2 to 8, or widths by name pattern, first match wins: "stem=8,.*=4" as text or as
+        {pattern: bits}.
+      per_channel: Whether each output channel has a weight scale of its own.
+      calibration: Normalized float images [height, width, channels], without a batch dimension; None for a method that
+        needs none (see `needs_calibration`).
+      **options: Fields of `Options`.
 
     Returns:
-      A Keras model of `QuantizedLayer`s and `ActivationQuantizer`s, for `tf_repvgg.tflite.convert`. Its attribute
-      `quantization_notes` lists what the methods did not or not fully do. (Keras does not save that attribute.)
+      Quantized model for `tf_repvgg.tflite.convert`. Its `quantization_notes` list what the methods left out or undid.
 
     Raises:
-      ValueError: for an unknown method, bits outside 2..8, patterns that match no layer, a model that is not fused or
-        not functional or has weights that are not finite, and for calibration images that are none, of another shape,
-        not finite, or not normalised.
-      TypeError: for an unknown option.
+      ValueError: If the method or a name pattern is unknown, weight bits are not from 2 to 8, the model is not fused or
+        not functional or holds weights that are not finite, or calibration images are missing, of another shape, not
+        finite, or not normalized.
+      TypeError: If an option is unknown.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3))
+      >>> quantized = ptq.quantize(model, "mse", weight_bits=4, per_channel=True, calibration=images)
+      >>> kernel = quantized.get_layer("conv").get_quantized_kernel()
+      >>> kernel.codes.dtype, kernel.scale.shape, int(abs(kernel.codes).max())
+      (dtype('int8'), (4,), 7)
     """
     network = quantize_network(model, method, weight_bits, per_channel, calibration, **options)
-    network.quantized.quantization_notes = tuple(network.notes)
-    return network.quantized
+    return QuantizedModel.from_model(network.quantized, network.notes)
 
 
-def quantize_network(model, method="min_max", weight_bits=8, per_channel=False, calibration=None, **options) -> Network:
-    """As `quantize`, but with the float form beside the quantized one: the weights that were rounded.
+def quantize_network(
+    model: keras.Model,
+    method: str = "min_max",
+    weight_bits: int | str | Mapping[str, int] = 8,
+    per_channel: bool = False,
+    calibration: Iterable[np.ndarray] | None = None,
+    **options: Any,
+) -> Network:
+    """Quantizes as `quantize` does, and returns both forms: the quantized one, and the float one that was rounded.
 
-    They make the same function as the model's own, but are others after `equalize`.
+    The float form computes the same function as the model, but some methods, such as `equalize`, change its weights.
+
+    Args:
+      model: See `quantize`, as for all arguments.
+      method: Name in `METHODS`, or several joined by "+".
+      weight_bits: Width of weights, or widths by name pattern.
+      per_channel: Whether each output channel has a weight scale of its own.
+      calibration: Normalized float images [height, width, channels].
+      **options: Fields of `Options`.
+
+    Raises:
+      ValueError: As `quantize`.
+      TypeError: As `quantize`.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> network = ptq.quantize_network(model, calibration=np.zeros([1, 8, 8, 3]))
+      >>> type(network.float.get_layer("conv")).__name__, type(network.quantized.get_layer("conv")).__name__
+      ('Conv2D', 'QuantizedConv2D')
     """
     methods = parse_method(method)
-    options = _checked_options(Options(**options))
+    settings = Options(**options)
     check_fused(model)
     images = None
     if calibration is not None or needs_calibration(method):
-        images = _normalised(validate_images(() if calibration is None else calibration, model.input_shape))
-    network = Network(model, images, bits_by_layer(model, weight_bits), per_channel, options)
+        images = _stack_normalized(validate_images(() if calibration is None else calibration, model.input_shape))
+    network = Network(model, images, bits_by_layer(model, weight_bits), per_channel, settings)
     for step in methods:
         step.function(network)
     if not network.is_complete:  # after methods that only change the float form
@@ -85,37 +123,62 @@ def quantize_network(model, method="min_max", weight_bits=8, per_channel=False, 
     return network
 
 
-def dequantized(model: keras.Model, quantized: keras.Model) -> keras.Model:
-    """A fused model with the kernels and biases of its quantized form, in float: what further training starts from.
+def dequantize(model: keras.Model, quantized: keras.Model) -> keras.Model:
+    """Makes a float model with the kernels and biases of a quantized one: a start for further training.
 
     Args:
-      model: fused functional model.
-      quantized: what `quantize` made of it.
+      model: Fused functional model.
+      quantized: Quantized form of `model`, as `quantize` returns it.
+
+    Returns:
+      A model of the layers of `model`.
 
     Raises:
-      ValueError: if it is not, and for a model that is not fused.
+      ValueError: If `quantized` was made from another model, or `model` is not fused.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> quantized = ptq.quantize(model, weight_bits=2, calibration=np.zeros([1, 8, 8, 3]))
+      >>> start = ptq.dequantize(model, quantized)
+      >>> layer = start.get_layer("conv")
+      >>> type(layer).__name__, len(np.unique(layer.kernel))
+      ('Conv2D', 3)
     """
     check_fused(model)
     names = graph.unique_names(model)
-    forms = {layer.name: layer for layer in quantized.layers if isinstance(layer, QuantizedLayer)}
+    quantized_layers = {layer.name: layer for layer in quantized.layers if isinstance(layer, QuantizedLayer)}
 
     def replace(layer):
         if not isinstance(layer, WEIGHTED_LAYERS):
             return graph.copy_layer(layer)
         name = names[id(layer)]
-        if name not in forms:
-            raise ValueError(f"layer {name!r} is not quantized in {quantized.name!r}; was that made of another model?")
-        form = forms[name]
-        return graph.copy_layer(layer, [weight.numpy() for weight in form.weights if weight is not form.scale])
+        if name not in quantized_layers:
+            raise ValueError(
+                f"layer {name!r} is not quantized in {quantized.name!r}; was that made from another model?"
+            )
+        quantized_layer = quantized_layers[name]
+        weights = [weight.numpy() for weight in quantized_layer.weights if weight is not quantized_layer.scale]
+        return graph.copy_layer(layer, weights)
 
     return graph.rebuild(model, replace)
 
 
+dequantized = dequantize  # former name, which users' programs import
+
+
 def parse_method(text: str) -> list[Method]:
-    """The methods of "min_max" or "equalize+adaquant".
+    """The methods of a text such as "min_max" or "equalize+adaquant".
 
     Raises:
-      ValueError: for a name that is not in `METHODS`.
+      ValueError: If a name is not in `METHODS`.
+
+    Example:
+      >>> from tf_repvgg.quantization import ptq
+      >>> [method.source for method in ptq.parse_method("equalize+adaquant")]
+      ['1906.04721', '2006.10518']
     """
     for name in text.split("+"):
         if name not in METHODS:
@@ -124,48 +187,53 @@ def parse_method(text: str) -> list[Method]:
 
 
 def needs_calibration(method: str) -> bool:
-    """Whether a method, or any of several joined by "+", looks at calibration images."""
+    """Whether a method, or any of several joined by "+", needs calibration images.
+
+    Raises:
+      ValueError: If a name is not in `METHODS`.
+
+    Example:
+      >>> from tf_repvgg.quantization import ptq
+      >>> ptq.needs_calibration("dfq_data_free"), ptq.needs_calibration("dfq_data_free+bias_tune")
+      (False, True)
+    """
     methods = parse_method(method)
-    # Where none sets the ranges of activations, min_max does.
+    # Where no method sets the ranges of activations, min_max does.
     return any(step.needs_calibration for step in methods) or not any(step.sets_ranges for step in methods)
 
 
 def check_data_free(model: keras.Model, method: str) -> None:
-    """Raises ValueError if a method needs no calibration images, but statistics that the model does not hold."""
-    if not needs_calibration(method):
-        check_statistics(getattr(model, "pre_activation_statistics", {}))
+    """Checks that a model holds the statistics that a method without calibration images needs.
 
-
-def bits_by_layer(model: keras.Model, weight_bits) -> dict[str, int]:
-    """{layer name: bits} of a model's Conv2D, DepthwiseConv2D and Dense layers; see `tf_repvgg.quantization.by_layer`.
+    Args:
+      model: Fused model.
+      method: Name in `METHODS`, or several joined by "+".
 
     Raises:
-      ValueError: as `by_layer`, for bits outside 2..8.
+      ValueError: If the method needs no calibration images and the model holds no statistics, or the method is unknown.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> ptq.check_data_free(model, "dfq")  # needs images, but no statistics
+      >>> try:
+      ...     ptq.check_data_free(model, "dfq_data_free")
+      ... except ValueError as error:
+      ...     print(str(error).partition(":")[0])
+      dfq_data_free needs the statistics of the merged normalizations, and this model holds none
     """
-    return values_by_layer(model, weight_bits, "weight bits", 2, 8)
+    if not needs_calibration(method):
+        check_statistics(fusion.pre_activation_statistics(model))
 
 
-def _normalised(images):
-    """A list of batches as one array."""
-    if (largest := max(float(np.max(np.abs(image))) for image in images)) > _LARGEST_INPUT:
+def _stack_normalized(images):
+    """Batches as one array, checked to be normalized."""
+    largest = max(float(np.max(np.abs(image))) for image in images)
+    if largest > LARGEST_INPUT:
         raise ValueError(
-            f"calibration images reach {largest:g}, as pixels do; they must be normalised as the model was trained"
+            f"calibration images reach {largest:g}, as pixels do; they must be normalized as for training the model"
         )
     if len({image.shape for image in images}) > 1:
-        raise ValueError("calibration images differ in size; give all of them one")
+        raise ValueError("calibration images differ in size; give all of them the same size")
     return np.concatenate(images)
-
-
-def _checked_options(options):
-    low, high = options.input_range
-    if not -_LARGEST_INPUT <= low < high <= _LARGEST_INPUT:
-        raise ValueError(f"input_range is {options.input_range!r}; it must be (lowest, highest) of normalised images")
-    if not 50 < options.percentile <= 100:
-        raise ValueError(f"percentile is {options.percentile!r}; it must be above 50, and at most 100")
-    if options.activation_bits not in ACTIVATION_BITS:
-        raise ValueError(
-            f"activation bits are {options.activation_bits!r}; known: {', '.join(map(str, ACTIVATION_BITS))}"
-        )
-    if options.iterations < 1:
-        raise ValueError(f"iterations are {options.iterations!r}; they must be 1 or more")
-    return options

@@ -1,102 +1,116 @@
-"""Learning a layer's rounding from what it should compute: what AdaRound and AdaQuant share."""
+"""Learning the rounding of each layer from the outputs that it should compute: the core of AdaRound and AdaQuant."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg.quantization.ptq.looks import is_look_due
 from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.network import Network
-from tf_repvgg.quantization.quantized_layers import linear
+from tf_repvgg.quantization.quantized_layers import apply_kernel
 from tf_repvgg.quantization.uniform import QuantizedKernel
 
-# Images of a step: fewer where each has many output pixels, as these are what a kernel learns from.
+# Images of a step: fewer where outputs have many pixels, because a kernel learns from pixels.
 _BATCH, _SMALLEST_BATCH, _PIXELS = 32, 8, 1024
-_EVALUATED = 64
-# How often a layer's rounding so far is looked at, for the best of them to be taken.
-_LOOKS = 4
+_EVALUATION_BATCH = 64
 
 
 class Rounding(NamedTuple):
-    """How a kernel is being rounded.
+    """A kernel that is being rounded.
 
     Attributes:
-      variables: what the optimizer changes.
-      soft_kernel: () -> the kernel during training, differentiable.
-      penalty: progress from 0 to 1 -> a number added to the loss.
-      result: () -> (the quantized kernel, the bias).
+      variables: Variables that the optimizer changes, beside the bias.
+      soft_kernel: () -> kernel during training, differentiable.
+      penalty: Progress from 0 to 1 -> number that is added to the loss.
+      result: () -> (quantized kernel, bias).
     """
 
-    variables: list
-    soft_kernel: Callable
-    penalty: Callable
-    result: Callable
+    variables: list[tf.Variable]
+    soft_kernel: Callable[[], tf.Tensor]
+    penalty: Callable[[Any], Any]
+    result: Callable[[], tuple[QuantizedKernel, np.ndarray]]
 
 
-def reconstruct(network: Network, make_rounding: Callable, learning_rate, description: str) -> None:
+def reconstruct(
+    network: Network,
+    make_rounding: Callable[[Network, str, tf.Variable], Rounding],
+    learning_rate: Any,
+    description: str,
+) -> None:
     """Improves kernels and biases layer by layer: inputs of the quantized prefix, outputs of the float layer.
 
-    Starts from the kernels and ranges that are set, by default those of `mse`. Of each layer the best of a few
-    looks is taken, the start included, by mean squared error over all calibration images.
+    Starts from the kernels and ranges that are set, by default those of `mse`. Of each layer it keeps the best of a few
+    looks, the start included, by mean squared error over all calibration images.
 
     Args:
-      make_rounding: (network, name, bias variable) -> `Rounding`.
-      learning_rate: of Adam: a number or a schedule.
-      description: of the progress bar.
+      network: Network to change.
+      make_rounding: (network, layer name, bias variable) -> rounding of the layer's kernel.
+      learning_rate: Learning rate of Adam: a number or a schedule.
+      description: Name of the method in progress bars and notes.
     """
     if not network.is_complete:
         mse(network)
     generator = np.random.default_rng(network.options.seed)
-    for name in network.progress(network.layers, description):
+    for name in network.show_progress(network.layers, description):
         if network.is_shared(name):
-            network.notes.append(f"{description}: {name} is called more than once and keeps its start")
+            network.notes.append(f"{description}: layer {name} is called more than once and keeps its initial kernel")
             continue
-        inputs, expected = network.inputs_of(name), network.outputs_of(name)
+        inputs, expected = network.compute_quantized_inputs(name), network.compute_layer_outputs(name)
         layer = network.quantized.get_layer(name)
-        start = network.kernels[name], network.quantized_bias(name)
+        start = network.kernels[name], network.get_quantized_bias(name)
         bias = tf.Variable(start[1], trainable=layer.use_bias)
         rounding = make_rounding(network, name, bias)
-        looked_at = [start]
-        steps = _optimized(
-            layer, rounding, bias, inputs, expected, learning_rate, network.options.iterations, generator
-        )
-        looked_at += [rounding.result() for _ in steps]
-        best = min(looked_at, key=lambda result: objective(layer, *result, inputs, expected))
-        if best is not start:
-            network.set_kernel(name, *best)
+        results = [start]
+        for _ in _train(layer, rounding, bias, inputs, expected, learning_rate, network.options.iterations, generator):
+            results.append(rounding.result())
+        errors = [compute_layer_error(layer, *result, inputs, expected) for result in results]
+        best = errors.index(min(errors))
+        if best > 0:  # not the start, which is set
+            network.set_kernel(name, *results[best])
 
 
-def objective(layer, quantized: QuantizedKernel, bias, inputs, expected) -> float:
-    """Mean squared error of the layer's output, its activation included, over all calibration images."""
-    kernel, total = quantized.dequantize(), 0.0
-    for start in range(0, len(inputs), _EVALUATED):
-        part = slice(start, start + _EVALUATED)
-        found = layer.activation(linear(layer, inputs[part], kernel) + bias)
-        total += float(tf.reduce_sum(tf.math.squared_difference(found, expected[part])))
+def compute_layer_error(
+    layer: keras.layers.Layer, kernel: QuantizedKernel, bias: np.ndarray, inputs: np.ndarray, expected: np.ndarray
+) -> float:
+    """Mean squared error of a layer's outputs, its activation included, over all calibration images.
+
+    Args:
+      layer: Quantized layer; its own kernel and bias are not used.
+      kernel: Codes and scale.
+      bias: Bias [output channels].
+      inputs: Inputs [images, ...] of the layer.
+      expected: Outputs [images, ...] of the float layer.
+    """
+    weights, total = kernel.dequantize(), 0.0
+    for start in range(0, len(inputs), _EVALUATION_BATCH):
+        part = slice(start, start + _EVALUATION_BATCH)
+        outputs = layer.activation(apply_kernel(layer, inputs[part], weights) + bias)
+        total += float(tf.reduce_sum(tf.math.squared_difference(outputs, expected[part])))
     return total / expected.size
 
 
-def _optimized(layer, rounding, bias, inputs, expected, learning_rate, iterations, generator):
-    """Trains a layer's rounding, and yields whenever it should be looked at, after the last step too."""
+def _train(layer, rounding, bias, inputs, expected, learning_rate, iterations, generator):
+    """Trains a layer's rounding, and yields whenever a look is due."""
     optimizer = keras.optimizers.Adam(learning_rate)
     variables = rounding.variables + ([bias] if layer.use_bias else [])
     optimizer.build(variables)
-    # Errors in units of the output's own spread, so that one learning rate and one penalty serve all layers.
+    # Errors relative to the variance of the outputs, so that one learning rate and one penalty suit all layers.
     unit = float(np.var(expected)) or 1.0
 
     @tf.function
     def step(x, y, progress):
         with tf.GradientTape() as tape:
-            found = layer.activation(linear(layer, x, rounding.soft_kernel()) + bias)
-            loss = tf.reduce_mean(tf.math.squared_difference(found, y)) / unit + rounding.penalty(progress)
+            outputs = layer.activation(apply_kernel(layer, x, rounding.soft_kernel()) + bias)
+            loss = tf.reduce_mean(tf.math.squared_difference(outputs, y)) / unit + rounding.penalty(progress)
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
     pixels = int(np.prod(expected.shape[1:-1]))
     batch = min(max(_PIXELS // pixels, _SMALLEST_BATCH), _BATCH, len(inputs))
     for iteration in range(iterations):
-        chosen = generator.integers(0, len(inputs), batch)
-        step(tf.constant(inputs[chosen]), tf.constant(expected[chosen]), tf.constant(iteration / iterations))
-        if (iteration + 1) * _LOOKS // iterations > iteration * _LOOKS // iterations:
+        indices = generator.integers(0, len(inputs), batch)
+        step(tf.constant(inputs[indices]), tf.constant(expected[indices]), tf.constant(iteration / iterations))
+        if is_look_due(iteration, iterations):
             yield

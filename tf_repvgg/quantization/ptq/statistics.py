@@ -1,18 +1,21 @@
-"""What normalizations tell of a fused network's activations without any data: distributions, channel by channel."""
+"""Distributions of a fused network's activations, channel by channel, from its normalizations and without any data."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tf_keras as keras
 
 from tf_repvgg import graph
-from tf_repvgg.quantization.ptq.network import Network, by_input_channel
+from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
 
-# Of a range, on either side of the mean (arXiv:1906.04721, section 5); fewer where they are an upper bound.
-_DEVIATIONS, _BOUNDS = 6, 2
+# Standard deviations on either side of the mean that a range holds (arXiv:1906.04721, section 5); fewer where the
+# standard deviation is an upper bound.
+_RANGE, _RANGE_OF_UPPER_BOUND = 6, 2
 _TINY = 1e-12
-_FAR = 20.0  # deviations from the mean, beyond which a normal density is zero
+_FAR = 20.0  # standard deviations from the mean beyond which a normal density is zero
+# Layers that leave the distribution as it is.
 _UNCHANGED = (
     keras.layers.Cropping2D,
     keras.layers.Dropout,
@@ -27,7 +30,14 @@ _MEANS = (keras.layers.AveragePooling2D, keras.layers.GlobalAveragePooling2D)
 
 
 class Distribution(NamedTuple):
-    """What is known of a tensor's values, per channel: each of shape [channels]."""
+    """Distribution of a tensor's values, per channel.
+
+    Attributes:
+      mean: Mean, [channels].
+      deviation: Standard deviation, [channels].
+      low: Lower end of the range, [channels].
+      high: Upper end of the range, [channels].
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
@@ -39,9 +49,9 @@ class Prediction(NamedTuple):
     """Distributions all through a network.
 
     Attributes:
-      inputs: {layer with weights: of its input}.
-      linear: {layer with weights: of its output before the activation}.
-      activations: {name of a quantizer: of what it is given}.
+      inputs: {name of a layer with weights: distribution of its input}.
+      linear: {name of a layer with weights: distribution of its output before the activation}.
+      activations: {name of a quantizer: distribution of its input}.
     """
 
     inputs: dict[str, Distribution]
@@ -49,45 +59,56 @@ class Prediction(NamedTuple):
     activations: dict[str, Distribution]
 
 
-def predict(network: Network, absorbed=None) -> Prediction:
+def predict(network: Network, absorbed: Mapping[str, np.ndarray] | None = None) -> Prediction:
     """Follows normal distributions through the float network as it is now.
 
-    A fused block's output has the mean and variance that its normalizations imply, as `tf_repvgg.fusion.fuse` keeps
-    them: the mean exactly; the variance, where branches add up, as if they were uncorrelated. A layer without
+    The output of a fused block has the mean and variance that its normalizations imply, as `tf_repvgg.fusion.fuse`
+    stores them: the mean exactly; the variance, where branches add up, as if they were uncorrelated. A layer without
     normalization, such as a classifier's last, gets the mean from its inputs, and the standard deviation that it would
     have if they all varied together, an upper bound: features of one class do. ReLU clips the normal distribution
-    (appendix C); a mean over pixels is as wide as a pixel is. The network's input is taken to be uniform.
+    (appendix C of arXiv:1906.04721); a mean over pixels is taken to vary as much as one pixel. The network's input is
+    taken to be uniform.
 
     Args:
-      absorbed: {layer: what absorption has taken from its bias}.
+      network: Network with statistics.
+      absorbed: {layer name: amount [output channels] that absorption has taken from its bias}.
 
     Raises:
-      ValueError: if the network holds a layer of a kind that distributions cannot be followed through; names it.
+      ValueError: If the network holds a layer of a kind that distributions cannot be followed through; names it.
     """
-    inputs, linear, activations, found = {}, {}, {}, {}
+    absorbed = absorbed or {}
     low, high = network.options.input_range
+    inputs, linear, activations = {}, {}, {}
+    distributions = {}  # by the graph's key of the tensor
     for tensor in network.float.inputs:
         ones = np.ones(tensor.shape[-1])
-        found[str(id(tensor))] = Distribution(*(part * ones for part in _uniform(low, high)))
+        distributions[str(id(tensor))] = Distribution(*(value * ones for value in _uniform(low, high)))
     for node in graph.nodes(network.float):
-        layer, its = node.layer, [found[key] for key in node.flat_input_ids]
+        layer, arguments = node.layer, [distributions[key] for key in node.flat_input_ids]
         if layer.name in network.layers:
-            inputs[layer.name] = its[0]
-            linear[layer.name] = _linear(network, layer, its[0], (absorbed or {}).get(layer.name, 0.0))
-            output = _activated(linear[layer.name], layer, layer.activation.__name__)
+            inputs[layer.name] = arguments[0]
+            linear[layer.name] = _predict_linear(network, layer, arguments[0], absorbed.get(layer.name, 0.0))
+            output = _activate(linear[layer.name], layer, layer.activation.__name__)
         else:
-            output = _passed(layer, its, node)
+            output = _pass_through(layer, arguments, node)
         if layer.name in network.quantizers:
             activations[layer.name] = output
-        found.update(dict.fromkeys(node.flat_output_ids, output))
+        distributions.update(dict.fromkeys(node.flat_output_ids, output))
     return Prediction(inputs, linear, activations)
 
 
-def clipped_normal(mean, deviation, low, high) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of a normal variable clipped to [low, high] (arXiv:1906.04721, appendix C)."""
+def clip_normal(mean: Any, deviation: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of a normal variable clipped to [low, high] (arXiv:1906.04721, appendix C).
+
+    Args:
+      mean: Mean of the variable, a number or an array.
+      deviation: Standard deviation of the variable, a number or an array.
+      low: Lower end, which may be minus infinity.
+      high: Upper end, which may be infinity.
+    """
     deviation = np.maximum(deviation, _TINY)
     a, b = (np.clip((end - mean) / deviation, -_FAR, _FAR) for end in (low, high))
-    # An end that is never reached contributes nothing, were it infinite.
+    # An end that is never reached contributes nothing, even if it is infinite.
     low, high = (end if np.isfinite(end) else 0.0 for end in (low, high))
     below, above, between = _cumulative(a), 1 - _cumulative(b), _cumulative(b) - _cumulative(a)
     first = deviation * (_density(a) - _density(b)) + mean * between + low * below + high * above
@@ -112,53 +133,60 @@ def _uniform(low, high):
     return (low + high) / 2, (high - low) / math.sqrt(12), low, high
 
 
-def _normal(mean, deviation, count=_DEVIATIONS):
+def _normal(mean, deviation, count=_RANGE):
     return Distribution(mean, deviation, mean - count * deviation, mean + count * deviation)
 
 
-def _linear(network, layer, its, absorbed):
-    if (kept := network.statistics.get(layer.name)) is not None:
+def _predict_linear(network, layer, distribution, absorbed):
+    """Distribution of a layer's output before the activation."""
+    if (statistics := network.statistics.get(layer.name)) is not None:
         divisor = network.divisors[layer.name]
-        return _normal(kept.mean / divisor - absorbed, np.sqrt(kept.variance) / divisor)
+        return _normal(statistics.mean / divisor - absorbed, np.sqrt(statistics.variance) / divisor)
     kernel = network.kernel(layer.name)
-    mean, deviation = (by_input_channel(part, kernel.shape) for part in (its.mean, its.deviation))
+    mean, deviation = (
+        spread_over_kernel(values, kernel.shape) for values in (distribution.mean, distribution.deviation)
+    )
     axes = tuple(range(kernel.ndim - 1))
     sums = np.sum(kernel * mean, axes) + network.bias(layer.name), np.sum(np.abs(kernel) * deviation, axes)
-    return _normal(*sums, _BOUNDS)
+    return _normal(*sums, _RANGE_OF_UPPER_BOUND)
 
 
-def _activated(its, layer, activation):
+def _activate(distribution, layer, activation):
     ends = {"linear": (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}.get(activation)
     if ends is None:
-        if activation in ("sigmoid", "softmax", "tanh"):  # ranges that TFLite prescribes
-            return Distribution(*(part * np.ones_like(its.mean) for part in _uniform(-1.0, 1.0)))
-        raise _unknown(layer, f"activation {activation!r}")
+        if activation in ("sigmoid", "softmax", "tanh"):  # TFLite prescribes their ranges
+            return Distribution(*(value * np.ones_like(distribution.mean) for value in _uniform(-1.0, 1.0)))
+        raise _unknown_kind(layer, f"activation {activation!r}")
     if activation == "linear":
-        return its
-    return Distribution(*clipped_normal(*its[:2], *ends), np.clip(its.low, *ends), np.clip(its.high, *ends))
+        return distribution
+    mean, deviation = clip_normal(distribution.mean, distribution.deviation, *ends)
+    return Distribution(mean, deviation, np.clip(distribution.low, *ends), np.clip(distribution.high, *ends))
 
 
-def _passed(layer, its, node):
+def _pass_through(layer, inputs, node):
+    """Distribution of the output of a layer without weights."""
+    first = inputs[0]
     if isinstance(layer, keras.layers.Activation):
-        return _activated(its[0], layer, layer.activation.__name__)
+        return _activate(first, layer, layer.activation.__name__)
     if isinstance(layer, keras.layers.ReLU) and not np.any(layer.negative_slope) and not np.any(layer.threshold):
         if layer.max_value in (None, 6.0):
-            return _activated(its[0], layer, "relu" if layer.max_value is None else "relu6")
+            return _activate(first, layer, "relu" if layer.max_value is None else "relu6")
     elif isinstance(layer, _UNCHANGED):
-        return its[0]
+        return first
     elif isinstance(layer, _MEANS):
-        wide = _normal(its[0].mean, its[0].deviation)
-        return wide._replace(low=np.maximum(wide.low, its[0].low), high=np.minimum(wide.high, its[0].high))
+        normal = _normal(first.mean, first.deviation)
+        return normal._replace(low=np.maximum(normal.low, first.low), high=np.minimum(normal.high, first.high))
     elif isinstance(layer, keras.layers.Flatten):
         count = int(np.prod(node.input_shapes[1:]))
-        return Distribution(*(np.tile(part, count // len(part)) for part in its[0]))
+        return Distribution(*(np.tile(values, count // len(values)) for values in first))
     elif isinstance(layer, keras.layers.Add):
-        return _normal(sum(one.mean for one in its), np.sqrt(sum(np.square(one.deviation) for one in its)))
-    raise _unknown(layer, type(layer).__name__)
+        variance = sum(np.square(term.deviation) for term in inputs)
+        return _normal(sum(term.mean for term in inputs), np.sqrt(variance))
+    raise _unknown_kind(layer, type(layer).__name__)
 
 
-def _unknown(layer, what):
+def _unknown_kind(layer, kind):
     return ValueError(
-        f"layer {layer.name!r}: distributions cannot be followed through {what} without data; use a method with "
+        f"layer {layer.name!r}: distributions cannot be followed through {kind} without data; use a method with "
         "calibration images, such as dfq"
     )

@@ -1,15 +1,16 @@
 """Uniform quantization-aware training with a learned step size (LSQ, arXiv:1902.08153)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.quantization.checks import check_finite, values_by_layer
+from tf_repvgg.quantization.checks import bits_by_layer, check_finite
 from tf_repvgg.quantization.qat import wrapping
-from tf_repvgg.quantization.quantized_layers import bias_of, fill_weights, kernel_of, linear, quantized_form
-from tf_repvgg.quantization.uniform import LARGEST_CODE
+from tf_repvgg.quantization.quantized_layers import apply_kernel, bias_of, fill_on_call, kernel_of, make_quantized_layer
+from tf_repvgg.quantization.uniform import LARGEST_CODE, largest_code
 
 _SMALLEST_STEP = 1e-8
 
@@ -22,31 +23,44 @@ def learned_step_quantize(
     steps: Mapping[str, np.ndarray] | None = None,
     activation_bits: int | None = 8,
     range_momentum: float = 0.99,
-    calibration: Iterable | None = None,
+    calibration: Iterable[np.ndarray] | None = None,
 ) -> keras.Model:
-    """A copy of a fused model to be trained with weights on uniform grids whose steps are trained too.
+    """Copies a fused model for training with weights on uniform grids whose step sizes are trained too.
 
     Args:
-      model: functional deploy-form model of Conv2D, DepthwiseConv2D and Dense layers.
-      weight_bits: 2 to 8, or {pattern of layer names: bits}, also as text: "stem=8,.*=4".
-      per_channel: a step for every output channel, or one for the kernel.
-      steps: {layer name: step to start with, of shape [1] or [channels]}, such as the scales of post-training
-        quantization; by default, and for layers that are not in it, those of the paper.
-      activation_bits, range_momentum, calibration: as for `tf_repvgg.quantization.cluster_quantize`.
+      model: Functional deploy-form model whose layers with weights are Conv2D, DepthwiseConv2D and Dense.
+      weight_bits: Bits of a weight, from 2 to 8, or bits by pattern of layer names, first match wins; also as text:
+        "stem=8,.*=4".
+      per_channel: Whether every output channel has its own step size; otherwise the kernel has one.
+      steps: Initial step sizes by layer name, each of shape [1] or [channels], such as the scales of post-training
+        quantization. Layers that are not in it start with the step size of the paper.
+      activation_bits: Bits of activations, 8 or 16, quantized with running ranges, input included; None leaves
+        activations in float.
+      range_momentum: Momentum of the running ranges, from 0 to 1.
+      calibration: Normalized float images [height, width, channels] that initialize the ranges, for models with one
+        input. Without them the outputs of the model are NaN until its first training step.
 
     Returns:
       A model with the inputs and outputs of `model`, not compiled.
 
     Raises:
-      ValueError: for a model that is not functional or not fused, bits outside 2..8, patterns that match no layer,
-        layers of other kinds with weights, weights that are not finite, steps of no layer, of another shape, or not
-        above 0, and bad calibration images.
+      ValueError: If the model is not functional or not fused, has other layers with weights, or weights that are not
+        finite; if bits are outside 2..8, or a pattern matches no layer; if a step size is for a layer that does not
+        exist, has another shape or is not above 0; and for bad calibration images.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import learned_step_quantize
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> trainable = learned_step_quantize(model, weight_bits=4)
+      >>> [weight.name for weight in trainable.trainable_weights]
+      ['learned_step_conv/step:0', 'conv/kernel:0', 'conv/bias:0']
     """
     wrapping.check_model(model)
-    bits = values_by_layer(model, weight_bits, "weight bits", 2, 8)
+    bits = bits_by_layer(model, weight_bits)
     steps = steps or {}
     if unknown := steps.keys() - bits.keys():
-        raise ValueError(f"steps are given for {sorted(unknown)[0]!r}; there are layers {', '.join(bits)}")
+        raise ValueError(f"steps: {sorted(unknown)[0]!r} is no layer with weights; there are {', '.join(bits)}")
     return wrapping.wrap_layers(
         model,
         lambda layer, name: LearnedStep(layer, bits[name], per_channel, steps.get(name)),
@@ -57,53 +71,84 @@ def learned_step_quantize(
 
 
 def strip_learned_step(model: keras.Model) -> keras.Model:
-    """The model without what only training needs: the same function, ready for `tf_repvgg.tflite.convert`.
+    """Copies a model of `learned_step_quantize` without the wrappers that only training needs; the function stays.
+
+    Args:
+      model: Trained model.
+
+    Returns:
+      A model of `QuantizedLayer`s and, if activations are quantized, `ActivationQuantizer`s, ready for
+      `tf_repvgg.tflite.convert`.
 
     Raises:
-      ValueError: if no layer of the model is a `LearnedStep`.
+      ValueError: If no layer of the model is a `LearnedStep`.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import learned_step_quantize, strip_learned_step
+      >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="dense")])
+      >>> stripped = strip_learned_step(learned_step_quantize(model, weight_bits=4, activation_bits=None))
+      >>> type(stripped.get_layer("dense")).__name__
+      'QuantizedDense'
     """
     return wrapping.strip_wrappers(model, LearnedStep)
 
 
-def code_range(bits) -> tuple[int, int]:
-    """Smallest and largest code: all that the bits hold, but for -128, which integer kernels do not take."""
-    return max(-(2 ** (bits - 1)), -LARGEST_CODE), 2 ** (bits - 1) - 1
+def code_range(bits: int) -> tuple[int, int]:
+    """(smallest code, largest code): all that the bits hold, except -128, which integer kernels do not accept.
+
+    Args:
+      bits: Bits of a weight, from 2 to 8.
+    """
+    return max(-(2 ** (bits - 1)), -LARGEST_CODE), largest_code(bits)
 
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
-class LearnedStep(keras.layers.Wrapper):
-    """A layer whose kernel is codes times a step, both of which train.
+class LearnedStep(wrapping.TrainingWrapper):
+    """A layer whose kernel is codes times a step size, both of which train.
 
-    Forward: step * round(clip(w / step)). Backward, to the weights: straight through inside the range; to the step:
-    equation 3 of the paper, scaled by 1 / sqrt(weights of the step * largest code) (section 2.2).
+    Forward: step * round(clip(w / step)).
+
+    Pseudo-gradient: to the weights, straight through inside the range and 0 outside; to the step size, equation 3 of
+    the paper, scaled by 1 / sqrt(weights per step * largest code) (section 2.2).
 
     Args:
-      layer: Conv2D, DepthwiseConv2D or Dense.
-      weight_bits: 2 to 8.
-      per_channel: a step for each output channel, or one.
-      first_step: what it starts at, [channels] or [1]; by default 2 * mean(|w|) / sqrt(largest code), as in the paper.
+      layer: Conv2D, DepthwiseConv2D or Dense layer.
+      weight_bits: Bits of a weight, from 2 to 8.
+      per_channel: Whether every output channel has its own step size; otherwise the kernel has one.
+      first_step: Initial step size, [channels] or [1]; by default that of the paper,
+        2 * mean(|w|) / sqrt(largest code).
+      **kwargs: Keyword arguments of a Keras layer.
 
     Raises:
-      ValueError: when it is built, for weights that are not finite, and a first step of another shape or not above 0.
+      ValueError: When it is built, if weights are not finite, or the initial step size has another shape or is not
+        above 0.
     """
 
     stripped_by = "strip_learned_step"
 
-    def __init__(self, layer, weight_bits=8, per_channel=False, first_step=None, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        weight_bits: int = 8,
+        per_channel: bool = False,
+        first_step: np.ndarray | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs.setdefault("name", f"learned_step_{layer.name}")
         kwargs.setdefault("dtype", "float32")
         super().__init__(layer, **kwargs)
         self.weight_bits = weight_bits
         self.per_channel = per_channel
-        self._first_step = first_step  # not of the configuration: a saved layer has its step
+        self._first_step = first_step  # not part of the configuration: a saved layer has its step size
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         super().build(input_shape)
         check_finite(self.layer)
-        start = self._start()
-        self.step = self.add_weight("step", start.shape, tf.float32, keras.initializers.Constant(start))
+        step = self._initial_step()
+        self.step = self.add_weight("step", step.shape, tf.float32, keras.initializers.Constant(step))
 
-    def _start(self):
+    def _initial_step(self):
         kernel = np.abs(kernel_of(self.layer))
         mean = kernel.mean(axis=tuple(range(kernel.ndim - 1))) if self.per_channel else kernel.mean().reshape(1)
         if self._first_step is not None:
@@ -113,39 +158,40 @@ class LearnedStep(keras.layers.Wrapper):
                     f"the first step of layer {self.layer.name!r} is {step}; it must be above 0, of shape {mean.shape}"
                 )
             return step
-        _, largest = code_range(self.weight_bits)
-        # A channel of zeros needs some step.
+        # A channel of zeros needs some step size.
         mean = np.where(mean > 0, mean, mean.max() if mean.max() > 0 else 1.0)
-        return 2 * mean / np.sqrt(largest)
+        return 2 * mean / np.sqrt(largest_code(self.weight_bits))
 
-    def call(self, inputs):
-        outputs = linear(self.layer, inputs, self.quantized_weights())
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        outputs = apply_kernel(self.layer, inputs, self.quantize_kernel())
         if self.layer.use_bias:
             outputs = tf.nn.bias_add(outputs, self.layer.bias)
         return self.layer.activation(outputs)
 
-    def quantized_weights(self):
-        """The kernel as it is multiplied with, in the layout of `QuantizedKernel`; differentiable."""
-        kernel = self.layer.depthwise_kernel if hasattr(self.layer, "depthwise_kernel") else self.layer.kernel
+    def quantize_kernel(self) -> tf.Tensor:
+        """Quantizes the kernel, in the layout of `QuantizedKernel`; differentiable."""
         if isinstance(self.layer, keras.layers.DepthwiseConv2D):
-            kernel = tf.reshape(kernel, [*kernel.shape[:2], 1, kernel.shape[2] * kernel.shape[3]])
-        return _quantized(tf.convert_to_tensor(kernel), tf.maximum(self.step, _SMALLEST_STEP), self.weight_bits)
+            height, width, channels, multiplier = self.layer.depthwise_kernel.shape
+            kernel = tf.reshape(self.layer.depthwise_kernel, [height, width, 1, channels * multiplier])
+        else:
+            kernel = self.layer.kernel
+        return _quantize(tf.convert_to_tensor(kernel), tf.maximum(self.step, _SMALLEST_STEP), self.weight_bits)
 
-    def strip(self):
-        """The layer with its kernel on the grid, as a callable on tensors."""
+    def strip(self) -> Callable:
+        """Makes a quantized layer with this kernel, a callable on tensors."""
         step = tf.maximum(self.step, _SMALLEST_STEP)
-        form = quantized_form(self.layer, self.per_channel)
-        return fill_weights(form, self.quantized_weights(), step, bias_of(self.layer))
+        layer = make_quantized_layer(self.layer, self.per_channel)
+        return fill_on_call(layer, self.quantize_kernel(), step, bias_of(self.layer))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "weight_bits": self.weight_bits, "per_channel": self.per_channel}
 
 
-def _quantized(weights, step, bits):
+def _quantize(weights, step, bits):
     lowest, largest = code_range(bits)
 
     @tf.custom_gradient
-    def function(weights, step):
+    def round_to_step(weights, step):
         position = weights / step
         codes = tf.round(tf.clip_by_value(position, lowest, largest))
 
@@ -159,4 +205,4 @@ def _quantized(weights, step, bits):
 
         return codes * step, gradient
 
-    return function(weights, step)
+    return round_to_step(weights, step)

@@ -1,7 +1,15 @@
 """Plain tfmot 0.8.1 as a baseline: weight clustering, then its cluster-preserving quantization-aware training.
 
-Its models are trained as they are. What its quantization-aware training found, codes and ranges, then moves into a
-model of this package, so that the baseline ends in the same exact files as all else.
+tfmot's models are trained as they are. The codes and ranges that its quantization-aware training finds then move into a
+model of this package, so that the baseline ends in the same exact files as the other methods.
+
+Example:
+  >>> import tf_keras as keras
+  >>> from tf_repvgg.quantization.qat import tfmot_baseline
+  >>> inputs = keras.Input((5,), name="features")
+  >>> model = keras.Model(inputs, keras.layers.Dense(2, name="dense")(inputs))
+  >>> [layer.name for layer in tfmot_baseline.tfmot_cluster(model, number_of_clusters=4).layers]
+  ['features', 'cluster_dense']
 """
 
 from collections.abc import Mapping
@@ -9,100 +17,125 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
-from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
+from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import (
+    CentroidInitialization,
+    GradientAggregation,
+)
 from tensorflow_model_optimization.python.core.quantization.keras.collab_opts.cluster_preserve import (
-    default_8bit_cluster_preserve_quantize_scheme as preserving,
+    default_8bit_cluster_preserve_quantize_scheme as cluster_preserve,
 )
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_layer import QuantizeLayer
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import QuantizeWrapper
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import quantize_activations, quantizers
-from tf_repvgg.quantization.checks import values_by_layer
+from tf_repvgg.quantization.checks import clusters_by_layer
 from tf_repvgg.quantization.qat import wrapping
-from tf_repvgg.quantization.quantized_layers import bias_of, fill_weights, quantized_form
+from tf_repvgg.quantization.quantized_layers import bias_of, fill_on_call, make_quantized_layer
 from tf_repvgg.quantization.uniform import LARGEST_CODE
+
+_ANY_SIZE = 32  # of images, for models whose input has no fixed size
 
 
 def tfmot_cluster(
     model: keras.Model,
     number_of_clusters: int | str | Mapping[str, int],
-    cluster_centroids_init=tfmot.clustering.keras.CentroidInitialization.KMEANS_PLUS_PLUS,
+    cluster_centroids_init: CentroidInitialization = CentroidInitialization.KMEANS_PLUS_PLUS,
     cluster_per_channel: bool = False,
     cluster_gradient_aggregation: GradientAggregation = GradientAggregation.SUM,
 ) -> keras.Model:
-    """tfmot's `cluster_weights` on every Conv2D and Dense layer of a fused model; to be trained.
+    """Copies a fused model for training, with tfmot's `cluster_weights` on every Conv2D and Dense layer.
+
+    tfmot does not cluster depthwise kernels.
 
     Args:
-      model, number_of_clusters, cluster_per_channel: as for `tf_repvgg.quantization.cluster_quantize`; tfmot knows
-        clusters per channel for convolutions only, and does not cluster depthwise kernels.
-      cluster_centroids_init: one of tfmot's.
-      cluster_gradient_aggregation: of the gradient to centroids; the sum, over thousands of weights, is too large for
-        SGD at rates that suit the weights.
+      model: Functional deploy-form model.
+      number_of_clusters: Number of clusters in a codebook, from 2 to 256, or numbers by pattern of layer names, first
+        match wins; also as text: "stem=256,.*=8".
+      cluster_centroids_init: Initialization of the centroids.
+      cluster_per_channel: Whether every output channel has its own centroids; tfmot supports it for convolutions only.
+      cluster_gradient_aggregation: Aggregation of the gradient to a centroid over its weights. The sum over thousands
+        of weights is too large for SGD at learning rates that suit the weights.
+
+    Returns:
+      A model of tfmot's wrappers, not compiled.
 
     Raises:
-      ValueError: as `cluster_quantize`.
+      ValueError: If the model is not functional or not fused, a number is out of range, or a pattern matches no layer.
     """
     wrapping.check_model(model)
-    states = values_by_layer(model, number_of_clusters, "numbers of clusters", 2, 256)
+    clusters = clusters_by_layer(model, number_of_clusters)
 
-    def clustered(layer):
+    def cluster(layer):
         if not isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
             return layer
         return tfmot.clustering.keras.cluster_weights(
             layer,
-            number_of_clusters=states[layer.name],
+            number_of_clusters=clusters[layer.name],
             cluster_centroids_init=cluster_centroids_init,
             cluster_gradient_aggregation=cluster_gradient_aggregation,
             **({"cluster_per_channel": cluster_per_channel} if isinstance(layer, keras.layers.Conv2D) else {}),
         )
 
-    return keras.models.clone_model(_flat_copy(model), clone_function=clustered)
+    return keras.models.clone_model(_copy_flat(model), clone_function=cluster)
 
 
 def tfmot_quantize(model: keras.Model) -> keras.Model:
-    """tfmot's cluster-preserving 8-bit quantization-aware training of a model with clustered weights; to be trained.
+    """Copies a model with clustered weights for tfmot's cluster-preserving 8-bit quantization-aware training.
+
+    Args:
+      model: Functional deploy-form model, such as one that `tfmot.clustering.keras.strip_clustering` returns.
+
+    Returns:
+      A model of tfmot's wrappers, not compiled.
 
     Raises:
-      ValueError: for a model that is not functional or not fused, and layers that tfmot does not know.
+      ValueError: If the model is not functional or not fused, or has layers that tfmot does not support.
     """
     wrapping.check_model(model)
-    annotated = tfmot.quantization.keras.quantize_annotate_model(_flat_copy(model))
-    return tfmot.quantization.keras.quantize_apply(annotated, preserving.Default8BitClusterPreserveQuantizeScheme())
+    annotated = tfmot.quantization.keras.quantize_annotate_model(_copy_flat(model))
+    scheme = cluster_preserve.Default8BitClusterPreserveQuantizeScheme()
+    return tfmot.quantization.keras.quantize_apply(annotated, scheme)
 
 
 def strip_tfmot_quantize(model: keras.Model, base: keras.Model) -> keras.Model:
-    """What tfmot's quantization-aware training found, as a model of quantized layers for `tf_repvgg.tflite.convert`.
+    """Moves codes and ranges that tfmot's quantization-aware training has found into quantized layers of this package.
 
     Args:
-      model: trained model of `tfmot_quantize`.
-      base: the model that it was made of.
+      model: Trained model of `tfmot_quantize`.
+      base: Model from which `tfmot_quantize` made it.
+
+    Returns:
+      A model of `QuantizedLayer`s and `ActivationQuantizer`s, ready for `tf_repvgg.tflite.convert`.
 
     Raises:
-      ValueError: if the model is not tfmot's.
+      ValueError: If the model has no layers of tfmot's, or tfmot has trained no range where a file needs one.
     """
     wrappers = {layer.layer.name: layer for layer in model.layers if isinstance(layer, QuantizeWrapper)}
     if not wrappers:
         raise ValueError(f"model {model.name!r} holds no layers of tfmot's quantization-aware training")
-    # Evaluation leaves each wrapped layer with the kernel that it multiplies with.
-    model(np.zeros([1, *(size or 32 for size in model.input_shape[1:])], np.float32), training=False)
+    # Evaluation leaves the quantized kernel in each wrapped layer.
+    model(np.zeros([1, *(size or _ANY_SIZE for size in model.input_shape[1:])], np.float32), training=False)
 
     def replace(layer, changes):
         wrapper = wrappers[changes["name"]]
         kernel, scale = _kernel_and_scale(wrapper)
-        form = quantized_form(layer, len(scale) > 1, **changes)
-        return fill_weights(form, kernel, scale, bias_of(wrapper.layer))
+        quantized_layer = make_quantized_layer(layer, len(scale) > 1, **changes)
+        return fill_on_call(quantized_layer, kernel, scale, bias_of(wrapper.layer))
 
-    found = quantize_activations(base, replace)
+    stripped = quantize_activations(base, replace)
     ranges = {name: _range(wrapper) for name, wrapper in wrappers.items()}
-    (of_input,) = (layer for layer in model.layers if isinstance(layer, QuantizeLayer))
-    ranges[found.inputs[0].node.layer.name] = _range(of_input)
-    for quantizer in quantizers(found):
+    (input_quantizer,) = (layer for layer in model.layers if isinstance(layer, QuantizeLayer))
+    ranges[stripped.inputs[0].node.layer.name] = _range(input_quantizer)
+    for quantizer in quantizers(stripped):
         if (name := quantizer.name.removesuffix("_quantizer")) not in ranges:
-            raise ValueError(f"tfmot has trained no range after {name!r}; this baseline is for plain chains")
+            raise ValueError(
+                f"tfmot has trained no activation range after layer {name!r}; this baseline supports plain chains of "
+                "layers only"
+            )
         quantizer.set_range(*ranges[name])
-    wrapping.make_room_for_biases(found)
-    return found
+    wrapping.make_room_for_biases(stripped)
+    return stripped
 
 
 def _kernel_and_scale(wrapper):
@@ -121,6 +154,6 @@ def _range(layer):
     return float(variables["min_var"]), float(variables["max_var"])
 
 
-def _flat_copy(model):
-    """tfmot clones models layer by layer; the layers must not be those of the user's model."""
+def _copy_flat(model):
+    """Copies a model, its nested models inlined: tfmot clones layer by layer, and must not touch the user's layers."""
     return graph.rebuild(model, graph.copy_layer, inline_nested=True)

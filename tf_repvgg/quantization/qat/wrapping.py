@@ -1,45 +1,56 @@
-"""What the ways of training quantized weights share: from a fused model to one with wrapped layers, and back."""
+"""What the methods of quantization-aware training share: wrapping the layers of a fused model, and stripping them."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.layers import ReparameterizedBlock
-from tf_repvgg.quantization.activations import (
-    ActivationQuantizer,
-    quantize_activations,
-    quantizer_before,
-    quantizers,
-)
+from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
+from tf_repvgg.quantization.activations import quantize_activations, quantizer_before, quantizers
 from tf_repvgg.quantization.checks import check_fused, validate_images
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, has_quantized_form
-from tf_repvgg.quantization.uniform import QuantizedKernel, at_least, min_scale_of_bias
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, is_quantizable
+from tf_repvgg.quantization.uniform import QuantizedKernel, min_scale_of_bias, raise_scale
 
 _BATCH = 64
 
 
-def check_model(model: keras.Model, also: tuple = (), in_training_form: bool = False) -> None:
-    """Refuses what cannot be trained with quantized weights.
+class TrainingWrapper(keras.layers.Wrapper):
+    """Base of the Keras wrappers whose layer trains with quantized weights.
+
+    Attributes:
+      stripped_by: Name of the function of `tf_repvgg.quantization` that strips these wrappers from a model.
+    """
+
+    stripped_by: str
+
+    def strip(self) -> Callable:
+        """Makes the replacement of the wrapper in the stripped model, a callable on tensors."""
+        raise NotImplementedError(f"{type(self).__name__} does not define strip()")
+
+
+def check_model(model: keras.Model, other_classes: tuple[type, ...] = (), accept_training_form: bool = False) -> None:
+    """Refuses models that cannot be trained with quantized weights.
 
     Args:
-      model: any Keras model.
-      also: classes of layers with weights that are welcome beside Conv2D, DepthwiseConv2D and Dense.
-      in_training_form: whether multi-branch blocks are welcome too.
+      model: Any Keras model.
+      other_classes: Classes of layers with weights to accept beside Conv2D, DepthwiseConv2D and Dense.
+      accept_training_form: Whether to accept multi-branch blocks.
 
     Raises:
-      ValueError: if the model is not functional or not fused, or holds other layers with weights, batch normalizations
-        among them; names them.
+      ValueError: If the model is not functional or not fused, or has other layers with weights, batch normalizations
+        included. The message names the layer.
     """
     if not graph.is_functional(model):
         raise ValueError(
             f"training with quantization needs a functional, or built Sequential, Keras 2 model, but got "
             f"{type(model).__name__}"
         )
-    if not in_training_form:
+    if not accept_training_form:
         check_fused(model)
-    known = (*also, *([ReparameterizedBlock] if in_training_form else []))
+    accepted = (*other_classes, *([ReparameterizedBlock] if accept_training_form else []))
     for layer in graph.leaves(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             raise ValueError(
@@ -47,32 +58,35 @@ def check_model(model: keras.Model, also: tuple = (), in_training_form: bool = F
                 "tf_repvgg.fusion.fuse(model) merges those that come right after a Conv2D, DepthwiseConv2D or Dense "
                 "layer without activation"
             )
-        if layer.trainable_weights and not (has_quantized_form(layer) or isinstance(layer, known)):
-            others = "".join(f", {its_class.__name__}" for its_class in also)
+        if layer.trainable_weights and not (is_quantizable(layer) or isinstance(layer, accepted)):
+            names = [*(weighted.__name__ for weighted in WEIGHTED_LAYERS), *(other.__name__ for other in other_classes)]
             raise ValueError(
-                f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be trained quantized; Conv2D, "
-                f"DepthwiseConv2D, Dense{others} can"
+                f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be trained with quantization; "
+                f"{', '.join(names[:-1])} and {names[-1]} can"
             )
 
 
 def wrap_layers(
     model: keras.Model,
-    make_wrapper: Callable,
+    make_wrapper: Callable[[keras.layers.Layer, str], TrainingWrapper],
     activation_bits: int | None,
     range_momentum: float,
-    calibration: Iterable | None,
-    classes: tuple = WEIGHTED_LAYERS,
+    calibration: Iterable[np.ndarray] | None,
+    classes: tuple[type, ...] = WEIGHTED_LAYERS,
 ) -> keras.Model:
-    """A copy of a fused model whose weighted layers are in wrappers, with quantizers on the activations if asked for.
+    """Copies a fused model, with its weighted layers in wrappers and, if requested, quantizers on its activations.
 
     Args:
-      model: functional deploy-form model that `check_model` accepts.
-      make_wrapper: (copy of a layer, the layer's name) -> Keras layer that holds the copy as `layer`. It is called
-        while the copy has its weights already, so that it can start from them.
-      activation_bits: 8 or 16, or None for float activations.
-      range_momentum: of their running ranges.
-      calibration: None, or images for `set_ranges`.
-      classes: of the layers to be wrapped.
+      model: Functional deploy-form model that `check_model` accepts.
+      make_wrapper: Function (copy of a layer, name of the layer) -> wrapper that holds the copy as `layer`. The copy
+        has its weights before the wrapper is built, so that the wrapper can start from them.
+      activation_bits: Bits of activations, 8 or 16; None leaves activations in float.
+      range_momentum: Momentum of the running ranges, from 0 to 1.
+      calibration: Images for `set_ranges`; None leaves the ranges unset.
+      classes: Classes of the layers to be wrapped.
+
+    Returns:
+      A functional model, not compiled.
     """
     names = graph.unique_names(model)
 
@@ -83,7 +97,7 @@ def wrap_layers(
 
         def call(inputs, **keywords):
             if not copy.built:
-                # Called, not built: a block's own layers have their weights only then.
+                # Called instead of built: only then do the layers inside of a block have weights.
                 copy(keras.Input(inputs.shape[1:]))
                 copy.set_weights(weights)
             return wrapper(inputs, **keywords)
@@ -95,64 +109,90 @@ def wrap_layers(
             return lambda tensor: tensor
         return ActivationQuantizer(range_momentum, **options)
 
-    found = quantize_activations(model, replace, make_quantizer, classes, activation_bits)
+    bits = {} if activation_bits is None else {"bits": activation_bits}
+    wrapped = quantize_activations(model, replace, make_quantizer, classes, **bits)
     if calibration is not None:
-        set_ranges(found, calibration)
-    return found
+        set_ranges(wrapped, calibration)
+    return wrapped
 
 
-def set_ranges(model: keras.Model, calibration: Iterable) -> None:
-    """Sets the ranges of activations to their mean over batches of calibration images; nothing else moves.
+def set_ranges(model: keras.Model, calibration: Iterable[np.ndarray]) -> None:
+    """Sets activation ranges to their mean over batches of calibration images; no other variable changes.
+
+    Args:
+      model: Model with `ActivationQuantizer`s and one input.
+      calibration: Normalized float images, each [height, width, channels].
 
     Raises:
-      ValueError: if there are none, or one has another shape or is not finite; names it.
+      ValueError: If there are no images, or one has another shape or is not finite. The message names the image.
     """
     images = validate_images(calibration, model.input_shape)
-    followers = quantizers(model)
+    model_quantizers = quantizers(model)
     for count, start in enumerate(range(0, len(images), _BATCH)):
-        for quantizer in followers:
+        for quantizer in model_quantizers:
             quantizer.calibration_momentum = count / (count + 1)
         model(np.concatenate(images[start : start + _BATCH]), training=False)
-    for quantizer in followers:
+    for quantizer in model_quantizers:
         quantizer.calibration_momentum = None
 
 
-def strip_wrappers(model: keras.Model, wrapper_class: type) -> keras.Model:
-    """The model with `wrapper.strip()` in place of every wrapper: a callable on tensors, of a `QuantizedLayer`.
+def strip_wrappers(model: keras.Model, wrapper_class: type[TrainingWrapper]) -> keras.Model:
+    """Copies a model, with the result of `wrapper.strip()` in place of every wrapper.
+
+    Args:
+      model: Functional model.
+      wrapper_class: Class of the wrappers to be stripped.
+
+    Returns:
+      A functional model without these wrappers.
 
     Raises:
-      ValueError: if there is no such wrapper.
+      ValueError: If the model has no such wrapper.
     """
     find_wrappers(model, wrapper_class)
-    found = graph.rebuild(
+    stripped = graph.rebuild(
         model, lambda layer: layer.strip() if isinstance(layer, wrapper_class) else graph.copy_layer(layer)
     )
-    make_room_for_biases(found)
-    return found
+    make_room_for_biases(stripped)
+    return stripped
 
 
-def find_wrappers(model: keras.Model, wrapper_class: type) -> list:
-    """The wrappers of the model; raises ValueError if there are none."""
-    found = graph.find_layers(model, wrapper_class)
-    if not found:
+def find_wrappers(model: keras.Model, wrapper_class: type[TrainingWrapper]) -> list[Any]:
+    """Finds the wrappers of a model.
+
+    Args:
+      model: Any Keras model.
+      wrapper_class: Class of the wrappers.
+
+    Returns:
+      At least one wrapper.
+
+    Raises:
+      ValueError: If there are none.
+    """
+    wrappers = graph.find_layers(model, wrapper_class)
+    if not wrappers:
         raise ValueError(
             f"model {model.name!r} holds nothing that {wrapper_class.stripped_by} strips; was it made for training?"
         )
-    return found
+    return wrappers
 
 
 def make_room_for_biases(model: keras.Model) -> None:
-    """Raises scales at which a bias would overflow: those of channels that are zero but for the bias, or nearly."""
+    """Raises weight scales at which a bias would overflow: those of channels whose kernel is zero, or nearly so.
+
+    Args:
+      model: Model of `QuantizedLayer`s. Without `ActivationQuantizer`s it stays as it is.
+    """
     if quantizers(model):
-        for layer in graph.find_layers(model):
-            if isinstance(layer, QuantizedLayer):
-                _make_room_for_bias(layer)
+        for layer in graph.find_layers(model, QuantizedLayer):
+            _make_room_for_bias(layer)
 
 
 def _make_room_for_bias(layer):
-    quantized = layer.quantized_kernel()
-    smallest = min(quantizer_before(node.keras_inputs[0]).scale() for node in layer.inbound_nodes)
-    scale = at_least(quantized.scale, min_scale_of_bias(bias_of(layer), smallest))
+    quantized = layer.get_quantized_kernel()
+    input_scale = min(quantizer_before(node.keras_inputs[0]).scale() for node in layer.inbound_nodes)
+    scale = raise_scale(quantized.scale, min_scale_of_bias(bias_of(layer), input_scale))
     if np.any(scale != quantized.scale):
         codes = np.where(scale == quantized.scale, quantized.codes, np.round(quantized.dequantize() / scale))
         layer.set_quantized_kernel(QuantizedKernel(codes.astype(np.int8), scale))

@@ -1,4 +1,4 @@
-"""Arm Ethos-U: files compiled by Vela, and its estimates."""
+"""Arm Ethos-U: files compiled by Vela, and Vela's estimates."""
 
 import csv
 import re
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tf_repvgg.tflite import flatbuffer
 from tf_repvgg.tflite.targets.base import Built, integer_weights, optional_module
@@ -28,45 +29,46 @@ _COLUMNS = (
 
 
 def build(file: bytes, accelerator: str) -> Built:
-    """Compiles a file for one accelerator with Vela's default system and memory.
+    """Compiles a file for one accelerator, with Vela's default system and memory configuration.
+
+    Args:
+      file: Fully integer file.
+      accelerator: One of `ACCELERATORS`.
 
     Raises:
-      ValueError: without the package ethos-u-vela, for a file that is not fully integer, and if Vela refuses it.
+      ValueError: If the package ethos-u-vela is not installed, the file is not fully integer, or Vela refuses it.
     """
     optional_module(MODULE, PACKAGE)
-    raw = sum(each.codes.size for each in integer_weights(flatbuffer.unpack(file)))
+    raw_weight_bytes = sum(weights.codes.size for weights in integer_weights(flatbuffer.unpack(file)))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.tflite"
         source.write_bytes(file)
-        words = ["--accelerator-config", accelerator, "--output-dir", folder, str(source)]
-        command = [sys.executable, "-c", "import sys; from ethosu.vela.vela import main; sys.exit(main())", *words]
-        outcome = subprocess.run(command, capture_output=True, text=True)
+        arguments = ["--accelerator-config", accelerator, "--output-dir", folder, str(source)]
+        program = "import sys; from ethosu.vela.vela import main; sys.exit(main())"
+        outcome = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         compiled = Path(folder) / "model_vela.tflite"
         if outcome.returncode or not compiled.exists():
             lines = (outcome.stdout + outcome.stderr).strip().splitlines()
-            raise ValueError(f"Vela refused the file: {lines[-1] if lines else 'it said nothing'}")
+            raise ValueError(f"Vela refused the file: {lines[-1] if lines else 'it printed nothing'}")
         (summary,) = Path(folder).glob("model_summary_*.csv")
-        with summary.open(newline="", encoding="utf-8") as rows:
-            (row,) = csv.DictReader(rows)
-        facts = {key: _number(float(row[column]) * factor, key) for key, column, factor in _COLUMNS}
+        with summary.open(newline="", encoding="utf-8") as table:
+            (row,) = csv.DictReader(table)
+        record: dict[str, Any] = {key: _round(float(row[column]) * factor, key) for key, column, factor in _COLUMNS}
         content = compiled.read_bytes()
-    facts |= {
-        "raw_weight_bytes": raw,
-        "encoded_over_raw": round(facts["encoded_weight_bytes"] / raw, 4),
-        **_split(outcome.stdout),
+    record |= {
+        "raw_weight_bytes": raw_weight_bytes,
+        "encoded_over_raw": round(record["encoded_weight_bytes"] / raw_weight_bytes, 4),
+        "cpu_operators": _read_count("CPU operators", outcome.stdout),
+        "npu_operators": _read_count("NPU operators", outcome.stdout),
         "file_bytes": len(content),
     }
-    return Built({f"_{accelerator.replace('-', '_')}_vela.tflite": content}, facts)
+    return Built({f"_{accelerator.replace('-', '_')}_vela.tflite": content}, record)
 
 
-def _number(value, key):
+def _round(value, key):
     return round(value) if key.endswith("_bytes") else round(value, 4)
 
 
-def _split(printed):
-    """Operators by where they run, of what Vela prints."""
-    found = {}
-    for key, words in {"cpu_operators": "CPU operators", "npu_operators": "NPU operators"}.items():
-        match = re.search(rf"{words}\s*=\s*(\d+)", printed)
-        found[key] = int(match[1]) if match else None
-    return found
+def _read_count(label, log):
+    match = re.search(rf"{label}\s*=\s*(\d+)", log)
+    return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""LiteRT with weights of 4 bits stored as such: half the bytes of int8."""
+"""LiteRT with weights stored in 4 bits: half the bytes of int8."""
 
 import functools
 
@@ -7,42 +7,50 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tf_repvgg.tflite import flatbuffer
 from tf_repvgg.tflite.interpreter import predict
-from tf_repvgg.tflite.targets.base import Built, integer_weights
+from tf_repvgg.tflite.targets.base import Built, Weights, integer_weights
 
-_LOWEST, _LARGEST = -8, 7
+_SMALLEST_CODE, _LARGEST_CODE = -8, 7
 
 
 def build(file: bytes) -> Built:
-    """Stores every weight tensor whose codes fit into 4 bits as INT4, codes and scales unchanged; others stay int8.
+    """Stores weight tensors whose codes fit into 4 bits as INT4, with the same codes and scales; others stay int8.
 
-    Outputs are those of the int8 file on the same kernels. LiteRT's default delegate has none for INT4, so convolutions
-    run on its plain kernels, slower and rounding differently by a step or two of the output.
+    On the same kernels, outputs equal those of the int8 file. LiteRT's default delegate has no kernels for INT4, so
+    convolutions run on its plain kernels, slower and rounding differently by a step or two of the output.
 
     Raises:
-      ValueError: if no tensor fits.
+      ValueError: If no tensor fits, or the file is not fully integer.
     """
     model = flatbuffer.unpack(file)
-    weights = integer_weights(model)
-    fitting = [w for w in weights if w.codes.min() >= _LOWEST and w.codes.max() <= _LARGEST]
+    all_weights = integer_weights(model)
+    fitting: list[Weights] = []
+    remaining: list[Weights] = []
+    for weights in all_weights:
+        fits = weights.codes.min() >= _SMALLEST_CODE and weights.codes.max() <= _LARGEST_CODE
+        (fitting if fits else remaining).append(weights)
     if not fitting:
-        largest = max(int(np.max(np.abs(w.codes.astype(np.int32)))) for w in weights)
+        largest = max(int(np.max(np.abs(weights.codes.astype(np.int32)))) for weights in all_weights)
         raise ValueError(
-            f"no weights fit into 4 bits, codes {_LOWEST} to {_LARGEST}: the largest here is {largest}; export with "
-            "--weight_bits=4, or train with LSQ at 4 bits"
+            f"no weights fit into 4 bits, codes {_SMALLEST_CODE} to {_LARGEST_CODE}: the largest here is {largest}; "
+            "export with --weight_bits=4, or train with LSQ at 4 bits"
         )
-    for each in fitting:
-        codes = flatbuffer.constant(model, each.tensor, np.int8)
-        flatbuffer.set_constant(model, each.tensor, flatbuffer.pack_int4(codes), each.tensor.quantization.scale)
-        each.tensor.type = schema.TensorType.INT4
+    for weights in fitting:
+        codes = flatbuffer.constant(model, weights.tensor, np.int8)
+        flatbuffer.set_constant(model, weights.tensor, flatbuffer.pack_int4(codes), weights.tensor.quantization.scale)
+        weights.tensor.type = schema.TensorType.INT4
     flatbuffer.drop_unused_buffers(model)
     packed = flatbuffer.pack(model)
-    facts = {
-        "int4_weight_bytes": sum((w.codes.size + 1) // 2 for w in fitting),
-        "int8_weight_bytes": sum(w.codes.size for w in weights if w not in fitting),
-        "left_in_int8": [w.name for w in weights if w not in fitting],
+    record = {
+        "int4_weight_bytes": sum((weights.codes.size + 1) // 2 for weights in fitting),
+        "int8_weight_bytes": sum(weights.codes.size for weights in remaining),
+        "left_in_int8": [weights.name for weights in remaining],
         "file_bytes": len(packed),
     }
-    plain = functools.partial(predict, default_delegate=False)
+    predict_plain = functools.partial(predict, default_delegate=False)
     return Built(
-        {"_int4.tflite": packed}, facts, functools.partial(plain, packed), functools.partial(plain, file), packed
+        files={"_int4.tflite": packed},
+        record=record,
+        predict=functools.partial(predict_plain, packed),
+        predict_int8=functools.partial(predict_plain, file),
+        in_litert=packed,
     )

@@ -5,10 +5,10 @@ from tf_repvgg.tflite.targets.base import Built, integer_weights
 
 
 def build(file: bytes) -> Built:
-    """Nothing is added to the file itself.
+    """Adds no file to the integer file itself.
 
     Raises:
-      ValueError: if it is not fully integer.
+      ValueError: If the file is not fully integer.
     """
-    weights = integer_weights(flatbuffer.unpack(file))
-    return Built({}, {"int8_weight_bytes": sum(each.codes.size for each in weights), "file_bytes": len(file)})
+    weight_bytes = sum(weights.codes.size for weights in integer_weights(flatbuffer.unpack(file)))
+    return Built({}, {"int8_weight_bytes": weight_bytes, "file_bytes": len(file)})

@@ -1,16 +1,16 @@
 """TFLite Micro with codebooks: weights as indices of 1 to 7 bits into tables of int8 values."""
 
-import concurrent.futures
+import contextlib
 import functools
-import itertools
-import multiprocessing
 import os
 import re
+from typing import Any
 
 import numpy as np
 
 from tf_repvgg import native_output
 from tf_repvgg.tflite import flatbuffer, reader
+from tf_repvgg.tflite.clean_process import RemoteObject
 from tf_repvgg.tflite.interpreter import dequantize_output, quantize_input
 from tf_repvgg.tflite.targets.base import Built, Weights, integer_weights, optional_module
 
@@ -18,124 +18,147 @@ PACKAGE, MODULE = "tflite-micro", "tflite_micro"
 _MAX_BITS = 7
 # Beside the tables of a tensor, its DECODE operator reads a header of so many bytes.
 _HEADER_BYTES = 16
-# For interpreters on this machine; what a file needs is measured.
+# For interpreters on this machine; the arena that a file needs is measured.
 _ARENA_BYTES = 2**28
 
 
 def build(file: bytes) -> Built:
-    """Compresses every weight tensor that gets smaller by it, per tensor or per channel as its scales are.
+    """Compresses every weight tensor that becomes smaller, per tensor or per channel as its scales are.
 
-    The bits of a tensor's indices follow from how many distinct codes it has, per channel from the channel with the
-    most. Tensors that would grow, and those of more than 128 codes, are left alone.
+    The number of distinct codes of a tensor determines the bits of its indices; per channel, the channel with the most
+    does. Tensors that would grow, and those of more than 128 codes, stay as they are.
 
     Raises:
-      ValueError: without the package tflite-micro, for a file that is not fully integer, and if all tensors have more
+      ValueError: If the package tflite-micro is not installed, the file is not fully integer, or all tensors have more
         than 128 codes.
     """
     tflm = optional_module(MODULE, PACKAGE)
     spec = optional_module(f"{MODULE}.tensorflow.lite.micro.compression.spec", PACKAGE)
-    model = flatbuffer.unpack(file)
-    weights = integer_weights(model)
-    if all(states_of(each) > 2**_MAX_BITS for each in weights):
+    all_weights = integer_weights(flatbuffer.unpack(file))
+    if all(count_codes(weights) > 2**_MAX_BITS for weights in all_weights):
+        first = all_weights[0]
         raise ValueError(
-            f"every layer has more than {2**_MAX_BITS} distinct codes ({weights[0].name!r} {states_of(weights[0])}), "
-            "which no table holds; quantize with fewer states"
+            f"every layer has more than {2**_MAX_BITS} distinct codes ({first.name!r} {count_codes(first)}), "
+            "which no table holds; quantize with fewer clusters"
         )
     builder, layers = tflm.compression.SpecBuilder(), []
-    for each in weights:
-        bits, compressed = compressed_size(each)
-        is_smaller = compressed < each.codes.size
-        layers.append(
-            {
-                "tensor": each.name,
-                "weights": each.codes.size,
-                "codes": states_of(each),
-                "index_bits": bits if is_smaller else None,
-                "bytes": compressed if is_smaller else each.codes.size,
-            }
-        )
-        if is_smaller:
-            mode = spec.PerChannel(axis=each.layout.channel_axis) if each.is_per_channel else spec.PerTensor()
-            builder.add_tensor(0, each.index).with_lut(bits, mode)
-    packed = bytes(tflm.compression.compress(file, builder.build())) if any(x["index_bits"] for x in layers) else file
-    uncompressed = len(file) - sum(x["weights"] for x in layers)
-    facts = {
+    for weights in all_weights:
+        layers.append(_describe(weights))
+        if (bits := layers[-1]["index_bits"]) is not None:
+            mode = spec.PerChannel(axis=weights.layout.channel_axis) if weights.is_per_channel else spec.PerTensor()
+            builder.add_tensor(0, weights.index).with_lut(bits, mode)
+    is_compressed = any(layer["index_bits"] for layer in layers)
+    packed = bytes(tflm.compression.compress(file, builder.build())) if is_compressed else file
+    weight_bytes, int8_weight_bytes = (sum(layer[key] for layer in layers) for key in ("bytes", "weights"))
+    record = {
         "layers": layers,
-        "weight_bytes": sum(x["bytes"] for x in layers),
-        "int8_weight_bytes": sum(x["weights"] for x in layers),
+        "weight_bytes": weight_bytes,
+        "int8_weight_bytes": int8_weight_bytes,
         "file_bytes": len(packed),
-        "file_over_bound": round(len(packed) / (sum(x["bytes"] for x in layers) + uncompressed), 4),
+        "file_over_bound": round(len(packed) / (weight_bytes + len(file) - int8_weight_bytes), 4),
         "arena_bytes": arena_bytes(packed),
         "arena_bytes_of_int8_file": arena_bytes(file),
     }
     files = {"_lut.tflite": packed, "_lut.cc": c_array(packed), "_lut.h": C_HEADER}
-    return Built(files, facts, functools.partial(predict, packed), functools.partial(predict, file))
+    return Built(files, record, functools.partial(predict, packed), functools.partial(predict, file))
 
 
-def states_of(weights: Weights) -> int:
-    """Distinct codes; per channel, of the channel with the most."""
+def _describe(weights: Weights) -> dict[str, Any]:
+    bits, compressed_bytes = size_with_tables(weights)
+    is_smaller = compressed_bytes < weights.codes.size
+    return {
+        "tensor": weights.name,
+        "weights": weights.codes.size,
+        "codes": count_codes(weights),
+        "index_bits": bits if is_smaller else None,
+        "bytes": compressed_bytes if is_smaller else weights.codes.size,
+    }
+
+
+def count_codes(weights: Weights) -> int:
+    """Number of distinct codes; per channel, that of the channel with the most."""
     return reader.distinct_codes(weights.codes, weights.is_per_channel)
 
 
-def compressed_size(weights: Weights) -> tuple[int, int]:
-    """(bits of an index, bytes of indices and tables); codes that no index reaches count as uncompressed."""
-    states = states_of(weights)
-    bits = max(1, int(np.ceil(np.log2(states))))
+def size_with_tables(weights: Weights) -> tuple[int, int]:
+    """Size of a weight tensor with tables.
+
+    Returns:
+      (bits of an index, bytes of indices and tables). A tensor with too many codes for tables keeps its bytes.
+    """
+    count = count_codes(weights)
+    bits = max(1, int(np.ceil(np.log2(count))))
     if bits > _MAX_BITS:
         return bits, weights.codes.size
     tables = weights.codes.shape[-1] if weights.is_per_channel else 1
-    return bits, -(-weights.codes.size * bits // 8) + tables * states + _HEADER_BYTES
+    return bits, -(-weights.codes.size * bits // 8) + tables * count + _HEADER_BYTES
 
 
 def arena_bytes(file: bytes) -> int:
-    """The bytes of tensor arena that TFLite Micro takes to run a file, by its own account.
+    """Bytes of tensor arena that TFLite Micro reports for a file.
 
     Raises:
-      ValueError: if it gives none, as for a file that it cannot run.
+      ValueError: If it reports none, as for a file that it cannot run.
     """
-    interpreter = _interpreter(file)
-    with native_output.capture() as printed:
+    interpreter = _load_interpreter(file)
+    with native_output.capture() as read_output:
         interpreter.print_allocations()
-    found = re.search(r"Arena allocation total (\d+) bytes", printed())
-    if not found:
-        raise ValueError("TFLite Micro does not tell how large an arena the file needs")
-    return int(found[1])
+    match = re.search(r"Arena allocation total (\d+) bytes", read_output())
+    if not match:
+        raise ValueError("TFLite Micro does not report how large an arena the file needs")
+    return int(match[1])
 
 
-def _interpreter(file):
+def _load_interpreter(file):
     runtime = optional_module(MODULE, PACKAGE).runtime
     with native_output.hide():
         return runtime.Interpreter.from_bytes(file, arena_size=_ARENA_BYTES + len(file))
 
 
-def predict(file: bytes, images) -> np.ndarray:
-    """Runs a file of batch 1 on every image in TFLite Micro, one process per core; as `tf_repvgg.tflite.predict`.
+def predict(file: bytes, images: np.ndarray) -> np.ndarray:
+    """Runs a file of batch 1 on every image in TFLite Micro, in one process for each core.
 
-    Its reference kernels are slow, and its interpreter for Python lets no other thread run meanwhile.
+    Its reference kernels are slow, and its interpreter for Python blocks all other threads.
+
+    Args:
+      file: Integer file with one input and one output.
+      images: Normalized images, float32 [count, height, width, channels].
+
+    Returns:
+      The dequantized outputs, float32 [count, ...].
+
+    Raises:
+      RuntimeError: If TFLite Micro cannot run the file, or crashes.
     """
     workers = min(os.cpu_count() or 1, len(images))
-    # Forked, not spawned: a process that imports TensorFlow first would take seconds for each batch.
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        return np.concatenate(list(pool.map(_predict, itertools.repeat(file), np.array_split(images, workers))))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(RemoteObject(_LoadedFile, file)) for _ in range(workers)]
+        for remote_file, chunk in zip(files, np.array_split(images, workers), strict=True):
+            remote_file.start_call("predict", chunk)
+        return np.concatenate([remote_file.wait() for remote_file in files])
 
 
-def _predict(file, images):
-    interpreter = _interpreter(file)
-    input_end, output_end = (
-        {"dtype": np.dtype(end["dtype"]).type, "quantization": _only(end["quantization_parameters"])}
-        for end in (interpreter.get_input_details(0), interpreter.get_output_details(0))
-    )
-    outputs = []
-    for image in images:
-        interpreter.set_input(quantize_input(image[np.newaxis], input_end), 0)
-        interpreter.invoke()
-        outputs.append(interpreter.get_output(0)[0])
-    return dequantize_output(np.stack(outputs), output_end)
+class _LoadedFile:
+    """A file that TFLite Micro has loaded."""
+
+    def __init__(self, file):
+        self._interpreter = _load_interpreter(file)
+
+    def predict(self, images):
+        input_details = _convert_details(self._interpreter.get_input_details(0))
+        outputs = []
+        for image in images:
+            self._interpreter.set_input(quantize_input(image[np.newaxis], input_details), 0)
+            self._interpreter.invoke()
+            outputs.append(self._interpreter.get_output(0)[0])
+        return dequantize_output(np.stack(outputs), _convert_details(self._interpreter.get_output_details(0)))
 
 
-def _only(parameters):
+def _convert_details(details):
+    """TFLite Micro's details of a tensor in the form of LiteRT's."""
+    parameters = details["quantization_parameters"]
     (scale,), (zero_point,) = parameters["scales"], parameters["zero_points"]
-    return scale, zero_point
+    return {"dtype": np.dtype(details["dtype"]).type, "quantization": (scale, zero_point)}
 
 
 C_HEADER = b"""// The model of the .cc file of the same name, for TFLite Micro.
@@ -146,7 +169,7 @@ extern const unsigned int g_model_bytes;
 
 
 def c_array(content: bytes) -> bytes:
-    """A C++ source that defines `g_model`, aligned to 16 bytes as the format asks, and `g_model_bytes`."""
+    """C++ source that defines `g_model`, aligned to 16 bytes as the format requires, and `g_model_bytes`."""
     rows = (content[start : start + 16] for start in range(0, len(content), 16))
     lines = ",\n".join("  " + ", ".join(f"0x{byte:02x}" for byte in row) for row in rows)
     return f"""// Written by tf_repvgg; DECODE and the operators of the model must be registered with the interpreter.

@@ -1,15 +1,15 @@
-"""The methods of post-training quantization, one file each, and `METHODS`, the only table that knows all of them.
+"""The methods of post-training quantization, one file each, and `METHODS`, the one table of them.
 
-A method is a function of a `Network` that changes it in place: the float form's weights as long as its function stays
-the same (`equalize`), ranges of activations (`network.quantizers[name].set_range`), kernels and biases
-(`network.set_kernel`). To add one:
+A method is a function that changes a `Network` in place: the weights of its float form, as long as that computes the
+same function (`equalize`); ranges of activations (`network.quantizers[name].set_range`); kernels and biases
+(`network.set_kernel`). To add a method:
 
-1. write it in a file of its name here, with the formula's source in the docstring;
-2. start from what is set, or from another method's function (`if not network.is_complete: mse(network)`);
-3. take settings from `network.options`, draw with `options.seed`, loop over `network.progress(...)`;
-4. say in `network.notes` what was left out;
-5. add it to `METHODS` below; export/main.py --ptq, combinations and the documents know it from there;
-6. add its name to the tests in tests/test_ptq.py that run over `METHODS`.
+1. Write it in a file of its name here, with the source of the formula in the docstring.
+2. Start from what is set, or from another method (`if not network.is_complete: mse(network)`).
+3. Take settings from `network.options`, seed random draws with `options.seed`, and loop over
+   `network.show_progress(...)`.
+4. Report in `network.notes` what was left out.
+5. Add it to `METHODS` below: `quantize`, export/main.py --ptq, the tests and the documents read it from there.
 """
 
 from collections.abc import Callable
@@ -32,15 +32,20 @@ from tf_repvgg.quantization.ptq.network import Network
 
 
 class Method(NamedTuple):
-    """One method and what is known of it.
+    """One method of post-training quantization.
 
     Attributes:
-      function: Changes a `Network` in place.
-      summary: What the method does, in one line for documents.
-      source: arXiv number of the paper; empty where there is none.
-      needs_calibration: Whether the method looks at calibration images.
-      sets_ranges: Whether the method sets all ranges of activations.
+      function: Function that changes a `Network` in place.
+      summary: One sentence for documents and help texts.
+      source: arXiv number of the paper; empty if there is none.
+      needs_calibration: Whether the method reads calibration images.
+      sets_ranges: Whether the method leaves all ranges of activations set.
       learns: Whether the method trains, with `Options.iterations` steps.
+
+    Example:
+      >>> from tf_repvgg.quantization import ptq
+      >>> ptq.METHODS["adaround"].source, ptq.METHODS["adaround"].learns
+      ('2004.10568', True)
     """
 
     function: Callable[[Network], None]
@@ -52,32 +57,39 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "min_max": Method(min_max, "Ranges from the smallest to the largest value."),
-    "percentile": Method(percentile, "Ranges that hold 99.99 % of the values (`percentile`)."),
-    "mse": Method(mse, "Ranges with the smallest mean squared error.", "1902.06822"),
+    "min_max": Method(min_max, "Ranges from the smallest to the largest value; nothing is clipped."),
+    "percentile": Method(
+        percentile, "Ranges that hold 99.99 % of the values (`Options.percentile`); the rest is clipped."
+    ),
+    "mse": Method(mse, "Ranges with the smallest mean squared error of clipping and rounding together.", "1902.06822"),
     "octav": Method(
         octav,
-        "Weights clipped where clipping and rounding noise together are smallest; activations as `mse`.",
+        "Weights clipped where the noise of clipping and rounding together is smallest; activation ranges of `mse`.",
         "2206.06501",
     ),
     "equalize": Method(
         equalize,
-        "Scales moved between consecutive layers until the ranges of their channels match.",
+        "Per-channel factors moved between consecutive layers until their ranges match; then `min_max`.",
         "1906.04721",
         needs_calibration=False,
         sets_ranges=False,
     ),
-    "bias_correct": Method(bias_correct, "Biases corrected by the mean error of each layer's output.", "1906.04721"),
-    "dfq": Method(dfq, "`equalize`, high-bias absorption where it helps, and `bias_correct`.", "1906.04721"),
+    "bias_correct": Method(
+        bias_correct,
+        "Biases corrected by the mean error of each layer's output, starting from `min_max`; kept only if the error of "
+        "the network's outputs shrinks.",
+        "1906.04721",
+    ),
+    "dfq": Method(dfq, "`equalize`, high-bias absorption if it reduces the error, and `bias_correct`.", "1906.04721"),
     "dfq_data_free": Method(
         dfq_data_free,
-        "`dfq` without images: ranges and means follow from the statistics of the merged batch normalizations.",
+        "`dfq` without images: ranges and means follow from the statistics of the merged normalizations.",
         "1906.04721",
         needs_calibration=False,
     ),
     "adaround": Method(
         adaround,
-        "Rounding up or down learned layer by layer, starting from `mse`; then `bias_tune`.",
+        "Rounding of each weight, up or down, learned layer by layer, starting from `mse`; then `bias_tune`.",
         "2004.10568",
         learns=True,
     ),
@@ -89,11 +101,16 @@ METHODS = {
     ),
     "bias_tune": Method(
         bias_tune,
-        "All biases trained together to match the outputs of the float network; kept only where the error shrinks.",
+        "All biases trained together to match the float network's outputs, starting from `mse`; kept only if their "
+        "error shrinks.",
         "2006.10518",
         learns=True,
     ),
-    "codebook": Method(codebook, "K-means codebooks, errors weighted by the second moment of the inputs."),
+    "codebook": Method(
+        codebook,
+        "K-means codebooks (`Options.number_of_clusters`), weighted by the second moment of the inputs; activation "
+        "ranges of `min_max`.",
+    ),
     "codebook_adaquant": Method(
         codebook_adaquant,
         "Codes, centroids and biases learned layer by layer, starting from `codebook`; then `bias_tune`.",

@@ -6,25 +6,25 @@ import tensorflow as tf
 from tf_repvgg.quantization.ptq.methods.bias_tune import bias_tune
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.reconstruction import Rounding, reconstruct
-from tf_repvgg.quantization.uniform import QuantizedKernel
+from tf_repvgg.quantization.uniform import QuantizedKernel, largest_code
 
-# The rectified sigmoid's stretch, the weight of the regularizer and its exponent's way (equations 23 to 25).
+# The stretch of the rectified sigmoid, and weight and exponent of the regularizer (equations 23 to 25).
 _ZETA, _GAMMA = 1.1, -0.1
-_PENALTY = 1e-2  # against errors in units of the output's variance
+_PENALTY = 1e-2  # relative to errors in units of the output's variance
 _BETA = (20.0, 2.0)
 _WARM_UP = 0.2
 _LEARNING_RATE = 1e-2
 
 
 def adaround(network: Network) -> None:
-    """Rounds every kernel to the neighbouring codes that reproduce the float layer's outputs best; then `bias_tune`."""
-    reconstruct(network, _rounding, _LEARNING_RATE, "AdaRound")
+    """Rounds every kernel to the neighbouring codes that best reproduce the float layer's outputs; then `bias_tune`."""
+    reconstruct(network, _make_rounding, _LEARNING_RATE, "AdaRound")
     bias_tune(network)
 
 
-def _rounding(network, name, bias):
+def _make_rounding(network, name, bias):
     scale = network.kernels[name].scale
-    largest = 2 ** (network.bits[name] - 1) - 1
+    largest = largest_code(network.bits[name])
     exact = np.clip(network.kernel(name) / scale, -largest, largest)
     floor = np.floor(exact)
     share = np.clip((exact - floor - _GAMMA) / (_ZETA - _GAMMA), 1e-4, 1 - 1e-4)

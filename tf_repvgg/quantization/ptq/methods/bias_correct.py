@@ -5,18 +5,19 @@ from tf_repvgg.quantization.ptq.network import Network
 
 
 def bias_correct(network: Network) -> None:
-    """Adds to each bias the mean that quantization took from the layer's output, from first to last layer.
+    """Adds to each bias the mean that quantization took from the layer's output, from the first layer to the last.
 
-    Inputs are those of the network quantized so far. Undone as a whole if the outputs' error is larger for it.
+    Inputs of a layer are those of the network quantized so far. All corrections are undone if they do not reduce the
+    error of the network's outputs.
     """
     if not network.is_complete:
         min_max(network)
-    error, before = network.error(), network.biases()
-    corrected = [name for name, layer in network.layers.items() if layer.use_bias and not network.is_shared(name)]
-    expected = network.mean_linear_outputs(corrected)
-    for name in network.progress(corrected, "bias correction"):
-        network.set_bias(name, expected[name] - network.mean_linear_output_of_quantized(name))
-    if not network.error() < error:
-        network.notes.append("bias correction undone: the outputs' error was no smaller for it")
-        for name, bias in before.items():
+    error, biases = network.compute_error(), network.get_quantized_biases()
+    names = [name for name, layer in network.layers.items() if layer.use_bias and not network.is_shared(name)]
+    expected = network.compute_mean_linear_outputs(names)
+    for name in network.show_progress(names, "bias correction"):
+        network.set_bias(name, expected[name] - network.compute_mean_quantized_linear_output(name))
+    if not network.compute_error() < error:
+        network.notes.append("bias correction was undone: it did not reduce the error of the outputs")
+        for name, bias in biases.items():
             network.set_bias(name, bias)

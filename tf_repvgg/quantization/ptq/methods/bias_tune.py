@@ -4,76 +4,77 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.quantization.activations import ActivationQuantizer
+from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
+from tf_repvgg.quantization.ptq.looks import is_look_due
 from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.network import Network
 
 _BATCH = 32
 # In steps of the grid that a layer's output is rounded to; falls to zero.
 _LEARNING_RATE = 0.1
-# A step runs the whole network, there and back, so there are fewer of them than each layer gets.
+# A step runs the whole network forward and backward, so there are fewer of them than each layer gets.
 _SHARE_OF_ITERATIONS = 0.25
-_LOOKS = 4
 
 
 def bias_tune(network: Network) -> None:
     """Moves the biases of the quantized network so that its outputs come close to the float network's.
 
-    Minimizes the mean squared error of all outputs, which needs no labels; kernels and ranges stay. Of a few looks over
-    all calibration images the best is taken, the start included.
+    Minimizes the mean squared error of all outputs, which needs no labels; kernels and ranges are frozen. It keeps the
+    best of a few looks over all calibration images, the start included.
     """
     if not network.is_complete:
         mse(network)
-    start = network.error()
-    best_error, best = start, network.biases()
-    for _ in _tuned(network):
-        if (error := network.error()) < best_error:
-            best_error, best = error, network.biases()
+    start = network.compute_error()
+    best_error, best = start, network.get_quantized_biases()
+    for _ in _train(network):
+        if (error := network.compute_error()) < best_error:
+            best_error, best = error, network.get_quantized_biases()
     for name, bias in best.items():
         network.set_bias(name, bias)
     if not best_error < start:
-        network.notes.append("bias tuning undone: the outputs' error was no smaller for it")
+        network.notes.append("bias tuning was undone: it did not reduce the error of the outputs")
 
 
-def _tuned(network):
-    """Trains the biases, and yields whenever they should be looked at, after the last step too."""
-    layers = [network.quantized.get_layer(name) for name in network.biases()]
+def _train(network):
+    """Trains the biases, and yields whenever a look is due."""
+    layers = [network.quantized.get_layer(name) for name in network.get_quantized_biases()]
     if not layers:
         return
     iterations = max(1, round(_SHARE_OF_ITERATIONS * network.options.iterations))
     biases = [layer.bias for layer in layers]
-    starts, steps = [bias.numpy() for bias in biases], [_step_after(layer) for layer in layers]
-    moved = [tf.Variable(tf.zeros_like(bias)) for bias in biases]
+    starts, scales = [bias.numpy() for bias in biases], [_output_scale(layer) for layer in layers]
+    offsets = [tf.Variable(tf.zeros_like(bias)) for bias in biases]  # in steps of the output's grid
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, iterations))
-    optimizer.build(moved)
-    units = [float(np.var(outputs)) or 1.0 for outputs in network.expected]
+    optimizer.build(offsets)
+    variances = [float(np.var(outputs)) or 1.0 for outputs in network.reference_outputs]
 
     @tf.function
     def step(images, *expected):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(biases)
-            found = tf.nest.flatten(network.quantized(images, training=False))
+            actual = tf.nest.flatten(network.quantized(images, training=False))
             errors = [
-                tf.reduce_mean(tf.math.squared_difference(*pair)) / unit
-                for *pair, unit in zip(found, expected, units, strict=True)
+                tf.reduce_mean(tf.math.squared_difference(*pair)) / variance
+                for *pair, variance in zip(actual, expected, variances, strict=True)
             ]
             loss = tf.add_n(errors)
         gradients = tape.gradient(loss, biases, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         optimizer.apply_gradients(
-            (gradient * one, its) for gradient, one, its in zip(gradients, steps, moved, strict=True)
+            (gradient * scale, offset) for gradient, scale, offset in zip(gradients, scales, offsets, strict=True)
         )
-        for bias, start, one, its in zip(biases, starts, steps, moved, strict=True):
-            bias.assign(start + one * its)
+        for bias, start, scale, offset in zip(biases, starts, scales, offsets, strict=True):
+            bias.assign(start + scale * offset)
 
+    images = network.calibration.images
     generator = np.random.default_rng(network.options.seed)
-    for iteration in network.progress(range(iterations), "bias tuning", unit="step"):
-        chosen = generator.integers(0, len(network.images), min(_BATCH, len(network.images)))
-        step(*(tf.constant(values[chosen]) for values in (network.images, *network.expected)))
-        if (iteration + 1) * _LOOKS // iterations > iteration * _LOOKS // iterations:
+    for iteration in network.show_progress(range(iterations), "bias tuning", unit="step"):
+        indices = generator.integers(0, len(images), min(_BATCH, len(images)))
+        step(*(tf.constant(values[indices]) for values in (images, *network.reference_outputs)))
+        if is_look_due(iteration, iterations):
             yield
 
 
-def _step_after(layer):
+def _output_scale(layer):
     """The step of the grid that a layer's output, its activation included, is rounded to."""
     while not isinstance(layer, ActivationQuantizer):
         layer = layer.outbound_nodes[0].layer

@@ -3,42 +3,41 @@
 import numpy as np
 
 from tf_repvgg.quantization.k_means import k_means
-from tf_repvgg.quantization.ptq.methods.min_max import ranges_min_max
-from tf_repvgg.quantization.ptq.network import Network, by_input_channel
-from tf_repvgg.quantization.uniform import LARGEST_CODE, QuantizedKernel, at_least
+from tf_repvgg.quantization.ptq.methods.min_max import set_ranges_min_max
+from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
+from tf_repvgg.quantization.uniform import LARGEST_CODE, QuantizedKernel, raise_scale
 
 
 def codebook(network: Network) -> None:
-    """Sets every kernel to a few values, on int8 codes; and the activation ranges, by min-max, unless they are set.
+    """Sets every kernel to a few int8 codes; sets the activation ranges by min-max unless they are set.
 
-    An error e of a weight that multiplies x costs e^2 E[x^2]: squared errors are weighted by that, per input channel.
+    If a weight multiplies x, its error e costs e^2 E[x^2]: squared errors are weighted by E[x^2] per input channel.
     """
     if not network.has_ranges:
-        ranges_min_max(network)
-    for name in network.progress(network.layers, "codebooks"):
-        states = network.states[name]
-        kernel = network.kernel(name)
+        set_ranges_min_max(network)
+    for name in network.show_progress(network.layers, "codebooks"):
+        kernel, clusters = network.kernel(name), network.clusters[name]
         importance = np.broadcast_to(_second_moment(network, name, kernel.shape), kernel.shape)
-        columns = [kernel.shape[-1], 1][not network.per_channel]
+        columns = kernel.shape[-1] if network.per_channel else 1
         values, weights = (array.reshape(-1, columns) for array in (kernel, importance))
-        books = [k_means(values[:, c], weights[:, c], states) for c in range(columns)]
-        network.set_kernel(name, _on_grid(kernel, books, network.min_scale(name)))
+        books = [k_means(values[:, column], weights[:, column], clusters) for column in range(columns)]
+        network.set_kernel(name, _round_to_books(kernel, books, network.min_scale(name)))
 
 
 def _second_moment(network, name, shape):
-    """E[x^2] of what each weight multiplies; of shape [inputs, outputs], either of which may be 1."""
+    """E[x^2] of each weight's factor x; of shape [inputs, outputs], either of which may be 1."""
     if network.is_shared(name):
         return np.ones([1, 1], np.float32)
-    inputs = network.inputs_of(name)
+    inputs = network.compute_quantized_inputs(name)
     moment = np.mean(np.square(inputs), axis=tuple(range(inputs.ndim - 1)))
-    return by_input_channel(moment, shape)
+    return spread_over_kernel(moment, shape)
 
 
-def _on_grid(kernel, books, min_scale):
-    """Codes of the nearest centroid, centroids rounded to int8 codes of a scale that spends all 127 on the largest."""
+def _round_to_books(kernel, books, min_scale):
+    """Codes of the nearest centroid; centroids are int8 codes of a scale that gives the largest of them code 127."""
     largest = np.array([np.max(np.abs(book)) for book in books])
     scale = np.where(largest > 0, largest, 1.0) / LARGEST_CODE
-    scale = at_least(scale, min_scale)
+    scale = raise_scale(scale, min_scale)
     flat = kernel.reshape(-1, len(books))
     codes = np.empty(flat.shape, np.int8)
     for column, book in enumerate(books):

@@ -6,7 +6,7 @@ import numpy as np
 import tf_keras as keras
 
 from tf_repvgg.quantization.ptq.methods.bias_correct import bias_correct
-from tf_repvgg.quantization.ptq.methods.equalize import chain_pairs, equalize
+from tf_repvgg.quantization.ptq.methods.equalize import equalize, find_pairs
 from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.network import Network
 
@@ -14,24 +14,23 @@ from tf_repvgg.quantization.ptq.network import Network
 def dfq(network: Network) -> None:
     """Changes the float network, then sets all ranges, kernels and biases.
 
-    Absorption is kept only where the quantized network ends with a smaller error for it; its error on the float network
-    is in the notes either way.
+    Absorption is kept only if it reduces the error of the quantized network. The notes report how far it changed the
+    float network's outputs, and whether it was kept.
     """
     equalize(network)
     _quantize(network)
-    error, before = network.error(), {name: layer.get_weights() for name, layer in network.layers.items()}
+    error, weights = network.compute_error(), {name: layer.get_weights() for name, layer in network.layers.items()}
     absorb_high_biases(network)
-    pairs = zip(network.expected, network.float_outputs(), strict=True)
-    change = max(float(np.max(np.abs(mine - its)) / max(np.max(np.abs(mine)), 1e-30)) for mine, its in pairs)
+    change = _measure_change(network.reference_outputs, network.compute_float_outputs())
     _quantize(network)
-    is_better = network.error() < error
+    is_better = network.compute_error() < error
+    verdict = "kept" if is_better else "undone, because it did not reduce the error of the quantized network"
     network.notes.append(
-        f"high-bias absorption changed the float outputs by {100 * change:.2g} % of the largest; "
-        + ("kept" if is_better else "undone, as the quantized network was no better for it")
+        f"high-bias absorption changed the float outputs by {100 * change:.2g} % of the largest; {verdict}"
     )
     if not is_better:
-        for name, weights in before.items():
-            network.layers[name].set_weights(weights)
+        for name, layer in network.layers.items():
+            layer.set_weights(weights[name])
         _quantize(network)
 
 
@@ -40,28 +39,38 @@ def _quantize(network):
     bias_correct(network)
 
 
-def absorb_high_biases(
-    network: Network, moments: Callable | None = None, into_padding: bool = True
-) -> dict[str, np.ndarray]:
-    """Moves what a channel's ReLU input exceeds almost always into the next layer's bias (equation 15).
+def _measure_change(before, after):
+    """Largest change of any output, relative to its largest magnitude."""
+    pairs = zip(before, after, strict=True)
+    return max(float(np.max(np.abs(old - new)) / max(np.max(np.abs(old)), 1e-30)) for old, new in pairs)
 
-    That is c = max(0, mean - 3 standard deviations): the function stays for inputs above c, away from zero padding.
+
+def absorb_high_biases(
+    network: Network,
+    moments: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None,
+    into_padding: bool = True,
+) -> dict[str, np.ndarray]:
+    """Moves the part of each bias that almost always passes the ReLU into the next layer's bias (equation 15).
+
+    That part is c = max(0, mean - 3 standard deviations): away from zero padding, the function stays the same for
+    inputs above c.
 
     Args:
-      moments: name of a layer -> (mean, standard deviation) of its output before the activation, per channel; by
-        default on the calibration images.
-      into_padding: whether also where the next layer pads with zeros, at whose borders the function changes.
+      network: Network whose float form is changed.
+      moments: Layer name -> (mean, standard deviation) of its output before the activation, each [output channels]; by
+        default those on the calibration images.
+      into_padding: Whether to absorb also where the next layer pads with zeros, at whose borders the function changes.
 
     Returns:
-      {layer: c of each channel}, where anything was absorbed from.
+      {layer name: c of each channel} of the layers from which a bias was absorbed.
     """
     absorbed = {}
-    for first, second in chain_pairs(network):
+    for first, second in find_pairs(network):
         if first.activation.__name__ != "relu" or not (first.use_bias and second.use_bias):
             continue
         if not into_padding and _pads(first, second):
             continue
-        mean, deviation = moments(first.name) if moments else _measured(network, first.name)
+        mean, deviation = moments(first.name) if moments else _measure_moments(network, first.name)
         amount = absorbed[first.name] = np.maximum(0, mean - 3 * deviation)
         kernel, bias = second.get_weights()
         first.bias.assign(first.bias - amount)
@@ -69,14 +78,14 @@ def absorb_high_biases(
     return absorbed
 
 
-def _measured(network, name):
-    values = network.linear_outputs_of(name)
+def _measure_moments(network, name):
+    values = network.compute_linear_outputs(name)
     axes = tuple(range(values.ndim - 1))
     return values.mean(axes), values.std(axes)
 
 
 def _pads(first, second):
-    """Whether zeros are put around what the second layer reads of the first."""
+    """Whether the outputs of the first layer are padded with zeros before the second one reads them."""
     if isinstance(second, keras.layers.Conv2D) and second.padding == "same" and max(second.kernel_size) > 1:
         return True
     layer = second

@@ -1,4 +1,6 @@
-"""Cross-layer equalization (Nagel 2019, arXiv:1906.04721, section 4.1): like ranges, same function."""
+"""Cross-layer equalization (Nagel 2019, arXiv:1906.04721, section 4.1): matching ranges, same function."""
+
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,10 +11,10 @@ from tf_repvgg.quantization.ptq.network import Network
 
 _SWEEPS = 30
 _CONVERGED = 1e-3
-# Training can shrink all weights of a channel to nothing, and leave its bias. Equalized, such a channel's bias would
-# leave all bounds. Share of the layer's largest weight: what float32 loses beside it.
+# Training can shrink all weights of a channel to nothing, and leave its bias. Equalizing such a channel would scale its
+# bias without bound. As a share of the layer's largest weight: smaller weights vanish beside it in float32.
 _NEGLIGIBLE = np.finfo(np.float32).eps
-# What lets a positive factor of a channel pass: relu(s x) = s relu(x), and so for maxima, means and zeros.
+# Layers that pass a positive factor of a channel: relu(s x) = s relu(x), and likewise for maxima, means and zeros.
 _HOMOGENEOUS = (
     keras.layers.AveragePooling2D,
     keras.layers.Dropout,
@@ -26,14 +28,14 @@ _HOMOGENEOUS_ACTIVATIONS = ("linear", "relu")
 
 
 def equalize(network: Network) -> None:
-    """Moves a factor of every channel from each layer to the next one, until their ranges are alike.
+    """Moves a factor of every channel from each layer to the next one, until their ranges match.
 
     With r1 and r2 the largest magnitudes of channel i in the kernels before and after it, s = sqrt(r1 / r2) divides the
-    first and multiplies the second (equation 11). Where a channel is read by more than one layer, or something other
-    than ReLU, pooling and zero padding stands between, layers are left as they are and named in the network's notes.
-    Channels without weights, or with none that matter, stay as they are.
+    first and multiplies the second (equation 11). A layer stays as it is, and is named in the network's notes, where
+    more than one layer reads its channels, or where anything but ReLU, pooling and zero padding stands before the next
+    layer. Channels whose weights are all zero or negligible stay as they are.
     """
-    pairs = chain_pairs(network)
+    pairs = find_pairs(network)
     for _ in range(_SWEEPS):
         largest = 0.0
         for first, second in pairs:
@@ -42,15 +44,15 @@ def equalize(network: Network) -> None:
             largest = max(largest, float(np.max(np.abs(np.log(factor)))))
         if largest < _CONVERGED:
             break
-    firsts = {first.name for first, _ in pairs}
-    if left := [name for name in list(network.layers)[:-1] if name not in firsts]:
-        network.notes.append(f"not equalized with what follows them: {', '.join(left)}")
+    equalized = {first.name for first, _ in pairs}
+    if skipped := [name for name in list(network.layers)[:-1] if name not in equalized]:
+        network.notes.append(f"layers not equalized with the next one: {', '.join(skipped)}")
 
 
-def chain_pairs(network: Network) -> list[tuple]:
-    """(layer, next layer) wherever a channel's factor can move from one to the other."""
-    # By the model's own nodes: methods hang further readers on its layers, to look at what they compute.
-    readers = {}
+def find_pairs(network: Network) -> list[tuple[Any, Any]]:
+    """(layer, next layer) wherever a channel's factor can move from the first to the second."""
+    # By the nodes of the model alone: methods attach more readers to its layers when they run parts of it.
+    readers: dict[str, list] = {}
     for node in graph.nodes(network.float):
         for key in node.flat_input_ids:
             readers.setdefault(key, []).append(node.layer)
@@ -63,10 +65,10 @@ def chain_pairs(network: Network) -> list[tuple]:
 def _next_layer(first, weighted, readers):
     layer = first
     while _passes_factors(layer, is_first=layer is first) and len(layer.inbound_nodes) == 1:
-        of_output = readers.get(str(id(layer.output)), [])
-        if len(of_output) != 1 or of_output[0] is None:
+        output_readers = readers.get(str(id(layer.output)), [])
+        if len(output_readers) != 1 or output_readers[0] is None:
             return None
-        (layer,) = of_output
+        (layer,) = output_readers
         if layer.name in weighted:
             return layer if _takes_factors(layer) else None
     return None
@@ -80,7 +82,7 @@ def _passes_factors(layer, is_first):
 
 
 def _takes_factors(layer):
-    """Whether the kernel's second last axis is the channels read: no groups, and called once."""
+    """Whether the second last axis of the kernel is the input channels: no groups, and the layer is called once."""
     is_plain = type(layer) is keras.layers.Dense or (type(layer) is keras.layers.Conv2D and layer.groups == 1)
     return is_plain and len(layer.inbound_nodes) == 1
 

@@ -1,13 +1,13 @@
-"""Min-max: every range is that of the values, so that nothing is clipped."""
+"""Min-max: every range reaches from the smallest to the largest value, so that nothing is clipped."""
 
 from tf_repvgg.quantization.ptq.network import Network
-from tf_repvgg.quantization.ptq.observers import extremes
+from tf_repvgg.quantization.ptq.observers import measure_extremes
 from tf_repvgg.quantization.uniform import quantize_min_max
 
 
 def min_max(network: Network) -> None:
     """Sets all activation ranges and all kernels."""
-    ranges_min_max(network)
+    set_ranges_min_max(network)
     for name in network.layers:
         network.set_kernel(
             name,
@@ -15,7 +15,7 @@ def min_max(network: Network) -> None:
         )
 
 
-def ranges_min_max(network: Network) -> None:
-    """Sets all activation ranges to the smallest and largest values seen."""
-    for name, (minimum, maximum) in extremes(network).items():
+def set_ranges_min_max(network: Network) -> None:
+    """Sets all activation ranges to the smallest and largest value on the calibration images."""
+    for name, (minimum, maximum) in measure_extremes(network).items():
         network.quantizers[name].set_range(minimum, maximum)

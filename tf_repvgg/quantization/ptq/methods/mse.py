@@ -1,9 +1,9 @@
-"""MSE: the ranges of the smallest mean squared error, clipped and rounded values together (OMSE, arXiv:1902.06822)."""
+"""MSE: ranges with the smallest mean squared error of clipping and rounding together (OMSE, arXiv:1902.06822)."""
 
 import numpy as np
 
 from tf_repvgg.quantization.ptq.network import Network
-from tf_repvgg.quantization.ptq.observers import Histogram, histograms
+from tf_repvgg.quantization.ptq.observers import Histogram, collect_histograms
 from tf_repvgg.quantization.uniform import QuantizedKernel, largest_magnitude, round_to_grid
 
 _WEIGHT_SHARES = np.linspace(1, 0.1, 91)
@@ -11,30 +11,36 @@ _ACTIVATION_SHARES = np.linspace(1, 0.3, 36)
 
 
 def mse(network: Network) -> None:
-    """Sets all activation ranges and all kernels."""
-    ranges_mse(network)
-    kernels_mse(network)
-
-
-def ranges_mse(network: Network) -> None:
-    """Sets all activation ranges, each by its own search."""
-    for name, histogram in histograms(network).items():
-        network.quantizers[name].set_range(*best_range(histogram, network.options.activation_bits))
-
-
-def kernels_mse(network: Network) -> None:
-    """Sets all kernels, each scale by its own search."""
+    """Sets all activation ranges and all kernels, each range and each scale by a search of its own."""
+    set_ranges_mse(network)
     for name in network.layers:
         network.set_kernel(
             name,
-            best_grid(network.kernel(name), network.bits[name], network.per_channel, network.min_scale(name)),
+            search_grid(network.kernel(name), network.bits[name], network.per_channel, network.min_scale(name)),
         )
 
 
-def best_grid(kernel, bits, per_channel, min_scale=0.0) -> QuantizedKernel:
-    """The uniform grid of the smallest squared error, of all whose largest code is a share of the largest weight.
+def set_ranges_mse(network: Network) -> None:
+    """Sets all activation ranges, each by a search of its own."""
+    for name, histogram in collect_histograms(network).items():
+        network.quantizers[name].set_range(*search_range(histogram, network.options.activation_bits))
 
-    Args and errors as for `tf_repvgg.quantization.quantize_min_max`.
+
+def search_grid(
+    kernel: np.ndarray, bits: int, per_channel: bool, min_scale: float | np.ndarray = 0.0
+) -> QuantizedKernel:
+    """Rounds a kernel to the uniform grid with the smallest squared error.
+
+    Candidates are grids whose largest code stands for 10 to 100 % of the largest weight.
+
+    Args:
+      kernel: Float kernel [..., output channels].
+      bits: Width of the codes, 2 to 8.
+      per_channel: Whether each output channel has a scale of its own.
+      min_scale: Smallest scale allowed: a number, or one for each output channel.
+
+    Raises:
+      ValueError: If `bits` is out of range or the kernel is not finite.
     """
     largest = largest_magnitude(kernel, per_channel)
     axes = tuple(range(np.ndim(kernel) - 1)) if per_channel else None
@@ -47,8 +53,8 @@ def best_grid(kernel, bits, per_channel, min_scale=0.0) -> QuantizedKernel:
     return round_to_grid(kernel, best_share * largest, bits, min_scale)
 
 
-def best_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
-    """The range of the smallest error on a histogram; the end farther from zero moves in first."""
+def search_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
+    """The range with the smallest squared error on a histogram; first moves the end that is farther from zero."""
     values = (histogram.edges[1:] + histogram.edges[:-1]) / 2
     best = [min(float(histogram.edges[0]), 0.0), max(float(histogram.edges[-1]), 0.0)]
     for end in sorted((0, 1), key=lambda end: -abs(best[end])):

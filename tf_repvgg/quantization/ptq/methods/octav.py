@@ -1,8 +1,8 @@
-"""OCTAV (Sakr 2022, arXiv:2206.06501): where to clip weights so that clipping and rounding together cost least."""
+"""OCTAV (Sakr 2022, arXiv:2206.06501): clipping weights where clipping and rounding together cost least."""
 
 import numpy as np
 
-from tf_repvgg.quantization.ptq.methods.mse import ranges_mse
+from tf_repvgg.quantization.ptq.methods.mse import set_ranges_mse
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.uniform import largest_magnitude, round_to_grid
 
@@ -10,22 +10,30 @@ _ITERATIONS = 100
 
 
 def octav(network: Network) -> None:
-    """Sets all kernels, clipped by `optimal_clip`, and all activation ranges, as `mse` does.
+    """Sets all kernels, clipped by `find_optimal_clip`, and all activation ranges, as `mse` does.
 
-    Unlike the search of `mse` it counts rounding as the noise of a grid of 2^bits levels, a little less than ours makes
-    with two fewer levels, so that outliers keep a little more.
+    Unlike the search of `mse`, the formula models rounding as the noise of a grid of 2^bits levels. The actual grid has
+    two fewer levels and a little more noise, so that outliers keep a little more of their size.
     """
-    ranges_mse(network)
+    set_ranges_mse(network)
     for name in network.layers:
         kernel, bits = network.kernel(name), network.bits[name]
-        largest = optimal_clip(kernel, bits, network.per_channel)
+        largest = find_optimal_clip(kernel, bits, network.per_channel)
         network.set_kernel(name, round_to_grid(kernel, largest, bits, network.min_scale(name)))
 
 
-def optimal_clip(kernel, bits: int, per_channel: bool) -> np.ndarray:
-    """The magnitude s at which to clip, by Newton's iteration (equation 6): shape [output channels] or [1].
+def find_optimal_clip(kernel: np.ndarray, bits: int, per_channel: bool) -> np.ndarray:
+    """The magnitude s at which to clip, by Newton's iteration (equation 6).
 
     It minimizes 4^-bits / 3 * s^2 * (share of weights within s) + (mean of (|w| - s)^2 over those beyond).
+
+    Args:
+      kernel: Float kernel [..., output channels].
+      bits: Width of the codes.
+      per_channel: Whether each output channel has a scale of its own.
+
+    Returns:
+      Float32 array [output channels] or [1].
     """
     axes = tuple(range(np.ndim(kernel) - 1)) if per_channel else None
     magnitude = np.abs(np.asarray(kernel, np.float64))

@@ -3,15 +3,19 @@
 import numpy as np
 
 from tf_repvgg.quantization.ptq.network import Network
-from tf_repvgg.quantization.ptq.observers import Histogram, histograms
+from tf_repvgg.quantization.ptq.observers import Histogram, collect_histograms
 from tf_repvgg.quantization.uniform import round_to_grid
 
 
 def percentile(network: Network) -> None:
-    """Sets all activation ranges, with half of the share left out at either end, and all kernels, by magnitude."""
+    """Sets all activation ranges and all kernels to hold `Options.percentile` of the values.
+
+    An activation range leaves out half of the remaining values at either end; a kernel's grid, those of the largest
+    magnitude.
+    """
     share = network.options.percentile / 100
-    for name, histogram in histograms(network).items():
-        network.quantizers[name].set_range(*central_range(histogram, share))
+    for name, histogram in collect_histograms(network).items():
+        network.quantizers[name].set_range(*find_central_range(histogram, share))
     for name in network.layers:
         kernel = network.kernel(name)
         axes = tuple(range(kernel.ndim - 1)) if network.per_channel else None
@@ -19,8 +23,8 @@ def percentile(network: Network) -> None:
         network.set_kernel(name, round_to_grid(kernel, largest, network.bits[name], network.min_scale(name)))
 
 
-def central_range(histogram: Histogram, share: float) -> tuple[float, float]:
-    """The range that holds this share of the values; ends that few values reach move in, others stay."""
+def find_central_range(histogram: Histogram, share: float) -> tuple[float, float]:
+    """The range that holds a share, from 0 to 1, of the values; moves in only an end that few values reach."""
     cumulative = np.concatenate([[0], np.cumsum(histogram.counts)]) / np.sum(histogram.counts)
     outside = (1 - share) / 2
     low = histogram.edges[np.searchsorted(cumulative, outside, side="right") - 1]

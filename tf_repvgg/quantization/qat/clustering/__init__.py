@@ -1,12 +1,13 @@
 """ClusterQAT: training a network whose weights are a few centroids that move with them, exported code for code.
 
-It extends tfmot's clustering API. Source: arXiv:2402.07200, with the choices of this project: centroids follow the
-weights by running steps of Lloyd's algorithm, lie on the int8 grid of the exported file, and activations are quantized
-as in that file, so that what is evaluated in training is what the file computes.
+It extends tfmot's clustering API. The method is that of arXiv:2402.07200, with the choices of this project: centroids
+follow the weights by running steps of Lloyd's algorithm and lie on the int8 grid of the exported file, and activations
+are quantized as in that file, so that evaluation in training computes what the file computes.
 """
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import tf_keras as keras
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import (
     CentroidInitialization,
@@ -16,12 +17,12 @@ from tensorflow_model_optimization.python.core.clustering.keras.clusterable_laye
 
 from tf_repvgg import graph
 from tf_repvgg.layers import ReparameterizedBlock
-from tf_repvgg.quantization.checks import values_by_layer
+from tf_repvgg.quantization.checks import clusters_by_layer
 from tf_repvgg.quantization.qat import wrapping
 from tf_repvgg.quantization.qat.clustering.block import BATCH_NORM_STATISTICS, ClusterQuantizeBlock
 from tf_repvgg.quantization.qat.clustering.callbacks import ClusterLog, FreezeClusters
 from tf_repvgg.quantization.qat.clustering.moving_codebook import CodebookTraining
-from tf_repvgg.quantization.qat.clustering.wrapper import Clustered, ClusterQuantize
+from tf_repvgg.quantization.qat.clustering.wrapper import ClusteringWrapper, ClusterQuantize
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
 
 __all__ = [
@@ -51,45 +52,59 @@ def cluster_quantize(
     batch_norm_statistics: str | None = None,
     activation_bits: int | None = 8,
     range_momentum: float = 0.99,
-    calibration: Iterable | None = None,
+    calibration: Iterable[np.ndarray] | None = None,
 ) -> keras.Model:
-    """A copy of a model to be trained with clustered weights and 8-bit activations.
+    """Copies a model for training with clustered weights and quantized activations.
 
     Args:
-      model: functional deploy-form model (see `tf_repvgg.fusion.fuse`), or one whose blocks are in training form, with
-        batch_norm_statistics. Conv2D, DepthwiseConv2D, Dense and tfmot's `ClusterableLayer`s are clustered, biases stay
-        as they are.
-      number_of_clusters: states of each codebook, 2 to 256; or {pattern of layer names: states}, the first match
-        wins; also as text, "stem=256,logits=256,.*=8".
-      cluster_centroids_init: None for k-means, or one of tfmot's.
-      cluster_per_channel: a codebook for every output channel, or one for the kernel.
-      cluster_gradient_aggregation: of tfmot's gradient, which moves centroids with `train_centroids`.
-      centroid_update_rate, centroid_update_steps, train_centroids, ramp_steps: see `CodebookTraining`.
-      batch_norm_statistics: None for deploy form. "frozen" or "running": the branches of every block train, and it is
-        their merged kernel that is quantized, in every step; see `ClusterQuantizeBlock`.
-      activation_bits: 8 or 16, of activations quantized from running ranges, input included; None leaves them float.
-      range_momentum: of those ranges.
-      calibration: normalised float images [height, width, channels] that set the ranges to start with, for models of
-        one input; without them the model's output is NaN until its first training step.
+      model: Functional deploy-form model (see `tf_repvgg.fusion.fuse`), or one with blocks in training form if
+        `batch_norm_statistics` is given. Conv2D, DepthwiseConv2D, Dense and tfmot's `ClusterableLayer`s are clustered;
+        biases are not.
+      number_of_clusters: Number of clusters in a codebook, from 2 to 256, or numbers by pattern of layer names, first
+        match wins; also as text: "stem=256,logits=256,.*=8".
+      cluster_centroids_init: Initialization of the centroids, one of tfmot's; None for k-means.
+      cluster_per_channel: Whether every output channel has its own codebook; otherwise the kernel has one.
+      cluster_gradient_aggregation: Aggregation of tfmot's gradient to a centroid over its weights; has an effect with
+        `train_centroids` only.
+      centroid_update_rate: Share of the way to the mean of its weights that a centroid moves, from 0 to 1.
+      centroid_update_steps: Training steps from one such move to the next.
+      train_centroids: Whether the optimizer moves centroids too, by tfmot's gradient.
+      ramp_steps: Training steps in which quantization sets in gradually; see `CodebookTraining`.
+      batch_norm_statistics: Treatment of batch normalization for models in training form, "frozen" or "running". The
+        branches of every block then train, and every step quantizes their merged kernel; see `ClusterQuantizeBlock`.
+        None for deploy form.
+      activation_bits: Bits of activations, 8 or 16, quantized with running ranges, input included; None leaves
+        activations in float.
+      range_momentum: Momentum of the running ranges, from 0 to 1.
+      calibration: Normalized float images [height, width, channels] that initialize the ranges, for models with one
+        input. Without them the outputs of the model are NaN until its first training step.
 
     Returns:
-      A model with the inputs and outputs of `model`, not compiled, whose layers are called as before; codebooks are in
-      `ClusterQuantize` layers named "cluster_<layer>".
+      A model with the inputs and outputs of `model`, not compiled. The codebook of a layer is in a `ClusterQuantize`
+      layer named "cluster_<layer>"; other layers keep their names.
 
     Raises:
-      ValueError: for a model that is not functional, or not fused and without batch_norm_statistics, other batch
-        normalizations, numbers out of range, patterns that match no layer or come too late, a layer whose weights
-        cannot be clustered or are not finite, and bad calibration images.
+      ValueError: If the model is not functional; if it is not fused, and `batch_norm_statistics` is None; if it has
+        other batch normalizations; if a number is out of range, or a pattern matches no layer or comes too late; if a
+        layer has weights that cannot be clustered or are not finite; and for bad calibration images.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import cluster_quantize
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> clustered = cluster_quantize(model, number_of_clusters=5)
+      >>> clustered.get_layer("cluster_conv").cluster_centroids["kernel"].shape
+      TensorShape([1, 5])
     """
     in_training_form = batch_norm_statistics is not None
     wrapping.check_model(model, (ClusterableLayer,), in_training_form)
     _check_algorithms(model)
     classes = (*WEIGHTED_LAYERS, ClusterableLayer, *([ReparameterizedBlock] if in_training_form else []))
-    states = values_by_layer(model, number_of_clusters, "numbers of clusters", 2, 256, classes)
+    clusters = clusters_by_layer(model, number_of_clusters, classes)
 
     def make_wrapper(layer, name):
         training = CodebookTraining(
-            states[name],
+            clusters[name],
             cluster_centroids_init,
             cluster_per_channel,
             cluster_gradient_aggregation,
@@ -98,7 +113,7 @@ def cluster_quantize(
             train_centroids,
             ramp_steps,
         )
-        if isinstance(layer, ReparameterizedBlock):
+        if batch_norm_statistics is not None and isinstance(layer, ReparameterizedBlock):
             return ClusterQuantizeBlock(layer, batch_norm_statistics, **training.as_arguments())
         return ClusterQuantize(layer, **training.as_arguments())
 
@@ -106,16 +121,30 @@ def cluster_quantize(
 
 
 def strip_cluster_quantize(clustered: keras.Model) -> keras.Model:
-    """The model without what only training needs: the same function, ready for `tf_repvgg.tflite.convert`.
+    """Copies a model of `cluster_quantize` without the wrappers that only training needs; the function stays.
+
+    Args:
+      clustered: Trained model.
 
     Returns:
-      A model of `QuantizedLayer`s and, where activations are quantized, `ActivationQuantizer`s; a `ClusterableLayer` of
-      the user's own becomes one of its class that holds its clustered weights.
+      A model of `QuantizedLayer`s and, if activations are quantized, `ActivationQuantizer`s, ready for
+      `tf_repvgg.tflite.convert`. A `ClusterableLayer` of the user's own becomes a layer of its class with clustered
+      weights.
 
     Raises:
-      ValueError: if nothing in the model is clustered, and for weights or centroids that are not finite.
+      ValueError: If nothing in the model is clustered, or weights or centroids are not finite.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import cluster_quantize, strip_cluster_quantize
+      >>> model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(8, name="dense")])
+      >>> clustered = cluster_quantize(model, number_of_clusters=5, activation_bits=None)
+      >>> codes = strip_cluster_quantize(clustered).get_layer("dense").get_quantized_kernel().codes
+      >>> len(np.unique(codes))
+      5
     """
-    return wrapping.strip_wrappers(clustered, Clustered)
+    return wrapping.strip_wrappers(clustered, ClusteringWrapper)
 
 
 def _check_algorithms(model):

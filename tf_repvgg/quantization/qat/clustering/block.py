@@ -1,34 +1,49 @@
-"""Clustered weights in training form: the merged kernel of a multi-branch block, quantized where it is computed."""
+"""Clustered weights in training form: the merged kernel of a multi-branch block, quantized in every step."""
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.qat.clustering.moving_codebook import CodebookTraining, MovingCodebook
-from tf_repvgg.quantization.qat.clustering.wrapper import Clustered
-from tf_repvgg.quantization.quantized_layers import fill_weights, quantized_form
+from tf_repvgg.quantization.qat.clustering.wrapper import ClusteringWrapper
+from tf_repvgg.quantization.quantized_layers import fill_on_call, make_quantized_layer
 
 BATCH_NORM_STATISTICS = ("frozen", "running")
 
 
 @keras.saving.register_keras_serializable(package="tf_repvgg")
-class ClusterQuantizeBlock(Clustered, keras.layers.Wrapper):
-    """A block in training form that computes as its deploy form with a clustered kernel would.
+class ClusterQuantizeBlock(ClusteringWrapper):
+    """A block in training form that computes the same as its deploy form with a clustered kernel.
 
-    Kernel and bias are those of `equivalent_kernel_and_bias`, on running statistics; gradients go through them to the
-    branches' kernels and normalizations, which are what trains. All else is as in `ClusterQuantize`.
+    Kernel and bias are those of `equivalent_kernel_and_bias`, on running statistics. Gradients pass through them to the
+    kernels and normalizations of the branches, which are the variables that train. Clusters and centroids are as in
+    `ClusterQuantize`.
 
     Args:
       layer: RepVGGBlock or QARepVGGBlock, without squeeze-and-excite.
-      batch_norm_statistics: "frozen" leaves running means and variances as they are; "running" lets them follow the
-        batches until clusters are frozen, for which the branches are run in float too.
-      **kwargs: those of `CodebookTraining`, and of a Keras layer.
+      batch_norm_statistics: Treatment of running means and variances. "frozen" leaves them as they are. "running" lets
+        them follow the batches until clusters are frozen, for which the branches run in float too.
+      **kwargs: Fields of `CodebookTraining`, and keyword arguments of a Keras layer.
 
     Raises:
-      ValueError: for arguments out of range, and blocks with squeeze-and-excite.
+      ValueError: If an argument is out of range, or the block has a squeeze-and-excite.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg.layers import RepVGGBlock
+      >>> from tf_repvgg.quantization.qat.clustering import ClusterQuantizeBlock
+      >>> block = ClusterQuantizeBlock(RepVGGBlock(4, name="block"), number_of_clusters=6)
+      >>> outputs = block(np.ones([1, 8, 8, 3], np.float32))
+      >>> weights, centroids, indices = block.clusters()["kernel"]
+      >>> block.name, weights.shape, centroids.shape
+      ('cluster_block', TensorShape([27, 4]), TensorShape([1, 6]))
     """
 
-    def __init__(self, layer, batch_norm_statistics="frozen", **kwargs):
-        own = {field: kwargs.pop(field) for field in CodebookTraining.__dataclass_fields__ if field in kwargs}
+    def __init__(self, layer: ReparameterizedBlock, batch_norm_statistics: str = "frozen", **kwargs: Any) -> None:
+        settings = {field: kwargs.pop(field) for field in CodebookTraining.__dataclass_fields__ if field in kwargs}
         kwargs.setdefault("name", f"cluster_{layer.name}")
         kwargs.setdefault("dtype", "float32")
         super().__init__(layer, **kwargs)
@@ -42,51 +57,54 @@ class ClusterQuantizeBlock(Clustered, keras.layers.Wrapper):
                 "tf_repvgg.fusion.fuse(model) first"
             )
         self.batch_norm_statistics = batch_norm_statistics
-        self._training = CodebookTraining(**own)
+        self._training = CodebookTraining(**settings)
         self._codebooks = {}
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         super().build(input_shape)
-        self.layer(keras.Input(input_shape[1:]))  # only then do the layers inside of it have weights
-        self._codebooks["kernel"] = MovingCodebook(self, "kernel", self._latent("kernel"), self._training)
+        self.layer(keras.Input(input_shape[1:]))  # only a call gives the layers inside of the block their weights
+        weights = self._latent_weights("kernel")
+        self._codebooks["kernel"] = MovingCodebook(self, "kernel", weights, self._training)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         kernel, bias = self.layer.equivalent_kernel_and_bias()
-        codebook, latent = self._codebooks["kernel"], _as_matrix(kernel)
-        quantized = codebook.quantized
+        codebook, latent_weights = self._codebooks["kernel"], _as_matrix(kernel)
+        quantize = codebook.quantize
         if training:
             if self.batch_norm_statistics == "running":
-                tf.cond(codebook.is_frozen, lambda: None, lambda: self._follow(inputs))
-            codebook.step(latent)
-            quantized = codebook.in_training
-        return self.layer.merged_call(inputs, tf.reshape(quantized(latent), kernel.shape), bias)
+                tf.cond(codebook.is_frozen, lambda: None, lambda: self._update_statistics(inputs))
+            codebook.step(latent_weights)
+            quantize = codebook.quantize_in_training
+        return self.layer.call_merged(inputs, tf.reshape(quantize(latent_weights), kernel.shape), bias)
 
-    def _follow(self, inputs):
-        self.layer(inputs, training=True)  # for the statistics that it updates
+    def _update_statistics(self, inputs):
+        self.layer(inputs, training=True)  # its outputs are not used
 
-    def strip(self):
-        """What takes the wrapper's place in the stripped model, as a callable on tensors."""
+    def strip(self) -> Callable:
+        """Makes the replacement of the wrapper in the stripped model, a callable on tensors."""
         self.check_finite()
         _, bias = self.layer.equivalent_kernel_and_bias()
         codebook = self._codebooks["kernel"]
-        form = quantized_form(self.layer.merged_convolution(), self._training.cluster_per_channel)
-        convolution = fill_weights(form, codebook.quantized(self._latent("kernel")), codebook.scale(), bias)
-        padding = self.layer.deploy_padding()
+        layer = make_quantized_layer(self.layer.make_merged_convolution(), self._training.cluster_per_channel)
+        convolution = fill_on_call(layer, codebook.quantize(self._latent_weights("kernel")), codebook.scale(), bias)
+        padding = self.layer.make_deploy_padding()
         return lambda inputs, **_: convolution(inputs if padding is None else padding(inputs))
 
-    def _latent(self, name):
+    def _latent_weights(self, name):
         kernel, _ = self.layer.equivalent_kernel_and_bias()
         return _as_matrix(kernel)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tf.TensorShape:
         return self.layer.compute_output_shape(input_shape)
 
-    def get_config(self):
-        own = {"batch_norm_statistics": self.batch_norm_statistics}
-        return super().get_config() | self._training.to_config() | own
+    def get_config(self) -> dict[str, Any]:
+        statistics = {"batch_norm_statistics": self.batch_norm_statistics}
+        return super().get_config() | self._training.to_config() | statistics
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "ClusterQuantizeBlock":
         layer = keras.layers.deserialize(config["layer"], custom_objects=custom_objects)
         return cls(**CodebookTraining.arguments_from(config) | {"layer": layer})
 

@@ -1,4 +1,7 @@
-"""Watching and freezing clusters while a model trains."""
+"""Callbacks that freeze clusters while a model trains, and that log how they move."""
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -6,76 +9,104 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization import codebooks
-from tf_repvgg.quantization.qat.clustering.wrapper import Clustered
+from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
+from tf_repvgg.quantization.qat.clustering.wrapper import ClusteringWrapper
 from tf_repvgg.quantization.qat.wrapping import find_wrappers
 
 
 class FreezeClusters(keras.callbacks.Callback):
-    """Fixes assignments and centroids from a step of training on; see `ClusterQuantize.freeze`.
+    """Freezes assignments and centroids from a training step on; see `ClusterQuantize.freeze`.
 
     Args:
-      step: number of optimizer steps after which clusters rest.
-      ranges: whether the ranges of activations rest too.
+      step: Number of optimizer steps after which clusters are frozen.
+      ranges: Whether activation ranges are frozen too.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization.qat.clustering import FreezeClusters, cluster_quantize
+      >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="dense")])
+      >>> clustered = cluster_quantize(model, number_of_clusters=3)
+      >>> clustered.compile("sgd", "mse")
+      >>> history = clustered.fit(np.ones([8, 4]), np.ones([8, 2]), 2, verbose=0, callbacks=[FreezeClusters(step=2)])
+      >>> clustered.get_layer("dense_quantizer").is_frozen.numpy().item()
+      True
     """
 
-    def __init__(self, step, ranges=True):
+    def __init__(self, step: int, ranges: bool = True) -> None:
         super().__init__()
         self._step = step
         self._ranges = ranges
         self._is_done = False
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if not self._is_done and int(self.model.optimizer.iterations.numpy()) >= self._step:
             for layer in graph.find_layers(self.model):
-                if isinstance(layer, Clustered) or (self._ranges and hasattr(layer, "is_frozen")):
+                if isinstance(layer, ClusteringWrapper) or (self._ranges and isinstance(layer, ActivationQuantizer)):
                     layer.freeze()
             self._is_done = True
 
 
 class ClusterLog(keras.callbacks.Callback):
-    """Writes to TensorBoard how clusters move, layer by layer.
+    """Logs to TensorBoard how clusters move, layer by layer.
 
-    `inertia` is the sum of squared distances of latent weights to their centroids, `moves_per_step` how many weights
-    have another centroid than at the last look, over the steps since, `empty_clusters` how many centroids no weight
-    has, and `centroid_<i>` where a centroid is (per channel: their mean over channels).
+    Scalars: `inertia`, the sum of squared distances between latent weights and their centroids; `moves_per_step`, the
+    number of weights that have changed their centroid since the last record, divided by the steps since;
+    `empty_clusters`, the number of centroids without weights; and `centroid_<i>`, the centroids themselves, averaged
+    over channels if every channel has its own.
 
     Args:
-      log_dir: folder of the event files.
-      every: optimizer steps from one look to the next.
+      log_dir: Folder of the event files.
+      every: Optimizer steps from one record to the next.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization.qat.clustering import ClusterLog, cluster_quantize
+      >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="dense")])
+      >>> clustered = cluster_quantize(model, number_of_clusters=3, activation_bits=None)
+      >>> clustered.compile("sgd", "mse")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     log = ClusterLog(folder, every=1)
+      ...     history = clustered.fit(np.ones([8, 4]), np.ones([8, 2]), verbose=0, callbacks=[log])
+      ...     print(len(list(Path(folder).iterdir())), "event file")
+      1 event file
     """
 
-    def __init__(self, log_dir, every=100):
+    def __init__(self, log_dir: str | Path, every: int = 100) -> None:
         super().__init__()
         self._log_dir = str(log_dir)
         self._every = every
-        self._before = {}
+        self._last_assignments: dict[str, tuple[int, np.ndarray]] = {}
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        find_wrappers(model, Clustered)
+        find_wrappers(model, ClusteringWrapper)
         self._writer = tf.summary.create_file_writer(self._log_dir)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         step = int(self.model.optimizer.iterations.numpy())
         if step % self._every == 0:
             with self._writer.as_default(step=step):
-                for wrapper in find_wrappers(self.model, Clustered):
-                    self._look_at(wrapper, step)
+                for wrapper in find_wrappers(self.model, ClusteringWrapper):
+                    self._record(wrapper, step)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._writer.flush()
 
-    def _look_at(self, wrapper, step):
+    def _record(self, wrapper, step):
         for name, (weights, centroids, indices) in wrapper.clusters().items():
-            place = f"clusters/{wrapper.layer.name}_{name}"
+            tag = f"clusters/{wrapper.layer.name}_{name}"
             inertia, counts = codebooks.inertia_and_counts(weights, centroids, indices)
-            tf.summary.scalar(f"{place}/inertia", inertia)
-            tf.summary.scalar(f"{place}/empty_clusters", np.count_nonzero(counts == 0))
-            for state, centroid in enumerate(np.mean(centroids, axis=0)):
-                tf.summary.scalar(f"{place}/centroid_{state}", centroid)
+            tf.summary.scalar(f"{tag}/inertia", inertia)
+            tf.summary.scalar(f"{tag}/empty_clusters", np.count_nonzero(counts == 0))
+            for number, centroid in enumerate(np.mean(centroids, axis=0)):
+                tf.summary.scalar(f"{tag}/centroid_{number}", centroid)
             assignments = indices.numpy().astype(np.uint8)
-            if place in self._before:
-                step_before, before = self._before[place]
-                moves = np.count_nonzero(assignments != before) / (step - step_before)
-                tf.summary.scalar(f"{place}/moves_per_step", moves)
-            self._before[place] = step, assignments
+            if tag in self._last_assignments:
+                last_step, last_assignments = self._last_assignments[tag]
+                moves = np.count_nonzero(assignments != last_assignments) / (step - last_step)
+                tf.summary.scalar(f"{tag}/moves_per_step", moves)
+            self._last_assignments[tag] = step, assignments

@@ -1,0 +1,1 @@
+"""Parts of experiments/results_page.py: results/README.md, the headline table and the headline figure."""

@@ -1,0 +1,222 @@
+"""How a run trains: the flags for its schedule, optimizer, losses and randomness, and the loop that they describe."""
+
+import itertools
+
+import tensorflow as tf
+import tf_keras as keras
+from absl import flags
+
+from tf_repvgg import runs
+from tf_repvgg.data import ClassificationData
+from tf_repvgg.training import averages, checkpoints, distillation, divergence, logs, optimization
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_integer("epochs", 10, "Number of passes over the training data.", lower_bound=1)
+flags.DEFINE_integer("steps_per_epoch", None, "Steps in an epoch; by default one pass over the data.", lower_bound=1)
+flags.DEFINE_integer("early_epochs", 0, "Number of epochs at the start that train on smaller crops.", lower_bound=0)
+flags.DEFINE_integer("early_crop", 24, "Height and width of the crops of --early_epochs.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 128, "Images per training step.", lower_bound=1)
+flags.DEFINE_enum("optimizer", "sgd", optimization.OPTIMIZERS, "SGD, or AdamW with the decay rates of Keras.")
+flags.DEFINE_float(
+    "learning_rate", 0.1, "Peak of the cosine schedule; AdamW needs a lower one, about 0.001.", lower_bound=0
+)
+flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
+flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
+flags.DEFINE_boolean("nesterov", True, "Use Nesterov's momentum.")
+flags.DEFINE_float(
+    "weight_decay",
+    5e-3,
+    "Decoupled weight decay: in each step, kernels shrink by this share times the learning rate.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "merged_weight_decay",
+    0.0,
+    "Weight of an L2 penalty on the merged kernels of the blocks, added to the loss; use it with --bn_epsilon=1e-3.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "ema",
+    0.0,
+    "Decay of a moving average of the weights, such as 0.999, which becomes the final model; 0 for none.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_float("label_smoothing", 0.0, "Probability that is spread over all classes.", lower_bound=0, upper_bound=1)
+flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ["float32", "mixed_bfloat16"],
+    "Keras dtype policy of training; the final model is in float32.",
+)
+flags.DEFINE_integer(
+    "seed", 0, "Seed of the initial weights, shuffling and augmentation.", lower_bound=0, upper_bound=2**32 - 1
+)
+flags.DEFINE_string("init_from", None, "Workdir of a run, or its model.keras, whose weights training starts from.")
+flags.DEFINE_string(
+    "distill_from", None, "Workdir of a finished run, or its model.keras, whose model becomes the teacher."
+)
+flags.DEFINE_float("distill_weight", 0.5, "Weight of the teacher's term of the loss.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float(
+    "distill_temperature", 4.0, "Temperature that divides the logits in the teacher's term.", lower_bound=0
+)
+flags.DEFINE_boolean(
+    "deterministic", False, "Train the same weights, bit for bit, each time the command runs on the same machine."
+)
+
+# Flags that fine-tuning with --quantize does not support, and their values without effect.
+_UNSUPPORTED_WITH_QUANTIZE = {"ema": 0.0, "early_epochs": 0, "merged_weight_decay": 0.0, "precision": "float32"}
+
+
+def seed_everything() -> None:
+    """Seeds all random numbers, and makes TensorFlow deterministic with --deterministic."""
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(FLAGS.seed)
+
+
+def check_flags_for_fine_tuning() -> None:
+    """Checks that the flags of this file go together with --quantize.
+
+    Raises:
+      ValueError: If one does not; names it.
+    """
+    for name, value in _UNSUPPORTED_WITH_QUANTIZE.items():
+        if FLAGS[name].value != value:
+            raise ValueError(f"--{name}={FLAGS[name].value} does not go with --quantize; leave it at {value}")
+
+
+def count_steps_per_epoch(data: ClassificationData) -> int:
+    """The number of training steps in an epoch.
+
+    Raises:
+      ValueError: If the data have fewer batches than that, or none.
+    """
+    batches = data.steps_per_epoch(FLAGS.batch_size)
+    if FLAGS.steps_per_epoch and FLAGS.steps_per_epoch > batches:
+        raise ValueError(
+            f"--steps_per_epoch={FLAGS.steps_per_epoch} is more than the {batches} batches of one pass over the data"
+        )
+    return FLAGS.steps_per_epoch or batches
+
+
+def make_trainer(
+    model: keras.Model, teacher: keras.Model | None, data: ClassificationData, steps_per_epoch: int
+) -> keras.Model:
+    """Compiles a network with optimizer, losses and metric; with a teacher, puts a `Distiller` around it.
+
+    Args:
+      model: Network to train, image [batch, height, width, channels] -> logits [batch, classes].
+      teacher: Network with the same inputs and outputs, or None.
+      data: Data of the training.
+      steps_per_epoch: Number of steps in an epoch.
+
+    Raises:
+      ValueError: If flags do not go together.
+    """
+    if FLAGS.early_epochs and FLAGS.early_crop > min(data.preprocessing.size):
+        raise ValueError(
+            f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
+        )
+    trainer = (
+        distillation.Distiller(model, teacher, FLAGS.distill_weight, FLAGS.distill_temperature) if teacher else model
+    )
+    if FLAGS.merged_weight_decay:
+        optimization.penalize_merged_kernels(trainer, FLAGS.merged_weight_decay)
+    trainer.compile(
+        optimization.make_optimizer(
+            FLAGS.learning_rate,
+            steps=steps_per_epoch * FLAGS.epochs,
+            warmup_steps=round(steps_per_epoch * FLAGS.warmup_epochs),
+            momentum=FLAGS.momentum,
+            nesterov=FLAGS.nesterov,
+            weight_decay=FLAGS.weight_decay,
+            optimizer=FLAGS.optimizer,
+        ),
+        optimization.CrossEntropy(data.num_classes, FLAGS.label_smoothing),
+        loss_weights=1 - FLAGS.distill_weight if teacher else None,
+        metrics=[optimization.make_top1()],
+    )
+    return trainer
+
+
+class TrainingLoop:
+    """The training of a run, from its last checkpoint to its last epoch.
+
+    Args:
+      run: Run that has been started.
+      trainer: Compiled model. The last checkpoint is restored into it, if there is one.
+      steps_per_epoch: Number of steps in an epoch.
+      checkpoint_minutes: Minutes between checkpoints within an epoch; 0 for none.
+
+    Raises:
+      ValueError: If the last checkpoint is damaged or of another network.
+    """
+
+    def __init__(self, run: runs.Run, trainer: keras.Model, steps_per_epoch: int, checkpoint_minutes: float) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._steps_per_epoch = steps_per_epoch
+        self._average = averages.MovingAverage(trainer, FLAGS.ema) if FLAGS.ema else None
+        variables = {"averages": self._average.averages} if self._average else {}
+        self._checkpoints = checkpoints.Checkpoints(run.checkpoints_path, trainer, checkpoint_minutes, **variables)
+
+    def fit(
+        self,
+        data: ClassificationData,
+        validation_split: str | None,
+        extra_callbacks: list[keras.callbacks.Callback],
+    ) -> None:
+        """Trains to the last epoch; then, with --ema, the weights are their averages.
+
+        Args:
+          data: Data of the training.
+          validation_split: Split that is evaluated after every epoch; None for none.
+          extra_callbacks: Callbacks of the network that is trained.
+
+        Raises:
+          FloatingPointError: If training diverges.
+        """
+        try:
+            self._fit(data, validation_split, extra_callbacks)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self._advise()}") from None
+        if self._average:
+            self._average.replace_weights()
+
+    def _fit(self, data, validation_split, extra_callbacks):
+        """First the epochs on small crops, then those on whole images."""
+        first_epoch, first_step = self._checkpoints.first_epoch, self._checkpoints.first_step
+        early_end = max(first_epoch, min(FLAGS.early_epochs, FLAGS.epochs))
+        # An epoch that continues in its middle has fewer steps than the others, so it is a phase of its own.
+        borders = sorted({first_epoch, first_epoch + bool(first_step), early_end, FLAGS.epochs})
+        callbacks = [
+            divergence.StopOnNaN(),
+            *([self._average] if self._average else []),
+            logs.MetricsLog(self._run.metrics_path, first_epoch, self._checkpoints.seconds_before),
+            keras.callbacks.TensorBoard(str(self._run.tensorboard_path), write_graph=False),
+            *extra_callbacks,
+            self._checkpoints,
+        ]
+        with logs.ProgressBar(self._steps_per_epoch, FLAGS.epochs, first_epoch, first_step) as bar:
+            for start, end in itertools.pairwise(borders):
+                steps_done = first_step if start == first_epoch else 0
+                crop = FLAGS.early_crop if start < early_end else None
+                self._trainer.fit(
+                    data.training(FLAGS.batch_size, range(start, end), crop, self._steps_per_epoch, steps_done),
+                    steps_per_epoch=self._steps_per_epoch - steps_done,
+                    initial_epoch=start,
+                    epochs=end,
+                    validation_data=data.evaluation(validation_split) if validation_split else None,
+                    verbose=0,
+                    callbacks=[bar, *callbacks],
+                )
+
+    def _advise(self):
+        if latest := self._checkpoints.latest:
+            return (
+                f"the same command would continue from {latest} and diverge again, so try a lower --learning_rate in "
+                "a new workdir"
+            )
+        return "there is no checkpoint yet; try a lower --learning_rate in a new workdir"
