@@ -111,8 +111,9 @@ def test_starting_takes_no_import_of_tensorflow(file):
 
 
 KILLED_PROGRAM = """
-import json, os, threading, time
+import json, os, signal, threading, time
 from tf_repvgg.tflite import clean_process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts programs in the background without it
 event = clean_process.RemoteObject(threading.Event)
 event.start_call("wait", 1000)
 idle = clean_process.RemoteObject(threading.Event)

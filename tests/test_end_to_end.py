@@ -94,8 +94,7 @@ def test_what_a_run_leaves(trained):
     assert record["training_seconds"] == pytest.approx(sum(entry["seconds"] for entry in metrics(workdir)), abs=0.2)
     assert record["machine"]["tensorflow"]
     assert f"{record['top1_percent']:.2f} %" in result.stdout
-    facts = json.loads((workdir / "input.json").read_text())
-    assert facts == {
+    assert json.loads((workdir / "input.json").read_text()) == {
         "dataset": "digits",
         "validation_held_out": True,
         "size": [8, 8],
@@ -141,8 +140,8 @@ def test_evaluation_only_needs_no_more_than_a_model(trained, run_forked, tmp_pat
     (tmp_path / "model.keras").write_bytes((workdir / "model.keras").read_bytes())
     result = run_forked("train/main.py", "--evaluate_only", "--novalidation", f"--workdir={tmp_path}")
     assert result.status == 0, result.stderr[-3000:]
-    found = re.search(r"top-1 on the test split \(360 images\): ([\d.]+) %", result.stdout)
-    assert float(found[1]) > 80
+    match = re.search(r"top-1 on the test split \(360 images\): ([\d.]+) %", result.stdout)
+    assert float(match[1]) > 80
     assert os.listdir(tmp_path) == ["model.keras"]
 
 
@@ -227,28 +226,29 @@ def test_export_with_another_ptq_method(trained, run_forked, tmp_path):
 
 
 def test_an_export_that_failed_late_goes_on(trained, run_forked, tmp_path):
-    """What was quantized is taken from before; not so with other settings; in the end nothing of it is left."""
+    """Quantized files are kept for the same settings, not for others, and removed in the end."""
     workdir, _, _ = trained
 
-    def export(*words):
+    def export(*arguments):
         command = ["export/main.py", f"--workdir={workdir}", f"--output={tmp_path}", "--ptq=bias_tune"]
-        return run_forked(*command, "--weight_bits=4,5", "--ptq_iterations=8", "--latency_runs=0", *words)
+        return run_forked(*command, "--weight_bits=4,5", "--ptq_iterations=8", "--latency_runs=0", *arguments)
 
-    def kept():
+    def kept_files():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".unfinished").iterdir()}
 
+    names = [f"int8_w{bits}_per_channel_bias_tune.tflite" for bits in (4, 5)]
     outcome = export("--targets=litert_int4")
     assert outcome.status == 2 and "target litert_int4: no weights fit into 4 bits" in outcome.stderr
-    first = kept()
-    assert len(first) == 2 and not (tmp_path / "export.json").exists()
+    first = kept_files()
+    assert first.keys() == {f"{name}.{suffix}" for name in names for suffix in ("json", "bin")}
+    assert not (tmp_path / "export.json").exists()
     assert export("--targets=litert_int4", "--ptq_seed=1").status == 2
-    assert len(kept()) == 4 and first.items() <= kept().items()
-    outcome = export()
+    second = kept_files()
+    assert second.keys() == first.keys() and all(second[name] > first[name] for name in first)
+    outcome = export("--ptq_seed=1")
     assert outcome.status == 0, outcome.stderr[-3000:]
     lines = [line for line in outcome.stderr.splitlines() if line.endswith("taken from the run that was interrupted")]
-    assert [line.partition(":")[0] for line in lines] == [
-        f"int8_w{bits}_per_channel_bias_tune.tflite" for bits in (4, 5)
-    ]
+    assert [line.partition(":")[0] for line in lines] == names
     assert not (tmp_path / ".unfinished").exists()
     report = json.loads((tmp_path / "export.json").read_text())
     for entry in report["files"]:

@@ -34,7 +34,7 @@ def assert_equal_weights(actual, expected):
 # Averaged weights
 
 
-def normalized_model():
+def make_normalized_model():
     keras.utils.set_random_seed(0)
     layers = [keras.Input((4,)), keras.layers.Dense(5), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
     model = keras.Sequential(layers)
@@ -52,7 +52,7 @@ def examples():
 @pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_averages_are_those_of_every_step(decay):
     """All weights are averaged, running statistics too; evaluation uses the averages, and the weights come back."""
-    model = normalized_model()
+    model = make_normalized_model()
     average = averages.MovingAverage(model, decay)
     expected, evaluated, last_weights = model.get_weights(), [], []
 
@@ -79,7 +79,7 @@ def test_averages_are_checkpointed(tmp_path):
     x, y = examples()
 
     def fit(name, epochs):
-        model = normalized_model()
+        model = make_normalized_model()
         average = averages.MovingAverage(model, 0.9)
         saving = checkpoints.Checkpoints(tmp_path / name, model, averages=average.averages)
         options = {"initial_epoch": saving.first_epoch, "shuffle": False, "verbose": 0}

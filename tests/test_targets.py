@@ -8,7 +8,7 @@ import pytest
 import tf_keras as keras
 from helpers.networks import random_images, small_repvgg
 
-from tf_repvgg import tflite
+from tf_repvgg import runs, tflite
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import RepVGGBlock
 from tf_repvgg.quantization import ptq
@@ -22,34 +22,34 @@ def model():
     return small_repvgg()
 
 
-def file_of(model, method, bits, per_channel=False, **options):
+def make_file(model, method, bits, per_channel=False, **options):
     return tflite.convert(ptq.quantize(model, method, bits, per_channel, random_images(32), **options))
 
 
 @pytest.fixture(scope="module")
 def clustered(model):
-    return file_of(model, "codebook", 3)
+    return make_file(model, "codebook", 3)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_int4_weights(model, per_channel):
     """Half the bytes, and on the same kernels the same outputs."""
-    file = file_of(model, "min_max", 4, per_channel)
+    file = make_file(model, "min_max", 4, per_channel)
     built = targets.TARGETS["litert_int4"](file)
     batch = random_images(8, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
     assert built.record["int4_weight_bytes"] == (3 * 3 * 3 * 8 + 3 * 3 * 8 * 8 + 8 * 5) // 2
-    for ours, theirs in zip(tflite.weight_codes(built.files["_int4.tflite"]), tflite.weight_codes(file), strict=True):
-        np.testing.assert_array_equal(ours.codes, theirs.codes)
-        np.testing.assert_array_equal(ours.scale, theirs.scale)
+    int4_file = built.files["_int4.tflite"]
+    for actual, expected in zip(tflite.weight_codes(int4_file), tflite.weight_codes(file), strict=True):
+        np.testing.assert_array_equal(actual.codes, expected.codes)
+        np.testing.assert_array_equal(actual.scale, expected.scale)
 
 
 def test_mixed_widths(model):
-    """What does not fit into 4 bits stays as it is."""
-    file = file_of(model, "min_max", "first=8,.*=4")
+    """Weights that do not fit into 4 bits stay as they are."""
+    file = make_file(model, "min_max", "first=8,.*=4")
     built = targets.TARGETS["litert_int4"](file)
-    (name,) = built.record["left_in_int8"]
-    assert "first" in name
+    assert built.record["left_in_int8"] == ["first/kernel"]
     batch = random_images(4, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
 
@@ -63,15 +63,16 @@ def test_packing(count):
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("states", [2, 3, 8, 100])
-def test_codebooks_in_tflite_micro(model, states, per_channel):
+@pytest.mark.parametrize("clusters", [2, 3, 8, 100])
+def test_codebooks_in_tflite_micro(model, clusters, per_channel):
     """Bit for bit the int8 file, on every image."""
-    file = file_of(model, "codebook", 8, per_channel, number_of_clusters=states)
+    file = make_file(model, "codebook", 8, per_channel, number_of_clusters=clusters)
     built = targets.TARGETS["tflm_lut"](file)
     batch = random_images(8, seed=1)
     np.testing.assert_array_equal(built.predict(batch), built.predict_int8(batch))
+    assert [layer["tensor"] for layer in built.record["layers"]] == ["first/kernel", "second/kernel", "logits/kernel"]
     for layer in built.record["layers"]:
-        assert layer["codes"] <= states
+        assert layer["codes"] <= clusters
         bits = max(1, int(np.ceil(np.log2(layer["codes"]))))
         assert layer["index_bits"] in (None, bits)
         assert layer["bytes"] <= layer["weights"]
@@ -88,9 +89,9 @@ def test_size_of_codebooks():
     features = keras.layers.GlobalAveragePooling2D()(RepVGGBlock(48, name="second")(features))
     model = fuse(keras.Model(inputs, keras.layers.Dense(5, name="logits")(features)))
     file = tflite.convert(ptq.quantize(model, "codebook", 3, False, random_images(8, (12, 12, 3))))
-    facts = targets.TARGETS["tflm_lut"](file).record
-    assert facts["file_over_bound"] <= 1.10
-    assert facts["weight_bytes"] < 0.41 * facts["int8_weight_bytes"]
+    record = targets.TARGETS["tflm_lut"](file).record
+    assert record["file_over_bound"] <= 1.10
+    assert record["weight_bytes"] < 0.41 * record["int8_weight_bytes"]
 
 
 @pytest.mark.parametrize("accelerator", ["ethos_u55_32", "ethos_u65_512", "ethos_u85_2048"])
@@ -119,9 +120,9 @@ def test_vela_packs_codebooks_tighter():
 
 
 def test_edge_tpu_rules(model, clustered):
-    facts = targets.TARGETS["edge_tpu"](clustered).record
-    assert facts["mapped_operators"] == 4 and facts["cpu_operators"] == 0 and facts["fits_cache"]
-    assert "published rules only" in facts["compiler"]
+    record = targets.TARGETS["edge_tpu"](clustered).record
+    assert record["mapped_operators"] == 4 and record["cpu_operators"] == 0 and record["fits_cache"]
+    assert "published rules only" in record["compiler"]
 
 
 def test_edge_tpu_and_grouped_convolutions():
@@ -140,18 +141,18 @@ def test_edge_tpu_and_grouped_convolutions():
 
 
 def test_edge_tpu_graph_is_cut():
-    """What comes after an operator that is not mapped runs on the CPU too."""
+    """Operators after one that is not mapped run on the CPU too."""
     inputs = keras.Input((8, 8, 4))
     features = keras.layers.Softmax(name="rows")(RepVGGBlock(4, name="first")(inputs))
     features = RepVGGBlock(4, name="last")(features)
     file = tflite.convert(fuse(keras.Model(inputs, features)), random_images(8, (8, 8, 4)))
     operators = edge_tpu.check(file)["operators"]
-    assert [each["is_mapped"] for each in operators] == [True, False, *[False] * (len(operators) - 2)]
+    assert [operator["is_mapped"] for operator in operators] == [True, False, *[False] * (len(operators) - 2)]
     assert "one dimension of at most 16,000 is mapped" in operators[1]["reason"]
     assert operators[-1]["reason"] == "it comes after an operator that stays on the CPU"
 
 
-def test_edge_tpu_wants_integers():
+def test_edge_tpu_needs_integers():
     inputs = keras.Input((8, 8, 4))
     fused = fuse(keras.Model(inputs, RepVGGBlock(4, name="first")(inputs)))
     file = tflite.convert(fused, random_images(8, (8, 8, 4)), inference_type="float32")
@@ -185,10 +186,10 @@ def test_edge_tpu_compiler_where_there_is_one(clustered, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     built = targets.TARGETS["edge_tpu"](clustered)
     assert built.files == {"_edgetpu.tflite": b"compiled"}
-    facts = built.record["compiler"]
-    assert (facts["version"], facts["edge_tpu_operators"], facts["cpu_operators"]) == ("16.0.384591198", 9, 1)
-    assert (facts["cached_bytes"], facts["streamed_bytes"]) == (round(1.52 * 2**20), round(10.25 * 2**10))
-    assert facts["operators"][1]["status"] == "Operation version not supported"
+    log = built.record["compiler"]
+    assert (log["version"], log["edge_tpu_operators"], log["cpu_operators"]) == ("16.0.384591198", 9, 1)
+    assert (log["cached_bytes"], log["streamed_bytes"]) == (round(1.52 * 2**20), round(10.25 * 2**10))
+    assert log["operators"][1]["status"] == "Operation version not supported"
     program.write_text("#!/bin/sh\necho Invalid model >&2\nexit 1\n")
     with pytest.raises(ValueError, match="edgetpu_compiler refused the file: Invalid model"):
         targets.TARGETS["edge_tpu"](clustered)
@@ -197,7 +198,7 @@ def test_edge_tpu_compiler_where_there_is_one(clustered, tmp_path, monkeypatch):
 def test_refusals(model, monkeypatch):
     with pytest.raises(ValueError, match="target is 'tpu'; known: litert_int8, litert_int4, tflm_lut, edge_tpu, ethos"):
         targets.parse(["litert_int8", "tpu"])
-    many = file_of(model, "min_max", 8)
+    many = make_file(model, "min_max", 8)
     with pytest.raises(ValueError, match="no weights fit into 4 bits, codes -8 to 7: the largest here is 127"):
         targets.TARGETS["litert_int4"](many)
     for name in targets.TARGETS:
@@ -218,9 +219,7 @@ def test_float_files_are_refused(model):
 
 
 def test_from_the_command_line(run_forked, trained_digits, digits, tmp_path):
-    """Every target beside the int8 file, and what was measured on the whole split."""
-    from tf_repvgg import runs
-
+    """The files of every target beside the int8 file, and measurements on the whole split."""
     run = tmp_path / "run"
     run.mkdir()
     trained_digits.save(run / runs.MODEL_NAME)
@@ -231,9 +230,9 @@ def test_from_the_command_line(run_forked, trained_digits, digits, tmp_path):
     (entry,) = json.loads((run / "export" / "export.json").read_text())["files"]
     assert list(entry["targets"]) == names.split(",")
     for name in ("litert_int4", "tflm_lut"):
-        facts = entry["targets"][name]
-        assert facts["equal_to_int8_file_on_same_kernels_percent"] == 100
-        assert facts["agreement_with_litert_percent"] > 98
+        record = entry["targets"][name]
+        assert record["equal_to_int8_file_on_same_kernels_percent"] == 100
+        assert record["agreement_with_litert_percent"] > 98
     assert entry["targets"]["litert_int4"]["latency_ms_p50"] > 0
     for suffix in ("_int4.tflite", "_lut.tflite", "_lut.cc", "_lut.h", "_ethos_u55_128_vela.tflite", ".tflite"):
         assert (run / "export" / f"int8_w4_per_channel{suffix}").stat().st_size > 50

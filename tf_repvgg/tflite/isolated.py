@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.random import default_rng  # now, so that its memory does not count for a file
 from tqdm import tqdm
 
 from tf_repvgg.tflite import interpreter, reader
@@ -158,7 +159,7 @@ class _LoadedFile:
             self._interpreter.resize_tensor_input(details["index"], [batch, *details["shape"][1:]])
             self._interpreter.allocate_tensors()
         for details in self._interpreter.get_input_details():
-            noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
+            noise = default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
             self._interpreter.set_tensor(details["index"], interpreter.quantize_input(noise, details))
 
     def costs(self):

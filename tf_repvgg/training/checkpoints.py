@@ -48,8 +48,8 @@ class Checkpoints(keras.callbacks.Callback):
       ...     first.set_model(model)
       ...     first.on_epoch_end(0)
       ...     second = checkpoints.Checkpoints(folder, model)
-      >>> first.first_epoch, second.first_epoch, second.latest.name
-      (0, 1, 'ckpt-0')
+      ...     print(first.first_epoch, second.first_epoch, second.latest.name)
+      0 1 ckpt-0
     """
 
     def __init__(self, folder: str | Path, trainer: keras.Model, minutes: float = 0.0, **others: Any) -> None:

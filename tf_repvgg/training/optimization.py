@@ -83,7 +83,7 @@ def penalize_merged_kernels(model: keras.Model, weight: float) -> None:
       >>> model = build_repvgg("digits", (8, 8, 1), 10)
       >>> optimization.penalize_merged_kernels(model, weight=1e-4)
       >>> len(model.losses)  # one per block
-      5
+      7
     """
     for block in model.layers:
         if isinstance(block, ReparameterizedBlock):
