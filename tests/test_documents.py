@@ -94,7 +94,7 @@ def defined_flags():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_that_are_named_exist(document):
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)(?![a-z_0-9-])", read(document)))
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)(?![A-Za-z_0-9-])", read(document)))
     assert {name for name in named if not {name, name.removeprefix("no")} & (defined_flags() | FOREIGN_FLAGS)} == set()
 
 

@@ -12,7 +12,7 @@ import tf_keras as keras
 from helpers.random_weights import randomize
 
 from tf_repvgg import fusion, graph
-from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
+from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, RepVGGBlock
 from tf_repvgg.models import Variant, build_repvgg
 
 SIZE = (8, 8, 3)
@@ -216,3 +216,12 @@ def test_tfmot_takes_fused_models(classifier):
     for model in (quantized, clustered):
         assert not isinstance(model, fusion.FusedModel)
         assert model(make_inputs(model)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_custom_layers_that_fusion_keeps_are_loaded(tmp_path, form):
+    inputs = keras.Input(SIZE)
+    features = OutlierAwareBatchNormalization(k=0.5)(keras.layers.ReLU()(RepVGGBlock(4, name="block")(inputs)))
+    fused = fusion.fuse(keras.Model(inputs, features))
+    fused.save(tmp_path / form)
+    assert_same_model(fused, keras.models.load_model(tmp_path / form))

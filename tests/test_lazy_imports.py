@@ -22,7 +22,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def imported_modules(run_program):
     """{case: modules that have been imported after it}."""
-    program = f"import json, sys; print(json.dumps([exec(case) or list(sys.modules) for case in {list(CASES)}]))"
+    list_modules = "exec(case, globals()) or list(sys.modules)"
+    program = f"import json, sys; print(json.dumps([{list_modules} for case in {list(CASES)}]))"
     result = run_program("-c", program)
     assert result.returncode == 0, result.stderr[-2000:]
     return dict(zip(CASES, json.loads(result.stdout), strict=True))

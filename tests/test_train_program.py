@@ -54,7 +54,6 @@ def test_the_same_command_evaluates_a_run_on_a_folder_again(run_forked, photos, 
         assert outcome.status == 0, outcome.stderr[-3000:]
         results.append(json.loads((tmp_path / "run" / runs.RESULT_NAME).read_text()))
     assert results[0] == results[1] and results[0]["images"] == 8
-    assert runs.is_finished(tmp_path / "run")
     assert "--dataset=folder:photos" in (tmp_path / "run" / runs.CONFIG_NAME).read_text().splitlines()
     relative = ("train/main.py", "--dataset=folder:photos", f"--data_dir={photos.parent}", *options)
     assert run_forked(*relative, "--evaluate_only").status == 0

@@ -95,8 +95,11 @@ class FusedModel(keras.Model):
             name: None if entry is None else {field: array.tolist() for field, array in entry._asdict().items()}
             for name, entry in self._statistics.items()
         }
+        plain = graph.recast(self, keras.Model)
+        # Keras sets this while it writes the H5 format, which names the classes of layers in another way.
+        plain.use_legacy_config = getattr(self, "use_legacy_config", None)
         return {
-            **graph.recast(self, keras.Model).get_config(),
+            **plain.get_config(),
             "pre_activation_statistics": statistics,
             "weights_sha256": self._statistics_weights_sha256,
         }

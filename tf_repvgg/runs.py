@@ -179,19 +179,6 @@ def folder_of(path: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def is_finished(path: str | Path) -> bool:
-    """Whether a folder holds a finished run: the final model, and the result of its evaluation.
-
-    Example:
-      >>> import tempfile
-      >>> from tf_repvgg import runs
-      >>> with tempfile.TemporaryDirectory() as workdir:
-      ...     runs.is_finished(workdir)
-      False
-    """
-    return (Path(path) / MODEL_NAME).exists() and (Path(path) / RESULT_NAME).exists()
-
-
 def read_input(path: str | Path) -> dict[str, Any]:
     """The description of a model's images that `Run.start` has written to input.json.
 

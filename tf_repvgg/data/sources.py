@@ -1,5 +1,8 @@
 """Datasets of TFDS as sources of images. A folder of the user's own images has the same interface."""
 
+import contextlib
+import io
+
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -103,7 +106,10 @@ def _prepare(builder, name, data_dir):
             f"data_dir {data_dir!r} does not contain the dataset {name!r} (looked for {builder.data_path}); "
             "give a TFDS directory that does, or leave data_dir out to download the dataset"
         )
+    # TFDS announces a download on stdout, also for digits, which need none.
+    announcement = contextlib.redirect_stdout(io.StringIO()) if name == Digits.name else contextlib.nullcontext()
     try:
-        builder.download_and_prepare()
+        with announcement:
+            builder.download_and_prepare()
     except Exception as error:  # of many kinds: a dataset to be fetched by hand, such as ImageNet; no network
         raise FileNotFoundError(f"TFDS cannot download and prepare the dataset {name!r} by itself: {error}") from None

@@ -139,7 +139,12 @@ def build_repvgg(
             f"block='qarepvgg' has no normalization on its identity branch, but norm is {norm!r} and identity is "
             f"{identity!r}; use norm='bn' and identity='norm'"
         )
-    options: dict[str, Any] = {"padding": padding, "momentum": momentum, "epsilon": epsilon, "se_reduction": variant.se_reduction}
+    options: dict[str, Any] = {
+        "padding": padding,
+        "momentum": momentum,
+        "epsilon": epsilon,
+        "se_reduction": variant.se_reduction,
+    }
     if block == "repvgg":
         options |= {"norm": norm, "oabn_branches": oabn_branches, "clip_mode": clip_mode}
         options |= {"identity": identity, "identity_gain": identity_gain}

@@ -12,11 +12,6 @@ from tf_repvgg import graph
 class QuantizedModel(keras.Model):
     """Functional model of `QuantizedLayer`s and `ActivationQuantizer`s, with notes that are saved and loaded with it.
 
-    Args:
-      inputs: Input tensors, as for `keras.Model`.
-      outputs: Output tensors, as for `keras.Model`.
-      name: Name of the model.
-
     Attributes:
       quantization_notes: Lines for the user on what the methods left out or undid.
 

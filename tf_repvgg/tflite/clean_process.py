@@ -130,7 +130,7 @@ class RemoteObject:
         if not self._has_ended:
             self._has_ended = True
             self._connection.close()
-            with contextlib.suppress(RuntimeError):  # without its server the process has ended, too
+            with contextlib.suppress(RuntimeError):  # without a server it ends when it next reads the closed connection
                 self._exit_code = _find_server().request("end", self.process_id)
         return self._exit_code
 

@@ -128,6 +128,7 @@ def leave_out_inits(package: Path) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is for the program, which ends the server
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, IDs of ended processes may become those of others
     control = Connection(int(sys.argv[1]))
     sys.path[:] = control.recv()
     leave_out_inits(_PACKAGE)
