@@ -81,7 +81,7 @@ def load_module(path):
 
 
 @functools.cache
-def defined_flags():
+def find_flags():
     sources = [
         path for folder in ("train", "export", "experiments", "benchmarks") for path in (ROOT / folder).rglob("*.py")
     ]
@@ -95,7 +95,7 @@ def defined_flags():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_that_are_named_exist(document):
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)(?![A-Za-z_0-9-])", read(document)))
-    assert {name for name in named if not {name, name.removeprefix("no")} & (defined_flags() | FOREIGN_FLAGS)} == set()
+    assert {name for name in named if not {name, name.removeprefix("no")} & (find_flags() | FOREIGN_FLAGS)} == set()
 
 
 def test_documents_name_many_flags_and_files():

@@ -233,17 +233,17 @@ def test_an_export_that_failed_late_goes_on(trained, run_forked, tmp_path):
         command = ["export/main.py", f"--workdir={workdir}", f"--output={tmp_path}", "--ptq=bias_tune"]
         return run_forked(*command, "--weight_bits=4,5", "--ptq_iterations=8", "--latency_runs=0", *arguments)
 
-    def kept_files():
+    def list_finished_work():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".unfinished").iterdir()}
 
     names = [f"int8_w{bits}_per_channel_bias_tune.tflite" for bits in (4, 5)]
     outcome = export("--targets=litert_int4")
     assert outcome.status == 2 and "target litert_int4: no weights fit into 4 bits" in outcome.stderr
-    first = kept_files()
+    first = list_finished_work()
     assert first.keys() == {f"{name}.{suffix}" for name in names for suffix in ("json", "bin")}
     assert not (tmp_path / "export.json").exists()
     assert export("--targets=litert_int4", "--ptq_seed=1").status == 2
-    second = kept_files()
+    second = list_finished_work()
     assert second.keys() == first.keys() and all(second[name] > first[name] for name in first)
     outcome = export("--ptq_seed=1")
     assert outcome.status == 0, outcome.stderr[-3000:]

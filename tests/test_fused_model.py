@@ -208,7 +208,8 @@ def test_nested_in_another_model(tmp_path, classifier):
     assert_same_model(classifier, loaded.get_layer(classifier.name))
 
 
-def test_tfmot_takes_fused_models(classifier):
+def test_tfmot_takes_fused_models():
+    classifier = make_classifier()  # tfmot takes the kernels out of its layers
     quantized = tfmot.quantization.keras.quantize_model(classifier)
     clustered = tfmot.clustering.keras.cluster_weights(
         classifier, 4, tfmot.clustering.keras.CentroidInitialization.LINEAR

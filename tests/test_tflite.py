@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
-from helpers.integer_files import assert_computes_what_it_says, biased_repvgg, plain_layers, read_tensors
+from helpers.integer_files import assert_computes_what_it_says, make_repvgg_with_biases, plain_layers, read_tensors
 from helpers.networks import SIZE, random_images
 from helpers.random_weights import randomize
 
@@ -22,7 +22,7 @@ from tf_repvgg.tflite import METADATA_NAME, flatbuffer
 @pytest.fixture(scope="module")
 def fused():
     keras.utils.set_random_seed(0)
-    return biased_repvgg()
+    return make_repvgg_with_biases()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def file(fused):
 @pytest.mark.parametrize("inference_type", ["int8", "uint8", "float32"])
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 def test_interpreter_computes_what_the_file_says(inference_type, padding):
-    model = biased_repvgg(padding)
+    model = make_repvgg_with_biases(padding)
     file = tflite.convert(model, random_images(), inference_type=inference_type)
     images = random_images(8, seed=1)
     assert_computes_what_it_says(file, images)

@@ -5,7 +5,7 @@ import pytest
 import tf_keras as keras
 from helpers.integer_files import (
     assert_computes_what_it_says,
-    biased_repvgg,
+    make_repvgg_with_biases,
     plain_layers,
     plain_model,
     read_biases,
@@ -23,7 +23,7 @@ from tf_repvgg.quantization import QuantizedKernel, quantize_min_max
 @pytest.fixture(scope="module")
 def fused():
     keras.utils.set_random_seed(0)
-    return biased_repvgg()
+    return make_repvgg_with_biases()
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_layers_that_cannot_be_written_are_named(make, bits):
 def test_a_file_of_another_model_is_refused(fused, file):
     keras.utils.set_random_seed(7)
     with pytest.raises(ValueError, match="are those of no layer of the model"):
-        tflite.with_weights(file, biased_repvgg(), 4)
+        tflite.with_weights(file, make_repvgg_with_biases(), 4)
     for content in (b"", b"short", b"\0" * 100, b"PK" + file):
         with pytest.raises(ValueError, match="not a TFLite file"):
             tflite.operators(content)

@@ -183,9 +183,9 @@ BAD_COMMANDS = {
     ),
     "export: no statistics": (
         EXPORT,
-        ["--workdir={here}/fused_run", "--ptq=dfq_data_free"],
-        "needs the statistics of normalizations",
-        "use dfq with calibration images",
+        ["--workdir={here}/plain_run", "--ptq=dfq_data_free"],
+        "needs the statistics of the merged normalizations",
+        "Or use dfq with calibration images",
     ),
     "export: NaN": (EXPORT, ["--workdir={here}/nan_run", "--ptq=mse"], "weight 'stem/bias", "infinities or NaN"),
     "export: one bit": (EXPORT, ["--workdir={here}/run", "--ptq=mse", "--weight_bits=1"], "is '1'", "2 to 8"),
@@ -205,7 +205,7 @@ BAD_COMMANDS = {
     "export: too few calibration images": (
         EXPORT,
         ["--workdir={here}/run", "--calibration_images=5000"],
-        "5000 calibration images asked for",
+        "5000 calibration images were requested",
         "train",
     ),
     "export: bits of a model trained with quantization": (

@@ -14,7 +14,7 @@ _INTEGER_LIMITS = {schema.TensorType.INT8: np.iinfo(np.int8), schema.TensorType.
 _OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
 
 
-def biased_repvgg(padding="same"):
+def make_repvgg_with_biases(padding="same"):
     """As `small_repvgg`, with biases in the last layer too."""
     model = small_repvgg(padding)
     model.get_layer("logits").bias.assign(np.linspace(-1, 1, 5))
