@@ -85,6 +85,18 @@ def test_only_what_is_safe_is_equalized():
     assert set(note.partition(": ")[2].split(", ")) == {"split", "left", "right", "before_groups"}
 
 
+@pytest.mark.parametrize("options, passes", [({"negative_slope": 0.25}, True), ({"threshold": 0.5}, False)])
+def test_factors_pass_a_relu_only_where_it_is_homogeneous(options, passes):
+    inputs = keras.Input((8, 8, 4), name="image")
+    features = keras.layers.ReLU(**options)(keras.layers.Conv2D(4, 3, name="first")(inputs))
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 1, name="second")(features))
+    network = network_of(model)
+    METHODS["equalize"].function(network)
+    batch = random_images(8, (8, 8, 4), seed=2)
+    np.testing.assert_allclose(network.float(batch), model(batch), rtol=1e-4, atol=1e-5)
+    assert bool(network.notes) is not passes
+
+
 def test_looking_at_a_network_does_not_break_its_chain(model):
     network = network_of(model)
     before = [(first.name, second.name) for first, second in find_pairs(network)]

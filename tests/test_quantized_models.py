@@ -13,6 +13,7 @@ from tf_repvgg.quantization import (
     QuantizedConv2D,
     QuantizedKernel,
     learned_step_quantize,
+    ptq,
     quantize_activations,
     quantizers,
     strip_learned_step,
@@ -202,6 +203,27 @@ def model_of_many_operations():
     features = keras.layers.UpSampling2D(2, name="up")(features)
     features = keras.layers.Dropout(0.5, name="dropout")(keras.layers.Flatten(name="flat")(features))
     return keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="dense")(features))
+
+
+@pytest.mark.parametrize(
+    "relu",
+    [
+        keras.layers.ReLU(),
+        keras.layers.ReLU(6.0),
+        keras.layers.ReLU(max_value=6),
+        keras.layers.ReLU(negative_slope=0.25),
+    ],
+    ids=["plain", "6.0", "6", "slope"],
+)
+def test_relu_layers(relu):
+    inputs = keras.Input(SIZE, name="image")
+    features = keras.layers.Conv2D(8, 3, kernel_initializer=keras.initializers.RandomNormal(0, 1), name="conv")(inputs)
+    features = type(relu).from_config(relu.get_config())(features)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(keras.layers.GlobalAveragePooling2D()(features)))
+    batch = random_images()
+    quantized = ptq.quantize(model, "min_max", calibration=batch)
+    assert_file_computes_the_model(quantized, tflite.convert(quantized), batch)
+    assert np.max(np.abs(quantized(batch) - model(batch))) < 0.05 * np.max(np.abs(model(batch)))
 
 
 def test_quantizers_are_placed_where_tflite_rounds():

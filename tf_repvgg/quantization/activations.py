@@ -147,11 +147,25 @@ def quantizer_before(tensor: Any) -> ActivationQuantizer:
     return layer
 
 
+def relu_name(layer: keras.layers.ReLU) -> str | None:
+    """Keras's name of the activation that a ReLU layer computes, "relu" or "relu6"; None for any other kind of ReLU.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization.activations import relu_name
+      >>> [relu_name(keras.layers.ReLU(*limits)) for limits in [(), (6.0,), (4.0,), (6.0, 0.1)]]
+      ['relu', 'relu6', None, None]
+    """
+    if np.any(layer.negative_slope) or np.any(layer.threshold):
+        return None
+    # Keras keeps the limit as a NumPy array, which no dictionary takes.
+    return {None: "relu", 6.0: "relu6"}.get(None if layer.max_value is None else float(layer.max_value))
+
+
 def _activation_name(layer):
     """Keras's name of the activation that a layer ends with, `_IDENTITY`, or None if the layer has no activation."""
     if isinstance(layer, keras.layers.ReLU):
-        is_plain = not np.any(layer.negative_slope) and not np.any(layer.threshold)
-        return {None: "relu", 6.0: "relu6"}.get(layer.max_value) if is_plain else None
+        return relu_name(layer)
     if isinstance(layer, keras.layers.Softmax):
         return "softmax"
     activation = getattr(layer, "activation", None)

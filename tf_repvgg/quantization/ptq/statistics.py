@@ -8,6 +8,7 @@ import numpy as np
 import tf_keras as keras
 
 from tf_repvgg import graph
+from tf_repvgg.quantization.activations import relu_name
 from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
 
 # Standard deviations on either side of the mean that a range holds (arXiv:1906.04721, section 5); fewer where the
@@ -168,9 +169,9 @@ def _pass_through(layer, inputs, node):
     first = inputs[0]
     if isinstance(layer, keras.layers.Activation):
         return _activate(first, layer, layer.activation.__name__)
-    if isinstance(layer, keras.layers.ReLU) and not np.any(layer.negative_slope) and not np.any(layer.threshold):
-        if layer.max_value in (None, 6.0):
-            return _activate(first, layer, "relu" if layer.max_value is None else "relu6")
+    if isinstance(layer, keras.layers.ReLU):
+        if (activation := relu_name(layer)) is not None:
+            return _activate(first, layer, activation)
     elif isinstance(layer, _UNCHANGED):
         return first
     elif isinstance(layer, _MEANS):

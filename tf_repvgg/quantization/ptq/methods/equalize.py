@@ -78,7 +78,9 @@ def _passes_factors(layer, is_first):
     if is_first or isinstance(layer, keras.layers.Activation):
         is_plain = not isinstance(layer, keras.layers.DepthwiseConv2D)
         return is_plain and layer.activation.__name__ in _HOMOGENEOUS_ACTIVATIONS
-    return isinstance(layer, _HOMOGENEOUS) or (isinstance(layer, keras.layers.ReLU) and layer.max_value is None)
+    if isinstance(layer, keras.layers.ReLU):
+        return layer.max_value is None and not np.any(layer.threshold)  # a slope below zero scales along
+    return isinstance(layer, _HOMOGENEOUS)
 
 
 def _takes_factors(layer):
