@@ -8,10 +8,13 @@ import subprocess
 
 import numpy as np
 import pytest
+import tf_keras as keras
 from helpers.networks import random_images, small_repvgg
 
 from tf_repvgg import report, runs, tflite
+from tf_repvgg.layers import RepVGGBlock
 from tf_repvgg.quantization import ptq
+from tf_repvgg.report.histograms import make_histograms
 from tf_repvgg.report.records import find_pareto_front
 
 SECTIONS = ("training", "accuracy", "weights", "cost", "layers", "images", "targets")
@@ -168,3 +171,16 @@ def test_layers_of_a_file():
 def test_sqnr():
     assert tflite.fidelity.sqnr_db(np.float32([3, 4]), np.float32([3, 4.5])) == pytest.approx(20)
     assert tflite.fidelity.sqnr_db(np.float32([3, 4]), np.float32([3, 4])) is None
+
+
+def test_codebooks_belong_to_layers_of_nested_models_by_their_unique_names():
+    inputs = keras.Input((8, 8, 4))
+    features = inputs
+    for name in ("left", "right"):
+        inner = keras.Input((8, 8, 4))
+        features = keras.Model(inner, RepVGGBlock(4, name="block")(inner), name=name)(features)
+    codebooks = {"left_block": [-1.0, 1.0], "right_block": [-2.0, 2.0]}
+    histograms = make_histograms(keras.Model(inputs, features), codebooks)
+    assert [histogram.layer for histogram in histograms] == ["left_block", "right_block"]
+    first, second = (histogram.codebook for histogram in histograms)
+    assert first[1] == -first[0] and second[1] == -second[0] and first != second

@@ -19,30 +19,32 @@ def make_histograms(model: keras.Model, codebooks: Mapping[str, list[float]]) ->
 
     Args:
       model: Any Keras model.
-      codebooks: {name of a layer: distinct weights of a file}.
+      codebooks: {name of a layer, as in `tf_repvgg.graph.unique_names`: distinct weights of a file}.
     """
+    names = graph.unique_names(model)
     blocks = graph.find_layers(model, ReparameterizedBlock)
     # Also blocks without the branch: other runs of the architecture have it in the same layers.
     keep_channels = [block for block in blocks if block.conv3x3.kernel.shape[2] * block.groups == block.filters]
     layers = keep_channels or blocks or graph.find_layers(model, WEIGHTED_LAYERS)
     picks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _SHOWN_LAYERS)).round().astype(int))
-    return [_make_histogram(layers[pick], codebooks.get(layers[pick].name)) for pick in picks]
+    shown = [(layers[pick], names.get(id(layers[pick]), layers[pick].name)) for pick in picks]
+    return [_make_histogram(layer, name, codebooks.get(name)) for layer, name in shown]
 
 
-def _make_histogram(layer, codebook):
+def _make_histogram(layer, name, codebook):
     if isinstance(layer, ReparameterizedBlock):
         merged = layer.equivalent_kernel_and_bias()[0].numpy()
-        branches = {name: kernel.numpy() for name, (kernel, _) in layer.branches().items()}
+        branches = {branch: kernel.numpy() for branch, (kernel, _) in layer.branches().items()}
     else:
         merged, branches = kernel_of(layer), {}
     std = float(np.std(merged)) or 1.0
     largest = max(float(np.max(np.abs(kernel))) for kernel in (merged, *branches.values())) / std
     edges = np.linspace(-largest, largest, _BINS + 1)
     return Histogram(
-        layer=layer.name,
+        layer=name,
         edges=edges,
         merged=np.histogram(merged / std, edges)[0],
-        branches={name: np.histogram(kernel[kernel != 0] / std, edges)[0] for name, kernel in branches.items()},
+        branches={branch: np.histogram(kernel[kernel != 0] / std, edges)[0] for branch, kernel in branches.items()},
         largest=float(np.max(np.abs(merged))) / std,
         codebook=codebook and [weight / std for weight in codebook],
     )
