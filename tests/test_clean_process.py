@@ -167,7 +167,8 @@ def test_a_forked_program_has_a_server_of_its_own(run_program):
 
 
 def test_a_server_that_has_been_killed_is_started_again():
-    os.kill(clean_process._find_server()._process.pid, signal.SIGKILL)
-    clean_process._find_server()._process.wait()
+    process = clean_process._find_server()._process
+    process.kill()
+    process.wait()
     with RemoteObject(collections.Counter, "aa") as counter:
         assert counter.call("total") == 2
