@@ -29,7 +29,7 @@ flags.DEFINE_integer("runs", 200, "Timed inferences of each file.", lower_bound=
 flags.DEFINE_integer("warmup_runs", 20, "Inferences of each file before the timed ones.", lower_bound=0)
 flags.DEFINE_integer("runs_per_turn", 10, "Inferences of a file before the turn of the next file.", lower_bound=1)
 flags.DEFINE_integer("threads", 1, "Interpreter threads.", lower_bound=1)
-flags.DEFINE_integer("batch", 8, "Images in a batch when throughput is measured.", lower_bound=1)
+flags.DEFINE_integer("batch", 8, "Images in a batch when throughput is measured, of files with batch 1.", lower_bound=1)
 flags.DEFINE_string("dataset", None, "Dataset on which accuracy is measured too: TFDS name, or folder:PATH.")
 flags.DEFINE_string(
     "data_dir", None, "TFDS data directory that holds the dataset; for a folder, the directory of PATH."
@@ -40,10 +40,12 @@ flags.DEFINE_string("output", None, "Folder to write to.")
 # {key in benchmark.json: header of the printed table}
 COLUMNS = {
     "file": "file",
+    "batch": "batch",
     "latency_ms_p50": "p50 ms",
     "latency_ms_p90": "p90 ms",
     "latency_ms_p99": "p99 ms",
     "throughput_images_per_second": "images/s",
+    "throughput_batch": "in batches",
     "peak_memory_mib": "peak MiB",
     "file_bytes": "bytes",
     "weight_bytes": "weight bytes",
@@ -79,24 +81,27 @@ def measure(path: Path, file: Isolated, times: Sequence[float], batch: int) -> d
       path: Path of the file.
       file: The file in its process.
       times: Milliseconds of single inferences.
-      batch: Images in a batch when throughput is measured.
+      batch: Images in a batch when throughput is measured; see `Isolated.throughput`.
 
     Returns:
       Entry of the file in benchmark.json.
     """
-    costs = file.costs()
+    costs, file_batch = file.costs(), file.batch()
+    throughput = file.throughput(batch, THROUGHPUT_RUNS)
     p50, p90, p99 = np.percentile(times, [50, 90, 99])
     return {
         "file": str(path),
+        "batch": file_batch,
         "latency_ms_p50": round(float(p50), 4),
         "latency_ms_p90": round(float(p90), 4),
         "latency_ms_p99": round(float(p99), 4),
-        "throughput_images_per_second": round(file.throughput(batch, THROUGHPUT_RUNS), 2),
+        "throughput_images_per_second": round(throughput.images_per_second, 2),
+        "throughput_batch": throughput.batch,
         "peak_memory_mib": round(file.peak_memory_mib(), 1),
         "file_bytes": path.stat().st_size,
         "weight_bytes": costs.weight_bytes,
         "macs": costs.macs,
-        "gmacs_per_second": round(costs.macs / p50 / 1e6, 3),
+        "gmacs_per_second": None if costs.macs is None else round(costs.macs / p50 / 1e6, 3),
         "weight_entropy_bits": None if costs.weight_entropy_bits is None else round(costs.weight_entropy_bits, 3),
     }
 
@@ -123,7 +128,7 @@ def measure_accuracy(name: str, file: Isolated) -> float:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = {key: header for key, header in COLUMNS.items() if key in rows[0]}
-    print(f"{FLAGS.runs} runs, {FLAGS.threads} thread(s), batch 1; throughput in batches of {FLAGS.batch}; LiteRT\n")
+    print(f"{FLAGS.runs} runs, {FLAGS.threads} thread(s), LiteRT; latency and MACs are those of a whole batch\n")
     print(tabulate([[row[key] for key in columns] for row in rows], list(columns.values()), intfmt=","))
 
 

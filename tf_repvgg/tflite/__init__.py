@@ -1,5 +1,6 @@
 """Fully integer TFLite files: writing them code for code, reading them and running them."""
 
+from tf_repvgg.tflite.complexity import Costs, costs
 from tf_repvgg.tflite.convert import (
     INFERENCE_TYPES,
     activation_bits,
@@ -8,8 +9,9 @@ from tf_repvgg.tflite.convert import (
     resolve_inference_type,
 )
 from tf_repvgg.tflite.fidelity import LayerFidelity, layers
-from tf_repvgg.tflite.interpreter import Latency, latency, predict
-from tf_repvgg.tflite.reader import Costs, Operator, costs, metadata, operators, weight_codes
+from tf_repvgg.tflite.interpreter import predict
+from tf_repvgg.tflite.reader import Operator, metadata, operators, weight_codes
+from tf_repvgg.tflite.timing import Latency, latency
 from tf_repvgg.tflite.weights import METADATA_NAME, with_weights
 
 __all__ = [

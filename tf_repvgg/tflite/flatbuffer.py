@@ -96,9 +96,15 @@ def tensor_name(tensor: schema.TensorT) -> str:
     return (tensor.name or b"").decode(errors="replace")
 
 
+def tensor_shape(tensor: schema.TensorT) -> tuple[int, ...]:
+    """The shape of a tensor; empty for a scalar."""
+    return () if tensor.shape is None else tuple(int(size) for size in tensor.shape)
+
+
 def operator_code(model: schema.ModelT, operator: schema.OperatorT) -> int:
     """The code of an operator in `schema.BuiltinOperator`."""
-    return model.operatorCodes[operator.opcodeIndex].builtinCode
+    code = model.operatorCodes[operator.opcodeIndex]
+    return max(code.builtinCode, code.deprecatedBuiltinCode)  # files of before 2020 have the second alone
 
 
 def weights_layout(model: schema.ModelT, operator: schema.OperatorT) -> WeightsLayout | None:

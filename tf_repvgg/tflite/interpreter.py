@@ -2,38 +2,14 @@
 
 import concurrent.futures
 import os
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tqdm import tqdm
 
 from tf_repvgg import native_output
-
-_WARMUP_RUNS = 10
-
-
-class Latency(NamedTuple):
-    """Time of one inference on one image.
-
-    Attributes:
-      p50_ms: Median, in milliseconds.
-      p90_ms: 90th percentile, in milliseconds.
-      runs: Number of timed inferences.
-      threads: Number of interpreter threads.
-
-    Example:
-      >>> from tf_repvgg.tflite import Latency
-      >>> Latency(p50_ms=1.5, p90_ms=1.75, runs=100, threads=2).p90_ms
-      1.75
-    """
-
-    p50_ms: float
-    p90_ms: float
-    runs: int
-    threads: int
 
 
 def load_interpreter(file: bytes, threads: int, default_delegate: bool = True, **options: Any) -> Interpreter:
@@ -152,33 +128,3 @@ def intermediate(file: bytes, images: np.ndarray, tensors: Sequence[int]) -> lis
         dequantize_output(np.stack(tensor_values), details[index])
         for tensor_values, index in zip(values, tensors, strict=True)
     ]
-
-
-def latency(file: bytes, threads: int = 1, runs: int = 100) -> Latency:
-    """Times single inferences on random input, after a warm-up.
-
-    Args:
-      file: TFLite file with one input.
-      threads: Number of interpreter threads.
-      runs: Number of timed inferences.
-
-    Example:
-      >>> import numpy as np
-      >>> import tf_keras as keras
-      >>> from tf_repvgg import tflite
-      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
-      >>> latency = tflite.latency(tflite.convert(model, calibration=np.ones([1, 8, 8, 3])), runs=50)
-      >>> 0 < latency.p50_ms <= latency.p90_ms
-      True
-    """
-    interpreter = load_interpreter(file, threads)
-    (details,) = interpreter.get_input_details()
-    noise = np.random.default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
-    interpreter.set_tensor(details["index"], quantize_input(noise, details))
-    times = []
-    for _ in range(_WARMUP_RUNS + runs):
-        started = time.perf_counter()
-        interpreter.invoke()
-        times.append(1000 * (time.perf_counter() - started))
-    p50, p90 = np.percentile(times[_WARMUP_RUNS:], [50, 90])
-    return Latency(float(p50), float(p90), runs, threads)

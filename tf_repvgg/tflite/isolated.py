@@ -1,20 +1,35 @@
 """Files of unknown origin in LiteRT, each in a process of its own: a crash or a hang stays in that process."""
 
 import resource
-import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.random import default_rng  # now, so that its memory does not count for a file
 from tqdm import tqdm
 
-from tf_repvgg.tflite import interpreter, reader
+from tf_repvgg.tflite import complexity, interpreter, reader, timing
 from tf_repvgg.tflite.clean_process import ProcessEnded, RemoteError, RemoteObject
 
 SECONDS = 120
 _BYTES_OF_MEMORY = 16 * 2**30
+
+
+class Throughput(NamedTuple):
+    """Speed of a file on batches.
+
+    Attributes:
+      images_per_second: Images per second, from the median time of a batch.
+      batch: Images in a batch.
+
+    Example:
+      >>> from tf_repvgg.tflite.isolated import Throughput
+      >>> Throughput(images_per_second=250.0, batch=8).batch
+      8
+    """
+
+    images_per_second: float
+    batch: int
 
 
 class Isolated:
@@ -65,13 +80,17 @@ class Isolated:
     def process_id(self) -> int:
         return self._process.process_id
 
-    def costs(self) -> reader.Costs:
+    def costs(self) -> complexity.Costs:
         """The costs of the file; see `tf_repvgg.tflite.costs`."""
         return self._call("costs")
 
     def metadata(self, name: str) -> bytes | None:
         """A metadata block of the file; see `tf_repvgg.tflite.metadata`."""
         return self._call("metadata", name)
+
+    def batch(self) -> int:
+        """Images of one inference: the first size of the file's input; 1 if it is open."""
+        return self._call("batch")
 
     def times(self, runs: int) -> list[float]:
         """Times single inferences on random input.
@@ -84,15 +103,14 @@ class Isolated:
         """
         return self._call("times", runs)
 
-    def throughput(self, batch: int, runs: int) -> float:
+    def throughput(self, batch: int, runs: int) -> Throughput:
         """Times inferences on batches of random input.
+
+        A file of batch 1 is resized to the batch, if it can be; any other file computes its own.
 
         Args:
           batch: Images in a batch.
           runs: Number of inferences.
-
-        Returns:
-          Images per second, from the median time.
         """
         return self._call("throughput", batch, runs)
 
@@ -150,37 +168,37 @@ class _LoadedFile:
         self._memory_at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._file = file
         reader.operators(file)  # refuses bytes that are not a TFLite file, before native code reads them
-        self._interpreter = interpreter.load_interpreter(file, threads)
-        self._fill_inputs(1)
+        self._threads = threads
+        self._load()
+        timing.check_sizes(self._interpreter)
+        self._batch = timing.batch_of(self._interpreter)
 
-    def _fill_inputs(self, batch):
-        (details, *_) = self._interpreter.get_input_details()
-        if batch != details["shape"][0]:
-            self._interpreter.resize_tensor_input(details["index"], [batch, *details["shape"][1:]])
-            self._interpreter.allocate_tensors()
-        for details in self._interpreter.get_input_details():
-            noise = default_rng(0).uniform(-1, 1, details["shape"]).astype(np.float32)
-            self._interpreter.set_tensor(details["index"], interpreter.quantize_input(noise, details))
+    def _load(self):
+        self._interpreter = None  # frees the memory of the last one before the next takes its own
+        self._interpreter = interpreter.load_interpreter(self._file, self._threads)
+        timing.fill_inputs(self._interpreter)
 
     def costs(self):
-        return reader.costs(self._file)
+        return complexity.costs(self._file)
 
     def metadata(self, name):
         return reader.metadata(self._file, name)
 
+    def batch(self):
+        return self._batch
+
     def times(self, runs):
-        times = []
-        for _ in range(runs):
-            started = time.perf_counter()
-            self._interpreter.invoke()
-            times.append(1000 * (time.perf_counter() - started))
-        return times
+        return timing.measure_times(self._interpreter, runs)
 
     def throughput(self, batch, runs):
-        self._fill_inputs(batch)
-        milliseconds = self.times(runs + 1)[1:]
-        self._fill_inputs(1)
-        return 1000 * batch / float(np.median(milliseconds))
+        is_resized = self._batch == 1 and timing.resize_batch(self._interpreter, batch)
+        if not is_resized:
+            batch = self._batch
+            self._load()
+        milliseconds = timing.measure_times(self._interpreter, runs + 1)[1:]
+        if is_resized:
+            self._load()
+        return Throughput(1000 * batch / float(np.median(milliseconds)), batch)
 
     def predict(self, images):
         return interpreter.predict(self._file, images)

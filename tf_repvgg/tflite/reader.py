@@ -1,4 +1,4 @@
-"""Contents of a TFLite file: operators, weight codes, and their costs."""
+"""Contents of a TFLite file: operators, weight codes, metadata."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class Operator(NamedTuple):
     Attributes:
       name: Name of the operator in TFLite's schema, such as "CONV_2D".
       version: Version of the operator.
-      output_shape: Shape of its first output.
+      output_shape: Shape of its first output; empty for an operator without outputs.
 
     Example:
       >>> from tf_repvgg.tflite import Operator
@@ -49,9 +49,11 @@ def operators(file: bytes) -> list[Operator]:
     flat = flatbuffer.unpack(file)
     return [
         Operator(
-            _NAMES[flatbuffer.operator_code(flat, operator)],
+            _NAMES.get(code := flatbuffer.operator_code(flat, operator), f"operator {code}"),
             flat.operatorCodes[operator.opcodeIndex].version,
-            tuple(int(size) for size in graph.tensors[operator.outputs[0]].shape),
+            flatbuffer.tensor_shape(graph.tensors[operator.outputs[0]])
+            if operator.outputs is not None and len(operator.outputs)
+            else (),
         )
         for graph in flat.subgraphs
         for operator in graph.operators
@@ -85,60 +87,6 @@ def weight_codes(file: bytes) -> list[QuantizedKernel]:
                 codes = flatbuffer.weight_codes(flat, weights, layout)
                 kernels.append(QuantizedKernel(codes, np.asarray(weights.quantization.scale, np.float32)))
     return kernels
-
-
-class Costs(NamedTuple):
-    """Costs of running and storing a file.
-
-    Attributes:
-      macs: Multiply-accumulates of convolutions and dense layers in one inference.
-      weight_bytes: Bytes of their weights, as stored.
-      weight_entropy_bits: Entropy of the codes of a weight tensor in bits per weight, mean over all weights; None if
-        weights are float.
-
-    Example:
-      >>> from tf_repvgg.tflite import Costs
-      >>> Costs(macs=8_000_000, weight_bytes=4096, weight_entropy_bits=2.5).weight_bytes
-      4096
-    """
-
-    macs: int
-    weight_bytes: int
-    weight_entropy_bits: float | None
-
-
-def costs(file: bytes) -> Costs:
-    """Counts the costs of a file's main graph.
-
-    Raises:
-      ValueError: If the file is not a TFLite file.
-
-    Example:
-      >>> import numpy as np
-      >>> import tf_keras as keras
-      >>> from tf_repvgg import tflite
-      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
-      >>> costs = tflite.costs(tflite.convert(model, calibration=np.ones([1, 8, 8, 3])))
-      >>> costs.macs == 6 * 6 * 4 * 3 * 3 * 3, costs.weight_bytes
-      (True, 108)
-    """
-    flat = flatbuffer.unpack(file)
-    graph, macs, tensors = flat.subgraphs[0], 0, {}
-    for operator in graph.operators:
-        if (layout := flatbuffer.weights_layout(flat, operator)) is None:
-            continue
-        weights = flatbuffer.weights_tensor(graph, operator)
-        output = graph.tensors[operator.outputs[0]]
-        channels = int(weights.shape[layout.channel_axis])
-        macs += int(np.prod(output.shape)) * (int(np.prod(weights.shape)) // channels)
-        tensors[id(weights)] = weights, layout
-    weight_bytes = sum(len(flat.buffers[weights.buffer].data) for weights, _ in tensors.values())
-    integer_types = (schema.TensorType.INT8, schema.TensorType.INT4)
-    if not tensors or any(weights.type not in integer_types for weights, _ in tensors.values()):
-        return Costs(macs, weight_bytes, None)
-    kernels = [flatbuffer.weight_codes(flat, weights, layout) for weights, layout in tensors.values()]
-    bits = sum(codes.size * entropy_bits(codes) for codes in kernels)
-    return Costs(macs, weight_bytes, bits / sum(codes.size for codes in kernels))
 
 
 def entropy_bits(codes: np.ndarray) -> float:
