@@ -168,6 +168,25 @@ def count_uses(model: keras.Model, key: str) -> int:
     return model._tensor_usage_count[key]
 
 
+def input_names(model: keras.Model) -> list[str]:
+    """Names of the inputs of a functional model, in the order of `model.inputs`: keys of its dictionary, or of layers.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import graph
+      >>> left, right = keras.Input([3], name="left"), keras.Input([3], name="right")
+      >>> graph.input_names(keras.Model([left, right], left + right))
+      ['left', 'right']
+      >>> graph.input_names(keras.Model({"b": left, "a": right}, left + right))
+      ['a', 'b']
+    """
+    names = list(model.input_names)
+    if not isinstance(model.input, dict):
+        return names
+    keys = sorted(model.input)  # the order in which TensorFlow flattens a dictionary
+    return keys if len(keys) == len(names) else names
+
+
 def pack_inputs(model: keras.Model, tensors: Sequence[Any]) -> Any:
     """Puts tensors, one for each input of a functional model, into the structure that the model is called with.
 
