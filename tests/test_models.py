@@ -10,7 +10,6 @@ import tensorflow as tf
 import tf_keras as keras
 from helpers.random_weights import randomize, relative_error
 
-from tf_repvgg import outliers
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
 from tf_repvgg.models import VARIANTS, Complexity, Variant, build_repvgg, complexity, summary
@@ -338,40 +337,3 @@ def test_ten_training_steps_of_a0_at_224(run_program):
     result = run_program("-c", _TEN_STEPS)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout == "trained\n"
-
-
-def test_outlier_report():
-    model = build_repvgg("digits", (8, 8, 1), 10, norm="oabn", oabn_k=0.05)
-    block = model.get_layer("stage1_block2")
-    block.norm_identity.gamma.assign([0.0] * 4 + [0.02] * 4 + [3.0] * 8)
-    lines = []
-    layers = {layer.name: layer for layer in outliers.report(model, print_fn=lines.append)}
-    assert list(layers) == ["stem", *(f"stage{s}_block{i}" for s in (1, 2, 3) for i in (1, 2)), "logits"]
-    printed = "\n".join(lines)
-    assert all(name in printed for name in layers)
-    layer = layers["stage1_block2"]
-    kernel = block.equivalent_kernel_and_bias()[0].numpy()
-    assert layer.std == pytest.approx(kernel.std(), rel=1e-5)
-    assert layer.largest == pytest.approx(np.abs(kernel).max(), rel=1e-6)
-    assert layer.outlier_ratio == pytest.approx(np.abs(kernel).max() / kernel.std(), rel=1e-5)
-    assert layer.kurtosis == pytest.approx(np.mean((kernel - kernel.mean()) ** 4) / kernel.var() ** 2, rel=1e-4)
-    assert layer.branch_largest["identity"] == pytest.approx(0.05, rel=1e-5)
-    assert layer.clipped_share == 0.5
-    assert layer.gamma_over_sigma == pytest.approx((0, (0.02 + 0.05) / 2, 0.05), rel=1e-4)
-    assert layers["stage1_block1"].gamma_over_sigma is not None  # 16 channels in, 16 out: it has an identity
-    assert layers["stem"].gamma_over_sigma is None
-    assert layers["logits"].branch_largest == {}
-
-
-def test_outlier_report_knows_both_forms_and_both_norms():
-    model = build_repvgg(dataclasses.replace(VARIANTS["digits"], se_reduction=8), (8, 8, 1), 10)
-    before, after = outliers.report(model), outliers.report(fuse(model))
-    assert [layer.name for layer in before] == [layer.name for layer in after]
-    for layer, fused_layer in zip(before, after, strict=True):
-        assert layer.outlier_ratio == pytest.approx(fused_layer.outlier_ratio, rel=1e-5)
-        assert layer.clipped_share is None
-    # Gammas start at 1 and variances too: the identity tap of plain BN is 1.
-    (block,) = [layer for layer in before if layer.name == "stage1_block1"]
-    assert block.branch_largest["identity"] == pytest.approx(1, rel=1e-4)
-    (record,) = outliers.as_records([block])
-    assert record["gamma_over_sigma"] == pytest.approx((1, 1, 1), rel=1e-4)

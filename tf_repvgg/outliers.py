@@ -11,13 +11,27 @@ from tabulate import tabulate
 from tf_repvgg import graph
 from tf_repvgg.layers import OutlierAwareBatchNormalization, ReparameterizedBlock
 
+# Their kernels have output channels before input channels.
+_TRANSPOSED_LAYERS = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+# Separable and transposed convolutions are subclasses of these.
+_LAYERS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Dense,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelStatistics:
     """Statistics of one merged kernel.
 
     Attributes:
-      name: Name of the layer.
+      name: Name of the layer; "<layer>/depthwise" and "<layer>/pointwise" for the kernels of a separable convolution.
       std: Standard deviation of all weights.
       largest: Largest magnitude of a weight.
       outlier_ratio: Quotient largest / std, which a per-tensor grid has to span.
@@ -53,6 +67,8 @@ class KernelStatistics:
 def report(model: keras.Model, print_fn: Callable[[str], object] | None = None) -> list[KernelStatistics]:
     """Computes statistics of every block (merged), convolution and dense layer of a model in either form.
 
+    Convolutions are those of any kind: grouped, depthwise, separable and transposed, of one to three dimensions.
+
     Args:
       model: Any Keras model.
       print_fn: Function that receives a readable table; None for no table.
@@ -70,8 +86,8 @@ def report(model: keras.Model, print_fn: Callable[[str], object] | None = None) 
     for layer in graph.find_layers(model):
         if isinstance(layer, ReparameterizedBlock):
             statistics.append(_describe_block(layer))
-        elif isinstance(layer, keras.layers.Conv2D | keras.layers.Dense) and not _is_inside_block(layer, model):
-            statistics.append(_describe_kernel(layer.name, layer.kernel.numpy()))
+        elif isinstance(layer, _LAYERS) and not _is_inside_block(layer, model):
+            statistics += [_describe_kernel(name, kernel) for name, kernel in _find_kernels(layer).items()]
     if print_fn is not None:
         print_fn(_make_table(statistics))
     return statistics
@@ -93,6 +109,24 @@ def as_records(statistics: Sequence[KernelStatistics]) -> list[dict[str, Any]]:
 def _is_inside_block(layer, model):
     blocks = graph.find_layers(model, ReparameterizedBlock)
     return any(layer is inner for block in blocks for inner in (block.conv3x3, block.conv1x1))
+
+
+def _find_kernels(layer):
+    """{name: kernel with output channels last} of a layer; a separable convolution has two."""
+    if isinstance(layer, keras.layers.SeparableConv1D | keras.layers.SeparableConv2D):
+        return {
+            f"{layer.name}/depthwise": _flatten_depthwise(layer.depthwise_kernel.numpy()),
+            f"{layer.name}/pointwise": layer.pointwise_kernel.numpy(),
+        }
+    if isinstance(layer, keras.layers.DepthwiseConv1D | keras.layers.DepthwiseConv2D):
+        return {layer.name: _flatten_depthwise(layer.depthwise_kernel.numpy())}
+    is_transposed = isinstance(layer, _TRANSPOSED_LAYERS)
+    return {layer.name: np.swapaxes(layer.kernel, -1, -2) if is_transposed else layer.kernel.numpy()}
+
+
+def _flatten_depthwise(kernel):
+    """The kernel [..., channels, depth multiplier] of a depthwise convolution as [..., 1, output channels]."""
+    return kernel.reshape(*kernel.shape[:-2], 1, -1)
 
 
 def _describe_kernel(name, kernel, branch_largest=None, gamma_over_sigma=None, clipped_share=None):
