@@ -20,7 +20,7 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 # floors below it, so from no other room on its own floor. The room "quantization" is the package without its wings.
 FLOORS = (
     ("by_name", "graph", "native_output", "provenance", "storage", "version"),
-    ("data", "layers", "runs"),
+    ("converter", "data", "layers", "runs"),
     ("fusion", "models", "outliers"),
     ("quantization",),
     ("quantization.ptq", "quantization.qat"),

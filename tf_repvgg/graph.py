@@ -4,7 +4,8 @@ The internals are those of Keras 2 (`tf_keras`), whose development has ended.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -261,6 +262,7 @@ def rebuild(
     replace: Callable[[keras.layers.Layer], Callable],
     replace_input: Callable[[Any], Any] | None = None,
     inline_nested: bool = False,
+    input_dtypes: Mapping[str, Any] = MappingProxyType({}),
 ) -> keras.Model:
     """Builds a new functional model: the graph of `model` with `replace(layer)` called in place of every layer.
 
@@ -274,6 +276,7 @@ def rebuild(
       replace_input: Function from tensor to tensor, called on each input of the model.
       inline_nested: Whether the layers of nested models become layers of the new model itself; by default nested
         models are rebuilt as such.
+      input_dtypes: {name of the layer of an input: type of the new model's input}; by default the type it has.
 
     Example:
       >>> import tf_keras as keras
@@ -297,14 +300,19 @@ def rebuild(
                 replacements[id(layer)] = inline(layer) if inline_nested else rebuild_graph(layer)
         return replacements[id(layer)]
 
-    def rebuild_graph(owner, replace_input=lambda tensor: tensor):
+    def rebuild_graph(owner, replace_input=lambda tensor: tensor, dtypes=MappingProxyType({})):
         inputs = [
-            keras.Input(tensor.shape[1:], dtype=tensor.dtype, name=tensor.node.layer.name) for tensor in owner.inputs
+            keras.Input(tensor.shape[1:], dtype=dtypes.get(name, tensor.dtype), name=name)
+            for tensor, name in ((tensor, tensor.node.layer.name) for tensor in owner.inputs)
         ]
         outputs = replay(owner, [replace_input(tensor) for tensor in inputs], find_replacement)
         return keras.Model(pack_inputs(owner, inputs), outputs, name=owner.name)
 
-    return rebuild_graph(model, replace_input) if replace_input else rebuild_graph(model)
+    return rebuild_graph(model, replace_input or (lambda tensor: tensor), input_dtypes)
+
+
+class CopyError(ValueError):
+    """A layer cannot be made from its configuration."""
 
 
 def copy_layer(layer: keras.layers.Layer, weights: Sequence[np.ndarray] | None = None, **changes: Any) -> Callable:
@@ -317,6 +325,9 @@ def copy_layer(layer: keras.layers.Layer, weights: Sequence[np.ndarray] | None =
 
     Returns:
       The copy as a callable that takes the arguments of the layer's calls. It has its weights after the first call.
+
+    Raises:
+      CopyError: If the layer cannot be made from its configuration.
 
     Example:
       >>> import tf_keras as keras
@@ -331,7 +342,13 @@ def copy_layer(layer: keras.layers.Layer, weights: Sequence[np.ndarray] | None =
     config = layer.get_config() | changes
     if layer.compute_dtype != layer.variable_dtype:
         config["dtype"] = layer.variable_dtype
-    copy = type(layer).from_config(config)
+    try:
+        copy = type(layer).from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise CopyError(
+            f"layer {layer.name!r} ({type(layer).__name__}) cannot be copied; get_config() must give every argument of "
+            f"the constructor ({' '.join(str(error).split())[-200:]})"
+        ) from None
 
     def call(*arguments, **keywords):
         outputs = copy(*arguments, **keywords)

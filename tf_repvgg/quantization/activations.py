@@ -21,7 +21,7 @@ _FUSED_ACTIVATIONS = ("linear", "relu", "relu6")
 # `_activation_name` of a Keras layer that computes nothing; no function can have this name.
 _IDENTITY = "<identity>"
 # TFLite gives the outputs of these layers the scale of their input; with a grid of their own they would not convert.
-_RANGE_PRESERVING = (
+RANGE_PRESERVING = (
     keras.layers.AveragePooling2D,
     keras.layers.Cropping2D,
     keras.layers.Dropout,
@@ -111,7 +111,7 @@ def quantize_activations(
         name = names[id(layer)]
         activation = _activation_name(layer)
         options = _quantizer_options(activation, bits)
-        if isinstance(layer, WEIGHTED_LAYERS) and activation not in _FUSED_ACTIVATIONS:
+        if isinstance(layer, weighted) and activation not in (None, *_FUSED_ACTIVATIONS):
             linear = replace_weighted(layer, {"name": name, "activation": "linear"})
             activate = keras.layers.Activation(layer.activation, name=f"{name}_activation")
             return lambda *arguments, **keywords: quantize(
@@ -121,7 +121,7 @@ def quantize_activations(
             copy = replace_weighted(layer, {"name": name})
         else:
             copy = graph.copy_layer(layer, name=name)
-        if isinstance(layer, _RANGE_PRESERVING) or id(layer) in fused_with_relu or activation == _IDENTITY:
+        if isinstance(layer, RANGE_PRESERVING) or id(layer) in fused_with_relu or activation == _IDENTITY:
             return copy
         return lambda *arguments, **keywords: quantize(copy(*arguments, **keywords), name, **options)
 
@@ -129,6 +129,18 @@ def quantize_activations(
         return quantize(tensor, tensor.node.layer.name)
 
     return graph.rebuild(model, replace, replace_input, inline_nested=True)
+
+
+def copy_without_rounding(model: keras.Model) -> keras.Model:
+    """Copies a fused model as `quantize_activations` does, with layers that compute nothing in place of quantizers.
+
+    Args:
+      model: Functional deploy-form model.
+
+    Raises:
+      ValueError: If the model is not functional.
+    """
+    return quantize_activations(model, make_quantizer=lambda name, **_: keras.layers.Activation("linear", name=name))
 
 
 def quantizer_before(tensor: Any) -> ActivationQuantizer:
@@ -195,7 +207,7 @@ def _find_layers_fused_with_relu(model):
                     continue
                 is_only_use = graph.count_uses(owner, key) == 1 and key not in outputs
                 is_linear = _activation_name(source) in (None, "linear")
-                fuses = is_relu and is_only_use and is_linear and not isinstance(source, _RANGE_PRESERVING)
+                fuses = is_relu and is_only_use and is_linear and not isinstance(source, RANGE_PRESERVING)
                 (fused if fuses else not_fused).add(id(source))
         not_fused.update(id(sources[key]) for key in outputs if key in sources)
     return fused - not_fused

@@ -12,6 +12,7 @@ from tf_repvgg.tflite.fidelity import LayerFidelity, layers
 from tf_repvgg.tflite.interpreter import predict
 from tf_repvgg.tflite.reader import Operator, metadata, operators, weight_codes
 from tf_repvgg.tflite.timing import Latency, latency
+from tf_repvgg.tflite.verification import WrongFileError, make_samples, verify
 from tf_repvgg.tflite.weights import METADATA_NAME, with_weights
 
 __all__ = [
@@ -21,16 +22,19 @@ __all__ = [
     "Latency",
     "LayerFidelity",
     "Operator",
+    "WrongFileError",
     "activation_bits",
     "convert",
     "convert_float",
     "costs",
     "latency",
     "layers",
+    "make_samples",
     "metadata",
     "operators",
     "predict",
     "resolve_inference_type",
+    "verify",
     "weight_codes",
     "with_weights",
 ]

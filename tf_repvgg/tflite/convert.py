@@ -1,19 +1,19 @@
-"""Running TensorFlow's converter on a fused Keras model; `weights` then writes the exact codes into its file."""
+"""Writing integer files: TensorFlow's converter on a quantized model, then the exact codes, then a check."""
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
-from ai_edge_litert import schema_py_generated as schema
 
-from tf_repvgg import native_output
+from tf_repvgg import converter, graph
+from tf_repvgg.quantization import ptq
 from tf_repvgg.quantization.activations import quantizers
-from tf_repvgg.quantization.checks import check_fused, validate_images
+from tf_repvgg.quantization.checks import check_fused
+from tf_repvgg.quantization.samples import read_samples, stack_samples
 from tf_repvgg.quantization.uniform import QuantizedKernel
-from tf_repvgg.tflite import flatbuffer
+from tf_repvgg.tflite.verification import make_samples, verify, verify_outputs
 from tf_repvgg.tflite.weights import with_weights
 
 INFERENCE_TYPES = {"int8": tf.int8, "uint8": tf.uint8, "int16": tf.int16, "float32": tf.float32}
@@ -28,17 +28,18 @@ def convert(
     weight_bits: int = 8,
     kernels: Mapping[str, QuantizedKernel] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> bytes:
     """Writes a fused model as a fully integer file: int8 activations and weights, integer biases, batch 1.
 
     A quantized model, one that holds `ActivationQuantizer`s, needs no calibration: the file has its calibration ranges,
     and int16 activations if they have 16 bits. For any other model the ranges are the smallest and the largest
-    values on the calibration images. Weights are written by `with_weights`.
+    values on the calibration images (see `tf_repvgg.quantization.ptq.calibrate`). Weights are written by
+    `with_weights`. Every file is run beside the quantized model before it is returned (see `verify`).
 
     Args:
-      model: Deploy-form model with one input (see `tf_repvgg.fusion.fuse`).
-      calibration: Normalized float images, each [height, width, channels]; None for a quantized model, whose input must
-        then have a fixed size.
+      model: Deploy-form model (see `tf_repvgg.fusion.fuse`).
+      calibration: Calibration images, as for `ptq.calibrate`; None for a quantized model.
       per_channel: Whether each output channel has a weight scale of its own; otherwise each tensor has one.
       inference_type: Type of input and output: "int8", "uint8" or "float32", or for int16 activations "int16" or
         "float32"; by default the type of the activations.
@@ -46,14 +47,16 @@ def convert(
       kernels: {layer name: codes and scales} of layers that are quantized already; see `with_weights`.
       metadata: JSON-serializable content to store in the file under the name TF_REPVGG_INPUT, such as the
         preprocessing that the model expects and the names of its classes.
+      image_size: Height and width for a model that leaves them free.
 
     Returns:
       The file.
 
     Raises:
-      ValueError: If the model is not fused or has several inputs, the inference type or the bits are unknown, or
-        calibration images are missing, of another shape, not finite, or given for a quantized model; or if an
-        activation of a quantized model has no range.
+      ValueError: If the model is not fused or has an operation without an integer form, the inference type or the bits
+        are unknown, or calibration images are missing, of another shape, not finite, or given for a quantized model;
+        or if an activation of a quantized model has no range, or the model's size is free.
+      WrongFileError: If the file computes something else than the quantized model. The message names the layer.
 
     Example:
       >>> import numpy as np
@@ -67,16 +70,49 @@ def convert(
     """
     inference_type = resolve_inference_type(inference_type, activation_bits(model))
     check_fused(model)
-    if len(model.inputs) != 1:
-        raise ValueError(f"files are written for models of one input, and {model.name!r} has {len(model.inputs)}")
     if quantizers(model):
-        _check_quantized(model, calibration)
-        file = _run_converter(model, model.input_shape[1:], inference_type)
-        _check_integer(file)
+        if calibration is not None:
+            raise ValueError("the model holds its own calibration ranges; leave calibration out")
+        _check_ranges(model)
+        shapes = _input_shapes(model, image_size)
+        quantized, file = model, _convert_quantized(model, shapes, inference_type)
+        if names := converter.find_float_tensors(file):
+            raise ValueError(
+                f"the file would compute {names[0]!r} in float; put an ActivationQuantizer after every operation, as "
+                "tf_repvgg.quantization.quantize_activations does"
+            )
     else:
-        images = validate_images(() if calibration is None else calibration, model.input_shape)
-        file = _run_converter(model, images[0].shape[1:], inference_type, images)
-    return with_weights(file, model, weight_bits, per_channel, kernels, metadata)
+        samples = read_samples(calibration, model)
+        shapes = [array.shape[1:] for array in samples[0]]
+        quantized, file = _convert_float(model, samples, shapes, inference_type)
+    file = with_weights(file, quantized, weight_bits, per_channel, kernels, metadata)
+    if quantizers(quantized):
+        verify(file, quantized, make_samples(quantized, shapes))
+    return file
+
+
+def _convert_quantized(model, shapes, inference_type):
+    tensorflow_converter = converter.make_integer_converter(
+        model, shapes, activation_bits(model), INFERENCE_TYPES[inference_type]
+    )
+    return converter.run(tensorflow_converter)
+
+
+def _convert_float(model, samples, shapes, inference_type):
+    """The model whose weights the file gets, and the file: by quantizers, or where they do not suffice, TensorFlow's."""
+    try:
+        calibrated = ptq.calibrate(model, dict(zip(graph.input_names(model), stack_samples(samples), strict=True)))
+    except graph.CopyError:
+        pass
+    else:
+        file = _convert_quantized(calibrated, shapes, inference_type)
+        if not converter.find_float_tensors(file):
+            return calibrated, file
+    # Operations inside of layers have no quantizers of their own. TensorFlow calibrates them, and may fold constants
+    # into biases, which `with_weights` keeps.
+    file = converter.run(converter.make_calibrating_converter(model, samples, INFERENCE_TYPES[inference_type]))
+    verify_outputs(file, model, samples)
+    return model, file
 
 
 def activation_bits(model: keras.Model) -> int:
@@ -118,38 +154,31 @@ def resolve_inference_type(inference_type: str | None, bits: int) -> str:
     return inference_type or known[0]
 
 
-def _check_quantized(model, calibration):
-    if calibration is not None:
-        raise ValueError("the model holds its own calibration ranges; leave calibration out")
-    _check_fixed_size(model)
+def _check_ranges(model):
     for quantizer in quantizers(model):
         if not np.all(np.isfinite(quantizer.range.numpy())):
             raise ValueError(f"{quantizer.name!r} has no range yet; train the model, or quantize it by a method of ptq")
 
 
-def _check_fixed_size(model):
-    if None in model.input_shape[1:]:
-        raise ValueError(f"the model's input is {model.input_shape[1:]}; a file needs images of a fixed size")
+def _input_shapes(model, image_size=None):
+    """Shape of one sample of each input, with the given size in place of free height and width."""
+    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+    if image_size is not None:
+        shapes = [(*image_size, shape[-1]) if shape[:2] == (None, None) else shape for shape in shapes]
+    for name, shape in zip(model.input_names, shapes, strict=True):
+        if None in shape:
+            raise ValueError(
+                f"the model's input {name!r} is {shape}; a file needs a fixed size: give image_size=(height, width)"
+            )
+    return shapes
 
 
-def _check_integer(file):
-    """Refuses a file that computes in float somewhere: an activation without a quantizer causes such a tensor."""
-    flat = flatbuffer.unpack(file)
-    for subgraph in flat.subgraphs:
-        for operator in subgraph.operators:
-            output = subgraph.tensors[operator.outputs[0]]
-            if output.type == schema.TensorType.FLOAT32 and operator.outputs[0] not in subgraph.outputs:
-                raise ValueError(
-                    f"the file would compute {flatbuffer.tensor_name(output)!r} in float; put an ActivationQuantizer "
-                    "after every operation, as tf_repvgg.quantization.quantize_activations does"
-                )
-
-
-def convert_float(model: keras.Model) -> bytes:
+def convert_float(model: keras.Model, image_size: tuple[int, int] | None = None) -> bytes:
     """Writes a fused model as a float32 file of batch 1, the input of other quantization tools.
 
     Args:
-      model: Deploy-form model for images of a fixed size.
+      model: Deploy-form model.
+      image_size: Height and width for a model that leaves them free.
 
     Raises:
       ValueError: If the model holds a block in training form, or its input has no fixed size.
@@ -162,36 +191,4 @@ def convert_float(model: keras.Model) -> bytes:
       True
     """
     check_fused(model)
-    _check_fixed_size(model)
-    return _run_quietly(_make_converter(model, model.input_shape[1:]))
-
-
-def _make_converter(model, image_shape):
-    # A fixed batch of 1, for runtimes without dynamic shapes.
-    function = tf.function(lambda image: model(image, training=False)).get_concrete_function(
-        tf.TensorSpec((1, *image_shape), tf.float32, name="image")
-    )
-    # The variables that the function reads. Given the Keras model instead, TensorFlow would trace and save every layer.
-    holder = tf.Module()
-    holder.weights = model.weights
-    return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
-
-
-def _run_converter(model, image_shape, inference_type, images: Sequence[np.ndarray] | None = None):
-    """Runs TensorFlow's own integer conversion; only the grid of the weights is not the final one."""
-    converter = _make_converter(model, image_shape)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if images is not None:
-        converter.representative_dataset = lambda: ([image] for image in images)
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    if activation_bits(model) == 16:
-        int16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
-        converter.target_spec.supported_ops = [int16]
-    converter.inference_input_type = converter.inference_output_type = INFERENCE_TYPES[inference_type]
-    return _run_quietly(converter)
-
-
-def _run_quietly(converter):
-    with warnings.catch_warnings(), native_output.hide():
-        warnings.simplefilter("ignore")
-        return converter.convert()
+    return converter.run(converter.make_converter(model, _input_shapes(model, image_size)))

@@ -9,7 +9,8 @@ import numpy as np
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
 
-from tf_repvgg import graph
+from tf_repvgg import converter, graph
+from tf_repvgg.quantization.activations import quantizers
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, kernel_of
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias, quantize_min_max
 from tf_repvgg.tflite import flatbuffer
@@ -76,6 +77,7 @@ def with_weights(
     layers = graph.find_layers(model, WEIGHTED_LAYERS)
     given = {id(layer): layer.get_quantized_kernel() for layer in layers if isinstance(layer, QuantizedLayer)}
     given |= _find_given_layers(kernels or {}, layers, names)
+    has_quantizers = bool(quantizers(model))
     for subgraph in flat.subgraphs:
         _widen_dead_activations(flat, subgraph)
         _mend_16_bit_activations(flat, subgraph)
@@ -91,8 +93,11 @@ def with_weights(
             flatbuffer.set_weights_name(tensor, names[id(use.layer)])
             for operator, input_scale in zip(use.operators, input_scales, strict=True):
                 bias_scale = input_scale * kernel.scale
-                codes = _round_bias(names[id(use.layer)], bias, bias_scale)
+                # Over a quantizer, the converter folds nothing.
+                folded = bias if has_quantizers else _find_folded_bias(flat, subgraph, operator, bias)
+                codes = _round_bias(names[id(use.layer)], folded, bias_scale)
                 flatbuffer.set_bias(flat, subgraph, operator, codes, bias_scale)
+    flatbuffer.order_inputs(flat, converter.name_inputs(model))
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
@@ -195,9 +200,27 @@ def _find_layer(flat, tensor, layout, bias_tensor, layers, calls):
             f"the file's weights {flatbuffer.tensor_name(tensor)!r} {list(tensor.shape)} are those of no layer of the "
             "model; was it changed after the conversion?"
         )
-    # The converter leaves out biases of zero.
-    bias = 0.0 if bias_tensor is None else flatbuffer.bias_codes(flat, bias_tensor) * bias_tensor.quantization.scale
+    bias = _read_bias(flat, bias_tensor)
     return min(candidates, key=lambda layer: (np.max(np.abs(bias_of(layer) - bias)), calls[id(layer)]))
+
+
+def _find_folded_bias(flat, subgraph, operator, bias):
+    """The bias of a layer, or that of the operator if the converter has folded a constant into it."""
+    bias_tensor = flatbuffer.bias_tensor(subgraph, operator)
+    if bias_tensor is None:
+        return bias
+    read = _read_bias(flat, bias_tensor)
+    rounding = np.max(bias_tensor.quantization.scale) + _ROUNDING * np.max(np.abs(bias), initial=0)
+    return bias if np.all(np.abs(read - bias) <= rounding) else read.astype(np.float32)
+
+
+def _read_bias(flat, bias_tensor):
+    """The bias of an operator, [output channels], or 0.0 without one: the converter leaves out biases of zero."""
+    if bias_tensor is None:
+        return 0.0
+    codes, scale = flatbuffer.bias_codes(flat, bias_tensor), bias_tensor.quantization.scale
+    # The converter rounds equal biases of all channels at the scale of the first channel, whatever the others have.
+    return codes * (scale[0] if np.all(codes == codes[0]) else scale)
 
 
 def _round_bias(layer_name, bias, scale):

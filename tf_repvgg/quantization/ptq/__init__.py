@@ -1,21 +1,23 @@
 """Post-training quantization: `quantize` applies a method of `METHODS`, or several in a row, to a fused network."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import tf_keras as keras
 
 from tf_repvgg import fusion, graph
-from tf_repvgg.quantization.checks import bits_by_layer, check_fused, validate_images
-from tf_repvgg.quantization.ptq.calibration import LARGEST_INPUT
+from tf_repvgg.quantization.activations import copy_without_rounding, quantize_activations, quantizers
+from tf_repvgg.quantization.checks import bits_by_layer, check_fused
+from tf_repvgg.quantization.ptq.calibration import Calibration
 from tf_repvgg.quantization.ptq.methods import METHODS, Method
 from tf_repvgg.quantization.ptq.methods.dfq_data_free import check_statistics
 from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.observers import find_extremes
 from tf_repvgg.quantization.ptq.options import Options
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer
 from tf_repvgg.quantization.quantized_model import QuantizedModel
+from tf_repvgg.quantization.samples import read_samples, stack_samples
 
 __all__ = [
     "METHODS",
@@ -23,6 +25,7 @@ __all__ = [
     "Network",
     "Options",
     "bits_by_layer",
+    "calibrate",
     "check_data_free",
     "dequantize",
     "needs_calibration",
@@ -37,19 +40,20 @@ def quantize(
     method: str = "min_max",
     weight_bits: int | str | Mapping[str, int] = 8,
     per_channel: bool = False,
-    calibration: Iterable[np.ndarray] | None = None,
+    calibration: Any = None,
     **options: Any,
 ) -> QuantizedModel:
     """Quantizes a fused model after training: weights to a few bits, activations to 8 or 16.
 
     Args:
-      model: Fused functional model with one input (see `tf_repvgg.fusion.fuse`).
+      model: Fused functional model (see `tf_repvgg.fusion.fuse`).
       method: Name in `METHODS`, or several in the order in which they are applied: "equalize+adaquant".
       weight_bits: Width of weights, 2 to 8, or widths by name pattern, first match wins: "stem=8,.*=4" as text or as
         {pattern: bits}.
       per_channel: Whether each output channel has a weight scale of its own.
-      calibration: Normalized float images [height, width, channels], without a batch dimension; None for a method that
-        needs none (see `needs_calibration`).
+      calibration: Images as for training the model, in any form that `tf_repvgg.quantization.samples.read_samples`
+        takes: an array, a list, a generator or a `tf.data.Dataset`, with or without labels and a batch dimension,
+        dictionaries for several inputs; None for a method that needs none (see `needs_calibration`).
       **options: Fields of `Options`.
 
     Returns:
@@ -81,7 +85,7 @@ def quantize_network(
     method: str = "min_max",
     weight_bits: int | str | Mapping[str, int] = 8,
     per_channel: bool = False,
-    calibration: Iterable[np.ndarray] | None = None,
+    calibration: Any = None,
     **options: Any,
 ) -> Network:
     """Quantizes as `quantize` does, and returns both forms: the quantized one, and the float one that was rounded.
@@ -93,7 +97,7 @@ def quantize_network(
       method: Name in `METHODS`, or several joined by "+".
       weight_bits: Width of weights, or widths by name pattern.
       per_channel: Whether each output channel has a weight scale of its own.
-      calibration: Normalized float images [height, width, channels].
+      calibration: Calibration images.
       **options: Fields of `Options`.
 
     Raises:
@@ -114,13 +118,49 @@ def quantize_network(
     check_fused(model)
     images = None
     if calibration is not None or needs_calibration(method):
-        images = _stack_normalized(validate_images(() if calibration is None else calibration, model.input_shape))
+        images = stack_samples(read_samples(calibration, model))
     network = Network(model, images, bits_by_layer(model, weight_bits), per_channel, settings)
     for step in methods:
         step.function(network)
     if not network.is_complete:  # after methods that only change the float form
         min_max(network)
     return network
+
+
+def calibrate(model: keras.Model, calibration: Any) -> keras.Model:
+    """Copies a fused model with quantized activations, whose ranges reach from the smallest to the largest value.
+
+    Weights stay float; `tf_repvgg.tflite.convert` rounds them.
+
+    Args:
+      model: Fused functional model (see `tf_repvgg.fusion.fuse`).
+      calibration: Calibration images, as for `quantize`.
+
+    Returns:
+      A functional model with `ActivationQuantizer`s of 8 bits.
+
+    Raises:
+      ValueError: If the model is not fused or not functional, or calibration images are missing, of another shape, not
+        finite, or not normalized.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import ptq, quantizers
+      >>> model = keras.Sequential([keras.Input((8, 8, 3), name="image"), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> calibrated = ptq.calibrate(model, np.ones([1, 8, 8, 3]))
+      >>> {quantizer.name: quantizer.range.numpy().tolist() for quantizer in quantizers(calibrated)}["image_quantizer"]
+      [0.0, 1.0]
+    """
+    check_fused(model)
+    images = Calibration(stack_samples(read_samples(calibration, model)))
+    calibrated = quantize_activations(model)
+    free = {layer.name: layer for layer in quantizers(calibrated) if layer.fixed_range is None}
+    for name, (minimum, maximum) in find_extremes(
+        images.compute_layers(copy_without_rounding(model), list(free))
+    ).items():
+        free[name].set_range(minimum, maximum)
+    return calibrated
 
 
 def dequantize(model: keras.Model, quantized: keras.Model) -> keras.Model:
@@ -225,15 +265,3 @@ def check_data_free(model: keras.Model, method: str) -> None:
     """
     if not needs_calibration(method):
         check_statistics(fusion.pre_activation_statistics(model))
-
-
-def _stack_normalized(images):
-    """Batches as one array, checked to be normalized."""
-    largest = max(float(np.max(np.abs(image))) for image in images)
-    if largest > LARGEST_INPUT:
-        raise ValueError(
-            f"calibration images reach {largest:g}, as pixels do; they must be normalized as for training the model"
-        )
-    if len({image.shape for image in images}) > 1:
-        raise ValueError("calibration images differ in size; give all of them the same size")
-    return np.concatenate(images)

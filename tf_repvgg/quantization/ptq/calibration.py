@@ -1,15 +1,12 @@
 """Calibration images, and running models on them batch by batch."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
-
-# Normalized images are within a few units of zero; pixels from 0 to 255 are not.
-LARGEST_INPUT = 32.0
 
 _BATCH = 64
 
@@ -18,28 +15,34 @@ class Calibration:
     """Calibration images, and the values of a model's tensors on them.
 
     Args:
-      images: Float32 images [count, height, width, channels]; None for methods that need none.
+      inputs: An array [count, ...] for each input of the models to be run, such as float32 images
+        [count, height, width, channels]; the array alone if there is one input; None for methods that need no images.
     """
 
-    def __init__(self, images: np.ndarray | None) -> None:
-        self._images = images
+    def __init__(self, inputs: np.ndarray | Sequence[np.ndarray] | None) -> None:
+        self._inputs = [inputs] if isinstance(inputs, np.ndarray) else inputs
         self._runs: dict[tuple[int, ...], tuple[list, Callable]] = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no images."""
-        return self._images is None
+        return self._inputs is None
 
     @property
-    def images(self) -> np.ndarray:
-        """All images, [count, height, width, channels].
+    def inputs(self) -> Sequence[np.ndarray]:
+        """The array of each input, [count, ...].
 
         Raises:
-          ValueError: If there are none.
+          ValueError: If there are no images.
         """
-        if self._images is None:
+        if self._inputs is None:
             raise ValueError("there are no calibration images; this needs at least one")
-        return self._images
+        return self._inputs
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.inputs[0])
 
     def compute(self, model: keras.Model, tensors: list) -> list[np.ndarray]:
         """Values of tensors of a model on all images, each [count, ...]."""
@@ -51,7 +54,7 @@ class Calibration:
         sums: list[Any] = [0.0] * len(tensors)
         for batch in self.compute_batches(model, tensors):
             sums = [total + np.sum(values, axis=0, keepdims=True) for total, values in zip(sums, batch, strict=True)]
-        return [total / len(self.images) for total in sums]
+        return [total / self.count for total in sums]
 
     def compute_batches(self, model: keras.Model, tensors: list) -> Iterator[list[np.ndarray]]:
         """Values of tensors of a model, batch by batch."""
@@ -64,6 +67,13 @@ class Calibration:
             self._runs[key] = tensors, tf.function(run)
         else:
             _, run = self._runs[key]
-        for start in range(0, len(self.images), _BATCH):
-            outputs = run(tf.constant(self.images[start : start + _BATCH]))
+        batch = model.inputs[0].shape[0] or _BATCH
+        for start in range(0, self.count, batch):
+            outputs = run([tf.constant(values[start : start + batch]) for values in self.inputs])
             yield [values.numpy() for values in tf.nest.flatten(outputs)]
+
+    def compute_layers(self, model: keras.Model, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Yields {layer name: outputs of that layer of a model}, batch by batch."""
+        tensors = [model.get_layer(name).output for name in names]
+        for values in self.compute_batches(model, tensors):
+            yield dict(zip(names, values, strict=True))

@@ -1,6 +1,6 @@
 """The network that a method of post-training quantization works on: float and quantized form, side by side."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from tf_repvgg import fusion
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
-from tf_repvgg.quantization.activations import quantize_activations, quantizer_before
+from tf_repvgg.quantization.activations import copy_without_rounding, quantize_activations, quantizer_before
 from tf_repvgg.quantization.checks import check_finite, clusters_by_layer
 from tf_repvgg.quantization.ptq.calibration import Calibration
 from tf_repvgg.quantization.ptq.options import Options
@@ -34,7 +34,8 @@ class Network:
 
     Args:
       model: Fused model.
-      images: Float32 calibration images [count, height, width, channels]; None for methods that need none.
+      images: Calibration images, float32 [count, height, width, channels]; for several inputs, a list of such arrays
+        in the order of `model.inputs`; None for methods that need none.
       bits: {layer name: weight bits}.
       per_channel: Whether each output channel has a weight scale of its own.
       options: Settings of the methods.
@@ -71,16 +72,14 @@ class Network:
     def __init__(
         self,
         model: keras.Model,
-        images: np.ndarray | None,
+        images: np.ndarray | Sequence[np.ndarray] | None,
         bits: dict[str, int],
         per_channel: bool,
         options: Options,
     ) -> None:
         self.per_channel, self.options, self.bits = per_channel, options, bits
         self.calibration = Calibration(images)
-        self.float = quantize_activations(
-            model, make_quantizer=lambda name, **_: keras.layers.Activation("linear", name=name)
-        )
+        self.float = copy_without_rounding(model)
         self.quantized = quantize_activations(
             model,
             lambda layer, changes: make_quantized_layer(layer, per_channel, **changes),
@@ -167,10 +166,7 @@ class Network:
 
     def compute_activations(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields {name in `free_ranges`: activations of the float network that this quantizer will round}, by batch."""
-        names = self.free_ranges
-        tensors = [self.float.get_layer(name).output for name in names]
-        for values in self.calibration.compute_batches(self.float, tensors):
-            yield dict(zip(names, values, strict=True))
+        return self.calibration.compute_layers(self.float, self.free_ranges)
 
     def compute_float_outputs(self) -> list[np.ndarray]:
         """Outputs of the float network as it is now."""

@@ -1,5 +1,6 @@
 """Activations on the calibration images, as methods see them: extremes and histograms."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +24,15 @@ class Histogram(NamedTuple):
 
 def measure_extremes(network: Network) -> dict[str, tuple[float, float]]:
     """{name in `Network.free_ranges`: (smallest, largest) value on the calibration images}."""
-    extremes = dict.fromkeys(network.free_ranges, (np.inf, -np.inf))
-    for activations in network.compute_activations():
-        for name, values in activations.items():
-            minimum, maximum = extremes[name]
+    return find_extremes(network.compute_activations())
+
+
+def find_extremes(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
+    """{name: (smallest, largest) value} of the named values in all batches."""
+    extremes: dict[str, tuple[float, float]] = {}
+    for batch in batches:
+        for name, values in batch.items():
+            minimum, maximum = extremes.get(name, (np.inf, -np.inf))
             extremes[name] = min(minimum, float(values.min())), max(maximum, float(values.max()))
     return extremes
 
