@@ -1,0 +1,145 @@
+"""Running TensorFlow's converter to TFLite on functional Keras models."""
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg import graph, native_output
+
+
+def make_converter(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> tf.lite.TFLiteConverter:
+    """Makes a converter for a model with batch 1, for runtimes without dynamic shapes.
+
+    Args:
+      model: Functional model.
+      input_shapes: Shape of one sample of each input, without the batch dimension, in the order of `model.inputs`.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import converter
+      >>> model = keras.Sequential([keras.Input([8, 8, 3]), keras.layers.Conv2D(4, 3)])
+      >>> converter.run(converter.make_converter(model, [[8, 8, 3]]))[4:8]
+      b'TFL3'
+    """
+    specs = [
+        tf.TensorSpec((1, *shape), tensor.dtype, name=name)
+        for tensor, name, shape in zip(model.inputs, name_inputs(model), input_shapes, strict=True)
+    ]
+
+    def call(*inputs):
+        outputs = model(graph.pack_inputs(model, inputs), training=False)
+        return outputs if tf.is_tensor(outputs) else dict(_name_outputs(outputs))
+
+    function = tf.function(call).get_concrete_function(*specs)
+    # The variables that the function reads. Given the Keras model instead, TensorFlow would trace and save every layer.
+    holder = tf.Module()
+    holder.weights = model.weights
+    return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+
+
+def name_inputs(model: keras.Model) -> list[str]:
+    """Names of a model's inputs in files, in the order of `model.inputs`: with letters, digits and underscores only.
+
+    Args:
+      model: Functional model.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import converter
+      >>> inputs = [keras.Input([3], name="side"), keras.Input([3], name="main/features")]
+      >>> converter.name_inputs(keras.Model(inputs, inputs[0] + inputs[1]))
+      ['side', 'main_features']
+    """
+    if len(model.inputs) == 1:
+        return ["image"]  # in every file, whatever the model calls it
+    names: list[str] = []
+    for name in graph.input_names(model):
+        name = re.sub(r"\W", "_", name, flags=re.ASCII)
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _name_outputs(outputs, path=()):
+    """(name, tensor) of each output in a structure: its path, joined by underscores. A signature has no structure."""
+    if isinstance(outputs, dict):
+        parts = outputs.items()
+    elif isinstance(outputs, (list, tuple)):
+        parts = [(f"output_{index}" if not path else str(index), part) for index, part in enumerate(outputs)]
+    else:
+        yield "_".join(path), outputs
+        return
+    for key, part in parts:
+        yield from _name_outputs(part, (*path, key))
+
+
+def make_integer_converter(
+    model: keras.Model, input_shapes: Sequence[Sequence[int]], activation_bits: int, inference_type: tf.DType
+) -> tf.lite.TFLiteConverter:
+    """Makes a converter that writes an integer file of a model with quantizers.
+
+    Args:
+      model: Functional model with an `ActivationQuantizer` wherever the file rounds activations.
+      input_shapes: Shape of one sample of each input, without the batch dimension.
+      activation_bits: Bits of activations, 8 or 16.
+      inference_type: Type of the file's inputs and outputs.
+    """
+    result = make_converter(model, input_shapes)
+    result.optimizations = [tf.lite.Optimize.DEFAULT]
+    if activation_bits == 16:
+        int16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+        result.target_spec.supported_ops = [int16]
+    result.inference_input_type = result.inference_output_type = inference_type
+    return result
+
+
+def make_calibrating_converter(
+    model: keras.Model, samples: Sequence[Sequence[np.ndarray]], inference_type: tf.DType
+) -> tf.lite.TFLiteConverter:
+    """Makes a converter that writes an integer file of a float model with ranges that TensorFlow itself measures.
+
+    Args:
+      model: Functional model.
+      samples: Calibration samples, each an array [1, ...] for each input.
+      inference_type: Type of the file's inputs and outputs.
+    """
+    result = make_converter(model, [array.shape[1:] for array in samples[0]])
+    result.optimizations = [tf.lite.Optimize.DEFAULT]
+    result.representative_dataset = lambda: (list(sample) for sample in samples)
+    result.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    result.inference_input_type = result.inference_output_type = inference_type
+    return result
+
+
+def run(converter: tf.lite.TFLiteConverter) -> bytes:
+    """Runs a converter without the output of its native code, and returns the file."""
+    with warnings.catch_warnings(), native_output.hide():
+        warnings.simplefilter("ignore")
+        return converter.convert()
+
+
+def find_float_tensors(file: bytes) -> list[str]:
+    """Names of the tensors, other than inputs and outputs, that a file computes in float.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import converter
+      >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2), keras.layers.Softmax(name="softmax")])
+      >>> len(converter.find_float_tensors(converter.run(converter.make_converter(model, [[3]])))) > 0
+      True
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    with native_output.hide():
+        interpreter = Interpreter(model_content=file)
+    ends = {details["index"] for details in (*interpreter.get_input_details(), *interpreter.get_output_details())}
+    return [
+        details["name"]
+        for details in interpreter.get_tensor_details()
+        if details["dtype"] == np.float32 and details["index"] not in ends
+    ]

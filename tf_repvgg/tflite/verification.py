@@ -1,0 +1,255 @@
+"""Running a file beside the quantized model that it was made from: every quantizer must see the same values."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from tf_repvgg import graph
+from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
+from tf_repvgg.quantization.activations import RANGE_PRESERVING
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, apply_kernel
+from tf_repvgg.tflite import flatbuffer, interpreter
+from tf_repvgg.tflite.weights import layer_names
+
+# Steps of its own grid by which a tensor of the file may differ. LiteRT's kernels round twice where the model rounds
+# once; tables of int16 functions are interpolated.
+_LARGEST_DISTANCE = {8: 2.5, 16: 128.0}
+_RELATIVE_SCALE_ERROR = 1e-5
+# Share of an output's standard deviation by which a whole file may differ from its float model. Files of 8 bits differ
+# by a few percent; a constant that is lost, or a function that has no good integer kernel, by far more.
+_LARGEST_OUTPUT_DISTANCE = 0.5
+
+
+class WrongFileError(ValueError):
+    """A file computes something else than the model that it was made from."""
+
+
+def make_samples(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:
+    """Makes inputs on which every part of a model computes something: fine noise, and coarse patches of its range.
+
+    Args:
+      model: Quantized model.
+      input_shapes: Shape of one sample of each input, without the batch dimension.
+
+    Returns:
+      Samples, each a list of arrays [1, ...], one for each input; zeros where an input is not quantized.
+    """
+    generator = np.random.default_rng(0)
+    ranges = [_find_input_range(model, tensor) for tensor in model.inputs]
+
+    def draw(shape, dtype, value_range, patch):
+        if value_range is None:
+            return np.zeros([1, *shape], dtype)
+        sizes = [-(-size // patch) for size in shape[:-1]] + list(shape[-1:])
+        values = generator.uniform(*value_range, sizes)
+        for axis in range(len(shape) - 1):
+            values = np.repeat(values, patch, axis)
+        return values[tuple(map(slice, shape))][np.newaxis].astype(dtype)
+
+    dtypes = [tensor.dtype.as_numpy_dtype for tensor in model.inputs]
+    return [
+        [draw(*arguments, patch) for arguments in zip(input_shapes, dtypes, ranges, strict=True)] for patch in (1, 4)
+    ]
+
+
+def verify(file: bytes, model: keras.Model, samples: Sequence[Sequence[np.ndarray]]) -> None:
+    """Checks that a file computes what its quantized model computes.
+
+    The model runs on each sample, layer by layer. At every quantizer, the nearest tensor of the file that has the
+    quantizer's grid takes the place of the model's own values, so that differences do not add up.
+
+    Args:
+      file: Integer file of batch 1, as `with_weights` writes it.
+      model: Quantized model that the file was made from. Where layers have float kernels, those of the file are used.
+      samples: Inputs, as `make_samples` makes them.
+
+    Raises:
+      WrongFileError: If LiteRT cannot load the file; or if a tensor differs by more than a few steps of its grid. The
+        message names the first layer that departs.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> from tf_repvgg.quantization import ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> quantized = ptq.quantize(model, calibration=np.ones([1, 8, 8, 3]))
+      >>> file = tflite.convert(quantized)
+      >>> quantized.get_layer("conv").bias.assign_add([9.0] * 4)  # doctest: +ELLIPSIS
+      <tf.Variable ...>
+      >>> try:
+      ...     tflite.verify(file, quantized, tflite.make_samples(quantized, [(8, 8, 3)]))
+      ... except tflite.WrongFileError as error:
+      ...     print(str(error).partition(":")[0])
+      the file departs from the model at layer 'conv'
+    """
+    loaded = _LoadedFile(file, graph.input_names(model))
+    kernels = _read_kernels(file, model)
+    for sample in samples:
+        _Comparison(loaded.run(sample), kernels).run(model, sample)
+
+
+def verify_outputs(file: bytes, model: keras.Model, samples: Sequence[Sequence[np.ndarray]]) -> None:
+    """Checks that a file's outputs are near those of a float model.
+
+    Args:
+      file: Integer file of batch 1 that TensorFlow's converter has made.
+      model: Float model that the file was made from.
+      samples: Calibration samples, each an array [1, ...] for each input.
+
+    Raises:
+      WrongFileError: If LiteRT cannot load the file, or an output differs by half of what it varies.
+    """
+    batch = [np.concatenate(arrays) for arrays in zip(*samples, strict=True)]
+    outputs = model.predict_on_batch(graph.pack_inputs(model, batch))
+    images = batch[0] if len(batch) == 1 else dict(zip(graph.input_names(model), batch, strict=True))
+    predicted = interpreter.predict(file, images, default_delegate=False)
+    # Both are in the order of names.
+    values = [predicted[name] for name in sorted(predicted)] if isinstance(predicted, dict) else [predicted]
+    for expected, actual in zip(tf.nest.flatten(outputs), values, strict=True):
+        distance = float(np.sqrt(np.mean(np.square(actual - expected)))) / (float(np.std(expected)) or 1.0)
+        if distance > _LARGEST_OUTPUT_DISTANCE:
+            raise WrongFileError(
+                f"the file departs from the model: an output differs by {100 * distance:.0f} % of what it varies; "
+                "TensorFlow's integer kernels do not compute one of the operations well enough"
+            )
+
+
+def _find_input_range(model, tensor):
+    """(minimum, maximum) of the quantizer that an input goes into; None if there is none."""
+    key = str(id(tensor))
+    for node in graph.nodes(model):
+        if isinstance(node.layer, ActivationQuantizer) and key in node.flat_input_ids:
+            minimum, maximum = node.layer.bounds()
+            return float(minimum), float(maximum)
+    return None
+
+
+def _read_kernels(file, model):
+    """{id of a layer: its kernel as the file has it} of the layers with weights."""
+    flat = flatbuffer.unpack(file)
+    by_name = {}
+    for subgraph in flat.subgraphs:
+        for operator in subgraph.operators:
+            if (layout := flatbuffer.weights_layout(flat, operator)) is not None:
+                tensor = flatbuffer.weights_tensor(subgraph, operator)
+                scale = np.asarray(tensor.quantization.scale, np.float32)
+                by_name[flatbuffer.weights_layer_name(tensor)] = flatbuffer.weight_codes(flat, tensor, layout) * scale
+    names = layer_names(model)
+    layers = graph.find_layers(model, WEIGHTED_LAYERS)
+    return {id(layer): by_name[names[id(layer)]] for layer in layers if names[id(layer)] in by_name}
+
+
+class _Tensor(NamedTuple):
+    """A quantized tensor of the file, with its values on one sample."""
+
+    name: str
+    scale: float
+    values: np.ndarray
+
+
+class _LoadedFile:
+    """A file in LiteRT, on kernels that keep all tensors."""
+
+    def __init__(self, file, input_names):
+        try:
+            self._interpreter = interpreter.load_interpreter(
+                file, 1, default_delegate=False, experimental_preserve_all_tensors=True
+            )
+        except (RuntimeError, ValueError) as error:
+            raise WrongFileError(f"LiteRT does not load the file: {' '.join(str(error).split())}") from None
+        self._inputs = self._interpreter.get_input_details()
+        if len(self._inputs) > 1:  # in the converter's order; only the signature has their names
+            by_name = self._interpreter.get_signature_runner().get_input_details()
+            self._inputs = [by_name[name] for name in input_names]
+
+    def run(self, sample) -> list[_Tensor]:
+        for details, values in zip(self._inputs, sample, strict=True):
+            self._interpreter.set_tensor(details["index"], interpreter.quantize_input(values, details))
+        self._interpreter.invoke()
+        tensors = []
+        for details in self._interpreter.get_tensor_details():
+            scale, _ = details["quantization"]
+            if not scale:
+                continue
+            try:
+                values = self._interpreter.get_tensor(details["index"])
+            except ValueError:  # a tensor that kernels use for themselves
+                continue
+            tensors.append(_Tensor(details["name"], scale, interpreter.dequantize_output(values, details)))
+        return tensors
+
+
+class _Comparison:
+    """A run of the model on one sample, with the file's values wherever the model quantizes."""
+
+    def __init__(self, tensors: Sequence[_Tensor], kernels: dict[int, np.ndarray]) -> None:
+        self._tensors, self._kernels = tensors, kernels
+        # {id of an eager tensor: (the tensor, which must live as long as its id counts; scale and bits of its grid)}
+        self._grids: dict[int, tuple[Any, float, int]] = {}
+
+    def run(self, model, sample):
+        outputs = graph.replay(model, [tf.constant(values) for values in sample], self._replace)
+        for output in tf.nest.flatten(outputs):
+            output = tf.convert_to_tensor(output)
+            if output.dtype.is_floating and self._find_nearest(output, self._grids[id(output)][1]) is None:
+                raise WrongFileError(
+                    f"the file has no output of {list(output.shape)} on the grid of the model's output"
+                )
+
+    def _replace(self, layer) -> Callable:
+        if isinstance(layer, ActivationQuantizer):
+            return lambda values, **_: self._adopt(layer(values), layer.scale(), layer.bits, layer.name)
+        if id(layer) in self._kernels:
+            layer = self._with_kernel_of_file(layer)
+        if isinstance(layer, RANGE_PRESERVING):
+            return lambda values, **keywords: self._keep_grid(layer, values, keywords)
+        return layer
+
+    def _with_kernel_of_file(self, layer):
+        def call(inputs, **_):
+            outputs = apply_kernel(layer, inputs, self._kernels[id(layer)])
+            return layer.activation(outputs + layer.bias if layer.use_bias else outputs)
+
+        return call
+
+    def _keep_grid(self, layer, values, keywords):
+        """Runs a layer whose outputs have the grid of its inputs, and rounds them if it computes."""
+        outputs = layer(values, **keywords)
+        if id(values) not in self._grids:
+            return outputs
+        _, scale, bits = self._grids[id(values)]
+        return self._adopt(outputs, scale, bits, layer.name)
+
+    def _adopt(self, values, scale, bits, name):
+        """The tensor of the file that stands for values of the model; the values themselves if it has none."""
+        nearest = self._find_nearest(values, scale)
+        if nearest is not None:
+            # A quantizer before a fused operation has no tensor of its own; those after it compare what it gave.
+            distance = float(np.max(np.abs(nearest.values.reshape(values.shape) - values), initial=0)) / scale
+            if distance > _LARGEST_DISTANCE[bits]:
+                raise WrongFileError(
+                    f"the file departs from the model at layer {name.removesuffix('_quantizer')!r}: its tensor "
+                    f"{nearest.name!r} differs by {distance:.0f} steps of the grid, and {_LARGEST_DISTANCE[bits]:g} "
+                    "are what rounding explains; write this operation in another way, or report the model to us"
+                )
+            values = tf.constant(nearest.values.reshape(values.shape), values.dtype)
+        self._grids[id(values)] = values, scale, bits
+        return values
+
+    def _find_nearest(self, values, scale):
+        size = int(tf.size(values))
+        candidates = [
+            tensor
+            for tensor in self._tensors
+            if tensor.values.size == size and abs(tensor.scale / scale - 1) < _RELATIVE_SCALE_ERROR
+        ]
+        values = values.numpy().ravel()
+        return min(
+            candidates,
+            key=lambda tensor: float(np.max(np.abs(tensor.values.ravel() - values), initial=0)),
+            default=None,
+        )
