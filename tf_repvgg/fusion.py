@@ -13,10 +13,18 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.layers.batch_norm import scale_and_shift
+from tf_repvgg.layers.separable_convolution import split_separable_convolution
 
 _CHECK_SIZE = 64
 # Exactly these: a subclass may do more with its kernel.
-_MERGED_TYPES = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+_MERGED_TYPES = (
+    keras.layers.Conv2D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.Dense,
+    keras.layers.SeparableConv2D,
+)
+# Layers that compute nothing when a model is not in training.
+_DROPOUTS = (keras.layers.Dropout, keras.layers.GaussianDropout, keras.layers.GaussianNoise)
 
 
 class PreActivationStatistics(NamedTuple):
@@ -139,9 +147,11 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs: Any = None) 
     """Returns the deploy form of a model: the same function in float32, with one 3x3 convolution per block.
 
     Works on any functional (or built Sequential) model that contains blocks, nested models included; also on
-    models of other layers, for their batch normalizations. A batch normalization right after a Conv2D,
-    DepthwiseConv2D or Dense layer without activation is merged into that layer, as integer runtimes need it. All
-    other layers are copied; `model` itself stays as it is. The result is then compared with `model` on random input.
+    models of other layers, for their batch normalizations. A batch normalization after a Conv2D, SeparableConv2D,
+    DepthwiseConv2D or Dense layer without activation is merged into that layer, as integer runtimes need it, even if
+    dropout or another such normalization is between them. A SeparableConv2D becomes a DepthwiseConv2D named
+    "<layer>_depthwise" and a Conv2D with the layer's name. All other layers are copied; `model` itself stays as it is.
+    The result is then compared with `model` on random input.
 
     Args:
       model: Training-form model.
@@ -179,7 +189,7 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs: Any = None) 
             "layer, so there is nothing to fuse"
         )
     names = graph.unique_names(model, ReparameterizedBlock)
-    merged_norms = {id(norm) for norm in norms.values()}
+    merged_norms = {id(norm) for layer_norms in norms.values() for norm in layer_norms}
     statistics = {}
 
     def replace(layer):
@@ -191,14 +201,14 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs: Any = None) 
                 f"block {hidden[0].name!r} is inside another layer, where it cannot be replaced; "
                 "use blocks directly in functional models"
             )
-        if id(layer) in norms:
-            return _merge_norm(layer, norms[id(layer)])
+        if id(layer) in norms or type(layer) is keras.layers.SeparableConv2D:
+            return _merge_norms(layer, norms.get(id(layer), []))
         if id(layer) in merged_norms:
             return lambda inputs, **_: inputs
         return graph.copy_layer(layer)
 
     fused = graph.rebuild(model, replace)
-    _compare(model, fused, tolerance, check_inputs)
+    check_same_outputs(model, fused, tolerance, "fusing", check_inputs)
     return graph.recast(fused, FusedModel, statistics=statistics)
 
 
@@ -236,24 +246,35 @@ def _hash_weights(model):
 
 
 def _norms_to_merge(model):
-    """{id of a linear layer: the batch normalization that is the only reader of its output}."""
+    """{id of a linear layer: the batch normalizations that read its output alone, one after the other}."""
     calls = [(owner, node) for owner in graph.functional_models(model) for node in graph.nodes(owner)]
     call_counts = collections.Counter(id(node.layer) for _, node in calls)
-    sources = {key: node.layer for _, node in calls for key in node.flat_output_ids}
-    norms = {}
-    for owner, node in calls:
+    sources = {key: node for _, node in calls for key in node.flat_output_ids}
+    norms = collections.defaultdict(list)
+    merged = set()
+
+    def find_linear_layer(owner, node):
+        """The layer whose output a norm's node reads, with nothing but dropout and merged normalizations between."""
         norm = node.layer
-        if not isinstance(norm, keras.layers.BatchNormalization) or node.call_kwargs.get("training"):
-            continue
-        (key,) = node.flat_input_ids
-        source = sources.get(key)
-        if source is None:  # an input of the model
-            continue
-        is_only_reader = graph.count_uses(owner, key) == call_counts[id(source)] == call_counts[id(norm)] == 1
-        is_linear = type(source) in _MERGED_TYPES and source.activation is keras.activations.linear
-        if is_only_reader and is_linear and list(norm.axis) == [len(source.output_shape) - 1]:
-            norms[id(source)] = norm
-    return norms
+        while True:
+            (key,) = node.flat_input_ids
+            node = sources.get(key)
+            if node is None or graph.count_uses(owner, key) > 1 or call_counts[id(node.layer)] > 1:
+                return None
+            layer = node.layer
+            if type(layer) in _MERGED_TYPES:
+                is_linear = layer.activation is keras.activations.linear
+                return layer if is_linear and list(norm.axis) == [len(layer.output_shape) - 1] else None
+            if not (id(layer) in merged or isinstance(layer, _DROPOUTS)):
+                return None
+
+    for owner, node in calls:
+        is_norm = isinstance(node.layer, keras.layers.BatchNormalization) and not node.call_kwargs.get("training")
+        is_called_once = call_counts[id(node.layer)] == 1
+        if is_norm and is_called_once and (layer := find_linear_layer(owner, node)) is not None:
+            norms[id(layer)].append(node.layer)
+            merged.add(id(node.layer))
+    return dict(norms)
 
 
 def _compute_statistics(block):
@@ -269,18 +290,44 @@ def _fuse_block(block, name) -> Callable:
     return lambda inputs, **_: deploy_form(inputs)
 
 
-def _merge_norm(layer, norm) -> Callable:
-    """A copy of a linear layer with the normalization that follows it in its weights, as a callable."""
-    scale, shift = (np.asarray(value) for value in scale_and_shift(norm))
-    kernel, *bias = layer.get_weights()
-    # A depthwise kernel's output channels are its last two axes.
-    channels = kernel.shape[-2:] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel.shape[-1:]
-    weights = [kernel * scale.reshape(channels), sum(bias) * scale + shift]
-    return graph.copy_layer(layer, weights, use_bias=True)
+def _merge_norms(layer, norms) -> Callable:
+    """A copy of a linear layer with the normalizations that follow it in its weights, as a callable."""
+    weights, changes = layer.get_weights(), {}
+    if norms:
+        *others, kernel, bias = weights if layer.use_bias else [*weights, 0.0]
+        # A depthwise kernel's output channels are its last two axes.
+        channels = kernel.shape[-2:] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel.shape[-1:]
+        for norm in norms:
+            scale, shift = (np.asarray(value) for value in scale_and_shift(norm))
+            kernel, bias = kernel * scale.reshape(channels), bias * scale + shift
+        weights, changes = [*others, kernel, bias], {"use_bias": True}
+    if type(layer) is keras.layers.SeparableConv2D:
+        return split_separable_convolution(layer, f"{layer.name}_depthwise", layer.name, weights, **changes)
+    return graph.copy_layer(layer, weights, **changes)
 
 
-def _compare(model, fused, tolerance, inputs):
-    """Raises ArithmeticError if the outputs of both models on the same inputs differ by more than the tolerance."""
+def check_same_outputs(
+    model: keras.Model, other: keras.Model, tolerance: float, action: str, inputs: Any = None
+) -> None:
+    """Compares the outputs of a model with those of another form of it.
+
+    Args:
+      model: Functional model.
+      other: Model with the inputs and outputs of `model`.
+      tolerance: Largest accepted difference of an output, relative to the output's largest magnitude.
+      action: What made the other model, as in "fusing", for the error.
+      inputs: Inputs in the structure of `model.inputs`; by default two random images per input, with 64 pixels where
+        the height or width is not fixed.
+
+    Raises:
+      ArithmeticError: If an output differs by more than `tolerance`. Names the output and the measured difference.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import fusion
+      >>> model = keras.Sequential([keras.layers.ReLU(input_shape=[3])])
+      >>> fusion.check_same_outputs(model, keras.models.clone_model(model), 1e-4, "cloning")
+    """
     if any(layer.compute_dtype != layer.variable_dtype for layer in graph.find_layers(model) if layer is not model):
         model = graph.rebuild(model, graph.copy_layer)
     if inputs is None:
@@ -292,13 +339,13 @@ def _compare(model, fused, tolerance, inputs):
         inputs = graph.pack_inputs(model, images)
     expected, actual = (
         [np.asarray(output, np.float64) for output in tf.nest.flatten(form(inputs, training=False))]
-        for form in (model, fused)
+        for form in (model, other)
     )
     for name, expected_output, actual_output in zip(model.output_names, expected, actual, strict=True):
         largest = max(np.max(np.abs(expected_output)), np.finfo("float32").tiny)
         difference = np.max(np.abs(expected_output - actual_output)) / largest
         if not difference <= tolerance:
             raise ArithmeticError(
-                f"fusing model {model.name!r} changed its output {name!r} by {difference:.2e} of its largest value, "
+                f"{action} model {model.name!r} changed its output {name!r} by {difference:.2e} of its largest value, "
                 f"more than the tolerance {tolerance:g}; nothing was returned"
             )

@@ -10,7 +10,7 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, holds_float_kernel
 from tf_repvgg.quantization.uniform import largest_code
 
 # Ranges that TFLite prescribes for the outputs of these activations: in 8 bits, and one for all in 16 bits.
@@ -72,7 +72,7 @@ def quantize_activations(
       replace_weighted: Function (layer, changes to its configuration: name and activation) -> callable on tensors that
         takes the place of the layer. By default layers are copied.
       make_quantizer: Function that makes each quantizer from keyword arguments of `ActivationQuantizer`.
-      weighted: Classes of the layers that `replace_weighted` replaces.
+      weighted: Classes of the layers that `replace_weighted` replaces, unless they are quantized already.
       bits: Bits of activations, 8 or 16.
 
     Returns:
@@ -111,16 +111,14 @@ def quantize_activations(
         name = names[id(layer)]
         activation = _activation_name(layer)
         options = _quantizer_options(activation, bits)
-        if isinstance(layer, weighted) and activation not in (None, *_FUSED_ACTIVATIONS):
+        is_replaced = holds_float_kernel(layer, weighted)
+        if is_replaced and activation not in (None, *_FUSED_ACTIVATIONS):
             linear = replace_weighted(layer, {"name": name, "activation": "linear"})
             activate = keras.layers.Activation(layer.activation, name=f"{name}_activation")
             return lambda *arguments, **keywords: quantize(
                 activate(quantize(linear(*arguments, **keywords), name)), f"{name}_activation", **options
             )
-        if isinstance(layer, weighted):
-            copy = replace_weighted(layer, {"name": name})
-        else:
-            copy = graph.copy_layer(layer, name=name)
+        copy = replace_weighted(layer, {"name": name}) if is_replaced else graph.copy_layer(layer, name=name)
         if isinstance(layer, RANGE_PRESERVING) or id(layer) in fused_with_relu or activation == _IDENTITY:
             return copy
         return lambda *arguments, **keywords: quantize(copy(*arguments, **keywords), name, **options)

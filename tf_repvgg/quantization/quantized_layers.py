@@ -192,6 +192,11 @@ def is_quantizable(layer: keras.layers.Layer) -> bool:
     return type(layer) in _QUANTIZED_CLASSES
 
 
+def holds_float_kernel(layer: keras.layers.Layer, classes: tuple[type, ...] = WEIGHTED_LAYERS) -> bool:
+    """Whether a layer is of these classes, and its kernel not on a grid already, as that of a `QuantizedLayer` is."""
+    return isinstance(layer, classes) and not isinstance(layer, QuantizedLayer)
+
+
 def make_quantized_layer(layer: keras.layers.Layer, per_channel: bool, **changes: Any) -> QuantizedLayer:
     """Makes a quantized layer with the configuration of a plain layer; its weights do not carry over.
 

@@ -29,6 +29,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import quantize_activations, quantizers
+from tf_repvgg.quantization.biases import make_room_for_biases
 from tf_repvgg.quantization.checks import clusters_by_layer
 from tf_repvgg.quantization.qat import wrapping
 from tf_repvgg.quantization.quantized_layers import bias_of, fill_on_call, make_quantized_layer
@@ -134,7 +135,7 @@ def strip_tfmot_quantize(model: keras.Model, base: keras.Model) -> keras.Model:
                 "layers only"
             )
         quantizer.set_range(*ranges[name])
-    wrapping.make_room_for_biases(stripped)
+    make_room_for_biases(stripped)
     return stripped
 
 
