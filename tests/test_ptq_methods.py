@@ -125,7 +125,7 @@ def test_absorption_keeps_the_function_above_its_threshold():
     model = keras.Model(inputs, outputs)
     network = network_of(model)
     absorb_high_biases(network)
-    difference = np.abs(network.float(network.calibration.images) - model(network.calibration.images).numpy())
+    difference = np.abs(network.float(network.calibration.inputs) - model(network.calibration.inputs).numpy())
     assert np.max(difference) < 0.1 and np.mean(difference < 1e-4) > 0.9  # one in a thousand inputs is below it
     assert np.all(network.bias("high") < 15)
 

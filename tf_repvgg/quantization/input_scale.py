@@ -133,17 +133,24 @@ def _check_normalized(samples, model, position, low, high):
     def fill(value):
         return [np.full_like(array, value) if index == position else array for index, array in enumerate(samples[0])]
 
+    limit = (high - low) / _SMALLEST_DIVISOR
     # One dark and one bright image say by what the model divides: averages over pixels leave them as they are.
     ends = _compute_arrivals([fill(low), fill(high)], model)
-    suspects = {name for name, (_, values) in ends.items() if np.ptp(values) < (high - low) / _SMALLEST_DIVISOR}
+    suspects = {name for name, (_, values) in ends.items() if _measure_spread(values) < limit}
     if not suspects:
         return
     # Normalizations that divide by what they measure on each image give no uniform images.
     for name, (_, values) in _compute_arrivals(samples, model).items():
-        spread = max(float(part.max()) for part in values) - min(float(part.min()) for part in values)
-        if name in suspects and spread < (high - low) / _SMALLEST_DIVISOR:
+        if name in suspects and (spread := _measure_spread(values)) < limit:
             raise ValueError(
                 f"calibration images lie between {low:.3g} and {high:.3g}, as normalized images do, but the model "
-                f"itself divides its input: layer {name!r} would see {spread:.2g} units of difference at most; give "
-                "images on the scale that the model takes, such as pixels from 0 to 255"
+                f"itself divides its input: layer {name!r} would see differences of {spread:.2g} at most; give images "
+                "on the scale that the model takes, such as pixels from 0 to 255"
             )
+
+
+def _measure_spread(batches):
+    """The largest difference of two values in the same channel."""
+    axes = tuple(range(batches[0].ndim - 1))
+    lows, highs = np.min([batch.min(axes) for batch in batches], 0), np.max([batch.max(axes) for batch in batches], 0)
+    return float(np.max(highs - lows))

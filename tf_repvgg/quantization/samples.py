@@ -174,11 +174,11 @@ def _split_batch(values, inputs, start) -> Iterator[list[np.ndarray]]:
     batches = []
     for value, spec in zip(values, inputs, strict=True):
         array = _to_array(value, describe(0, spec))
-        is_sample = array.ndim == len(spec.shape)
-        shape = array.shape if is_sample or array.ndim == 0 or array.ndim > len(spec.shape) + 1 else array.shape[1:]
-        if array.ndim - len(spec.shape) not in (0, 1) or not tf.TensorShape(spec.shape).is_compatible_with(shape):
+        is_batch = array.ndim == len(spec.shape) + 1
+        shape = array.shape[1:] if is_batch else array.shape
+        if not tf.TensorShape(spec.shape).is_compatible_with(shape):
             raise ValueError(f"{describe(0, spec)} has shape {shape}; the model's input is {spec.shape}")
-        batches.append(array[np.newaxis] if is_sample else array)
+        batches.append(array if is_batch else array[np.newaxis])
     counts = [len(batch) for batch in batches]
     if len(set(counts)) > 1:
         raise ValueError(f"calibration {noun} {start}: the inputs have {', '.join(map(str, counts))} values each")

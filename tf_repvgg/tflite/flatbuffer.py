@@ -63,6 +63,21 @@ def unpack(file: bytes) -> schema.ModelT:
     return model
 
 
+def order_inputs(model: schema.ModelT, names: Sequence[str]) -> None:
+    """Puts the inputs of a file into an order: the converter's is that of their use, or any other.
+
+    Args:
+      model: File; stays as it is unless it has one signature with inputs of exactly these names.
+      names: Names of the inputs in the order to have.
+    """
+    if len(model.signatureDefs or ()) != 1:
+        return
+    signature = model.signatureDefs[0]
+    tensors = {entry.name.decode(): entry.tensorIndex for entry in signature.inputs}
+    if sorted(tensors) == sorted(names):
+        model.subgraphs[signature.subgraphIndex].inputs = np.array([tensors[name] for name in names], np.int32)
+
+
 class _AlignedBuffer(schema.BufferT):
     """A buffer whose data start at a multiple of 16 bytes, as the format requires and Python's flatbuffers ignores.
 

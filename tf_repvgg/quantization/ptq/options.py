@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from tf_repvgg.quantization.activation_quantizer import ACTIVATION_BITS
-from tf_repvgg.quantization.ptq.calibration import LARGEST_INPUT
+from tf_repvgg.quantization.input_scale import LARGEST_INPUT
 
 
 @dataclasses.dataclass(frozen=True)

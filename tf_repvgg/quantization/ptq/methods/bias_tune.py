@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg import graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.ptq.looks import is_look_due
 from tf_repvgg.quantization.ptq.methods.mse import mse
@@ -49,10 +50,10 @@ def _train(network):
     variances = [float(np.var(outputs)) or 1.0 for outputs in network.reference_outputs]
 
     @tf.function
-    def step(images, *expected):
+    def step(inputs, expected):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(biases)
-            actual = tf.nest.flatten(network.quantized(images, training=False))
+            actual = tf.nest.flatten(network.quantized(graph.pack_inputs(network.quantized, inputs), training=False))
             errors = [
                 tf.reduce_mean(tf.math.squared_difference(*pair)) / variance
                 for *pair, variance in zip(actual, expected, variances, strict=True)
@@ -65,11 +66,15 @@ def _train(network):
         for bias, start, scale, offset in zip(biases, starts, scales, offsets, strict=True):
             bias.assign(start + scale * offset)
 
-    images = network.calibration.images
+    calibration = network.calibration
+    batch = network.quantized.inputs[0].shape[0] or min(_BATCH, calibration.count)
     generator = np.random.default_rng(network.options.seed)
     for iteration in network.show_progress(range(iterations), "bias tuning", unit="step"):
-        indices = generator.integers(0, len(images), min(_BATCH, len(images)))
-        step(*(tf.constant(values[indices]) for values in (images, *network.reference_outputs)))
+        indices = generator.integers(0, calibration.count, batch)
+        step(
+            [tf.constant(values[indices]) for values in calibration.inputs],
+            [tf.constant(values[indices]) for values in network.reference_outputs],
+        )
         if is_look_due(iteration, iterations):
             yield
 
