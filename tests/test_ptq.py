@@ -196,7 +196,10 @@ def test_bad_input(model):
     refuses("there are no calibration images", calibration=[])
     refuses(r"image 1 has shape \(3, 3, 3\)", calibration=[np.zeros(SIZE), np.zeros((3, 3, 3))])
     refuses("image 0 holds infinities or NaN", calibration=[np.full(SIZE, np.nan)])
-    refuses("reach 255, as pixels do, and layer .first. takes them like that; they must be normalized", calibration=[np.full(SIZE, 255.0)])
+    refuses(
+        "reach 255, as pixels do, and layer .first. takes them like that; they must be normalized",
+        calibration=[np.full(SIZE, 255.0)],
+    )
     refuses("percentile is 10", percentile=10)
     refuses("numbers of clusters are 257; they must be a whole number from 2 to 256", number_of_clusters=257)
     refuses("pattern 'secnd' of numbers of clusters matches no layer", number_of_clusters="secnd=4,.*=8")
