@@ -8,7 +8,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import graph, native_output
+from tf_repvgg import converter_errors, graph, native_output
+
+_INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
 def make_converter(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> tf.lite.TFLiteConverter:
@@ -32,7 +34,7 @@ def make_converter(model: keras.Model, input_shapes: Sequence[Sequence[int]]) ->
 
     def call(*inputs):
         outputs = model(graph.pack_inputs(model, inputs), training=False)
-        return outputs if tf.is_tensor(outputs) else dict(_name_outputs(outputs))
+        return outputs if tf.is_tensor(outputs) else _name_outputs(outputs)
 
     function = tf.function(call).get_concrete_function(*specs)
     # The variables that the function reads. Given the Keras model instead, TensorFlow would trace and save every layer.
@@ -65,17 +67,25 @@ def name_inputs(model: keras.Model) -> list[str]:
     return names
 
 
-def _name_outputs(outputs, path=()):
-    """(name, tensor) of each output in a structure: its path, joined by underscores. A signature has no structure."""
-    if isinstance(outputs, dict):
-        parts = outputs.items()
-    elif isinstance(outputs, (list, tuple)):
-        parts = [(f"output_{index}" if not path else str(index), part) for index, part in enumerate(outputs)]
-    else:
-        yield "_".join(path), outputs
-        return
-    for key, part in parts:
-        yield from _name_outputs(part, (*path, key))
+def _name_outputs(outputs):
+    """{name: tensor} of a structure of outputs, without the structure, which a file's signature cannot have."""
+    tensors = {}
+
+    def walk(part, path):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                walk(value, [*path, str(key)])
+        elif isinstance(part, (list, tuple)):
+            for index, value in enumerate(part):
+                walk(value, [*path, str(index)] if path else [f"output_{index}"])
+        else:
+            name = "_".join(path)
+            while name in tensors:
+                name += "_"
+            tensors[name] = part
+
+    walk(outputs, [])
+    return tensors
 
 
 def make_integer_converter(
@@ -92,8 +102,7 @@ def make_integer_converter(
     result = make_converter(model, input_shapes)
     result.optimizations = [tf.lite.Optimize.DEFAULT]
     if activation_bits == 16:
-        int16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
-        result.target_spec.supported_ops = [int16]
+        result.target_spec.supported_ops = [_INT16]
     result.inference_input_type = result.inference_output_type = inference_type
     return result
 
@@ -117,14 +126,29 @@ def make_calibrating_converter(
 
 
 def run(converter: tf.lite.TFLiteConverter) -> bytes:
-    """Runs a converter without the output of its native code, and returns the file."""
+    """Runs a converter without the output of its native code, and returns the file.
+
+    Raises:
+      ValueError: If the converter fails. The message names the operation that it cannot write.
+    """
     with warnings.catch_warnings(), native_output.hide():
         warnings.simplefilter("ignore")
-        return converter.convert()
+        try:
+            return converter.convert()
+        except Exception as error:  # of any kind, with pages of the converter's own representation of the model
+            failure = error
+    raise ValueError(converter_errors.explain_conversion(failure, 16 if _writes_16_bits(converter) else 8))
+
+
+def _writes_16_bits(converter):
+    return _INT16 in converter.target_spec.supported_ops
 
 
 def find_float_tensors(file: bytes) -> list[str]:
     """Names of the tensors, other than inputs and outputs, that a file computes in float.
+
+    Raises:
+      ValueError: If LiteRT cannot load the file. The message names the operation.
 
     Example:
       >>> import tf_keras as keras
@@ -137,9 +161,37 @@ def find_float_tensors(file: bytes) -> list[str]:
 
     with native_output.hide():
         interpreter = Interpreter(model_content=file)
+        try:
+            converter_errors.allocate_tensors(interpreter)
+        except ValueError as error:
+            # The converter gives some biases beside int16 activations 32 bits. They get 64 when weights are written.
+            if "bias->type" not in str(error):
+                raise
     ends = {details["index"] for details in (*interpreter.get_input_details(), *interpreter.get_output_details())}
     return [
         details["name"]
         for details in interpreter.get_tensor_details()
         if details["dtype"] == np.float32 and details["index"] not in ends
     ]
+
+
+def find_load_error(file: bytes) -> str | None:
+    """What LiteRT's own kernels say of a file that they cannot load, on one line; None if they load it.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import converter
+      >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+      >>> converter.find_load_error(converter.run(converter.make_converter(model, [[3]]))) is None
+      True
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    try:
+        with native_output.hide():
+            Interpreter(
+                model_content=file, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            ).allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None

@@ -7,7 +7,10 @@ import tf_keras as keras
 
 from tf_repvgg import fusion, graph
 from tf_repvgg.quantization.activations import copy_without_rounding, quantize_activations, quantizers
+from tf_repvgg.quantization.biases import make_room_for_biases
 from tf_repvgg.quantization.checks import bits_by_layer, check_fused
+from tf_repvgg.quantization.exportability import check_exportable
+from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.quantization.ptq.calibration import Calibration
 from tf_repvgg.quantization.ptq.methods import METHODS, Method
 from tf_repvgg.quantization.ptq.methods.dfq_data_free import check_statistics
@@ -15,7 +18,7 @@ from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.observers import find_extremes
 from tf_repvgg.quantization.ptq.options import Options
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer
+from tf_repvgg.quantization.quantized_layers import QuantizedLayer, holds_float_kernel
 from tf_repvgg.quantization.quantized_model import QuantizedModel
 from tf_repvgg.quantization.samples import read_samples, stack_samples
 
@@ -119,11 +122,14 @@ def quantize_network(
     images = None
     if calibration is not None or needs_calibration(method):
         images = stack_samples(read_samples(calibration, model))
+    model = lower(model)
+    check_exportable(model, settings.activation_bits)
     network = Network(model, images, bits_by_layer(model, weight_bits), per_channel, settings)
     for step in methods:
         step.function(network)
     if not network.is_complete:  # after methods that only change the float form
         min_max(network)
+    make_room_for_biases(network.quantized)
     return network
 
 
@@ -154,12 +160,14 @@ def calibrate(model: keras.Model, calibration: Any) -> keras.Model:
     """
     check_fused(model)
     images = Calibration(stack_samples(read_samples(calibration, model)))
+    model = lower(model)
     calibrated = quantize_activations(model)
     free = {layer.name: layer for layer in quantizers(calibrated) if layer.fixed_range is None}
     for name, (minimum, maximum) in find_extremes(
         images.compute_layers(copy_without_rounding(model), list(free))
     ).items():
         free[name].set_range(minimum, maximum)
+    make_room_for_biases(calibrated)
     return calibrated
 
 
@@ -171,7 +179,7 @@ def dequantize(model: keras.Model, quantized: keras.Model) -> keras.Model:
       quantized: Quantized form of `model`, as `quantize` returns it.
 
     Returns:
-      A model of the layers of `model`.
+      A model of the layers of `model`, as `tf_repvgg.quantization.lowering.lower` rewrites them.
 
     Raises:
       ValueError: If `quantized` was made from another model, or `model` is not fused.
@@ -188,11 +196,12 @@ def dequantize(model: keras.Model, quantized: keras.Model) -> keras.Model:
       ('Conv2D', 3)
     """
     check_fused(model)
+    model = lower(model)
     names = graph.unique_names(model)
     quantized_layers = {layer.name: layer for layer in quantized.layers if isinstance(layer, QuantizedLayer)}
 
     def replace(layer):
-        if not isinstance(layer, WEIGHTED_LAYERS):
+        if not holds_float_kernel(layer):
             return graph.copy_layer(layer)
         name = names[id(layer)]
         if name not in quantized_layers:

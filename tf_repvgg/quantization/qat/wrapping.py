@@ -1,6 +1,6 @@
 """What the methods of quantization-aware training share: wrapping the layers of a fused model, and stripping them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,13 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
-from tf_repvgg.quantization.activations import quantize_activations, quantizer_before, quantizers
-from tf_repvgg.quantization.checks import check_fused, validate_images
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, is_quantizable
-from tf_repvgg.quantization.uniform import QuantizedKernel, min_scale_of_bias, raise_scale
+from tf_repvgg.quantization.activations import quantize_activations, quantizers
+from tf_repvgg.quantization.biases import make_room_for_biases
+from tf_repvgg.quantization.checks import check_fused
+from tf_repvgg.quantization.exportability import check_exportable
+from tf_repvgg.quantization.lowering import lower
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, is_quantizable
+from tf_repvgg.quantization.samples import read_samples, stack_samples
 
 _BATCH = 64
 
@@ -66,28 +69,59 @@ def check_model(model: keras.Model, other_classes: tuple[type, ...] = (), accept
             )
 
 
+def prepare_model(
+    model: keras.Model,
+    calibration: Any,
+    other_classes: tuple[type, ...] = (),
+    accept_training_form: bool = False,
+) -> tuple[keras.Model, list[np.ndarray] | None]:
+    """Lowers a model, and reads its calibration images; refuses what cannot be trained with quantized weights.
+
+    Args:
+      model: Any Keras model.
+      calibration: Calibration images, as `read_samples` takes them, or None.
+      other_classes: Classes of layers with weights to accept, as for `check_model`.
+      accept_training_form: Whether to accept multi-branch blocks.
+
+    Returns:
+      The model as `tf_repvgg.quantization.lowering.lower` rewrites it; and an array [count, ...] for each of its
+      inputs, or None.
+
+    Raises:
+      ValueError: As `check_model`, and for bad calibration images.
+    """
+    if not accept_training_form:
+        check_fused(model)
+    lowered = lower(model)
+    check_model(lowered, other_classes, accept_training_form)
+    # The scale of the images is that with which the model itself starts, before constants were folded.
+    return lowered, None if calibration is None else stack_samples(read_samples(calibration, model))
+
+
 def wrap_layers(
     model: keras.Model,
     make_wrapper: Callable[[keras.layers.Layer, str], TrainingWrapper],
     activation_bits: int | None,
     range_momentum: float,
-    calibration: Iterable[np.ndarray] | None,
+    inputs: Sequence[np.ndarray] | None,
     classes: tuple[type, ...] = WEIGHTED_LAYERS,
 ) -> keras.Model:
     """Copies a fused model, with its weighted layers in wrappers and, if requested, quantizers on its activations.
 
     Args:
-      model: Functional deploy-form model that `check_model` accepts.
+      model: Functional deploy-form model, as `prepare_model` returns it.
       make_wrapper: Function (copy of a layer, name of the layer) -> wrapper that holds the copy as `layer`. The copy
         has its weights before the wrapper is built, so that the wrapper can start from them.
       activation_bits: Bits of activations, 8 or 16; None leaves activations in float.
       range_momentum: Momentum of the running ranges, from 0 to 1.
-      calibration: Images for `set_ranges`; None leaves the ranges unset.
+      inputs: Inputs for `set_ranges`; None leaves the ranges unset.
       classes: Classes of the layers to be wrapped.
 
     Returns:
       A functional model, not compiled.
     """
+    if activation_bits is not None:
+        check_exportable(model, activation_bits)
     names = graph.unique_names(model)
 
     def replace(layer, changes):
@@ -111,27 +145,24 @@ def wrap_layers(
 
     bits = {} if activation_bits is None else {"bits": activation_bits}
     wrapped = quantize_activations(model, replace, make_quantizer, classes, **bits)
-    if calibration is not None:
-        set_ranges(wrapped, calibration)
+    if inputs is not None:
+        set_ranges(wrapped, inputs)
     return wrapped
 
 
-def set_ranges(model: keras.Model, calibration: Iterable[np.ndarray]) -> None:
+def set_ranges(model: keras.Model, inputs: Sequence[np.ndarray]) -> None:
     """Sets activation ranges to their mean over batches of calibration images; no other variable changes.
 
     Args:
-      model: Model with `ActivationQuantizer`s and one input.
-      calibration: Normalized float images, each [height, width, channels].
-
-    Raises:
-      ValueError: If there are no images, or one has another shape or is not finite. The message names the image.
+      model: Model with `ActivationQuantizer`s.
+      inputs: An array [count, ...] for each of `model.inputs`.
     """
-    images = validate_images(calibration, model.input_shape)
     model_quantizers = quantizers(model)
-    for count, start in enumerate(range(0, len(images), _BATCH)):
+    batch = model.inputs[0].shape[0] or _BATCH
+    for count, start in enumerate(range(0, len(inputs[0]), batch)):
         for quantizer in model_quantizers:
             quantizer.calibration_momentum = count / (count + 1)
-        model(np.concatenate(images[start : start + _BATCH]), training=False)
+        model(graph.pack_inputs(model, [values[start : start + batch] for values in inputs]), training=False)
     for quantizer in model_quantizers:
         quantizer.calibration_momentum = None
 
@@ -176,23 +207,3 @@ def find_wrappers(model: keras.Model, wrapper_class: type[TrainingWrapper]) -> l
             f"model {model.name!r} holds nothing that {wrapper_class.stripped_by} strips; was it made for training?"
         )
     return wrappers
-
-
-def make_room_for_biases(model: keras.Model) -> None:
-    """Raises weight scales at which a bias would overflow: those of channels whose kernel is zero, or nearly so.
-
-    Args:
-      model: Model of `QuantizedLayer`s. Without `ActivationQuantizer`s it stays as it is.
-    """
-    if quantizers(model):
-        for layer in graph.find_layers(model, QuantizedLayer):
-            _make_room_for_bias(layer)
-
-
-def _make_room_for_bias(layer):
-    quantized = layer.get_quantized_kernel()
-    input_scale = min(quantizer_before(node.keras_inputs[0]).scale() for node in layer.inbound_nodes)
-    scale = raise_scale(quantized.scale, min_scale_of_bias(bias_of(layer), input_scale))
-    if np.any(scale != quantized.scale):
-        codes = np.where(scale == quantized.scale, quantized.codes, np.round(quantized.dequantize() / scale))
-        layer.set_quantized_kernel(QuantizedKernel(codes.astype(np.int8), scale))
