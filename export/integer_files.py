@@ -90,8 +90,8 @@ class Settings:
     inference_type: str | None
 
     @property
-    def suits_converter(self) -> bool:
-        """Whether TensorFlow's own calibration serves all files, so that only weights need to be rounded."""
+    def needs_one_calibration(self) -> bool:
+        """Whether one calibration serves all files, so that only weights need to be rounded."""
         return self.ptq == "min_max" and self.layer_bits is None and self.activation_bits == 8
 
     def bits_by_pattern(self, bits: int) -> str:
@@ -127,7 +127,7 @@ class Request:
     @property
     def is_resumable(self) -> bool:
         """Whether the files take so long that they are kept for the case that the run is interrupted."""
-        return not (self.is_quantized or self.settings.suits_converter)
+        return not (self.is_quantized or self.settings.needs_one_calibration)
 
     @property
     def activation_bits(self) -> int:
@@ -224,19 +224,20 @@ def make_files(request: Request, finished_work: storage.FinishedWork) -> Iterato
 
 def convert_quantized(request: Request) -> IntegerFile:
     """Makes the one file of a quantized model, with its codes and ranges."""
-    content = tflite.convert(request.model, inference_type=request.inference_type, metadata=request.metadata)
+    with cli.bad_input_exits():
+        content = tflite.convert(request.model, inference_type=request.inference_type, metadata=request.metadata)
     record = {"weights": "as trained", "layers": _compare_layers(content, request.model, request)}
     return IntegerFile(f"{request.inference_type}_trained.tflite", record, content)
 
 
 def round_weights(request: Request) -> Iterator[IntegerFile]:
-    """Makes a file for every width and granularity: min-max weights, and ranges by TensorFlow's own calibration."""
-    calibrated = tflite.convert(request.model, request.calibration, inference_type=request.inference_type)
+    """Makes a file for every width and granularity, with weights by min-max; activations are calibrated once."""
+    with cli.bad_input_exits():
+        calibrated = tflite.calibrate(request.model, request.calibration, request.inference_type)
     for bits, granularity in _widths_and_granularities(request):
         started = time.monotonic()
-        content = tflite.with_weights(
-            calibrated, request.model, bits, granularity == "per_channel", metadata=request.metadata
-        )
+        with cli.bad_input_exits():
+            content = calibrated.with_weights(bits, granularity == "per_channel", metadata=request.metadata)
         record = _describe(request, bits, granularity, started)
         record["layers"] = _compare_layers(content, request.model, request)
         yield IntegerFile(f"{request.inference_type}_w{bits}_{granularity}.tflite", record, content)
@@ -296,7 +297,7 @@ def _quantize_once(request, images, bits, granularity, name):
             seed=settings.ptq_seed,
             progress=True,
         )
-    content = tflite.convert(network.quantized, inference_type=request.inference_type, metadata=request.metadata)
+        content = tflite.convert(network.quantized, inference_type=request.inference_type, metadata=request.metadata)
     record = _describe(request, bits, granularity, started)
     record |= {"layer_bits": settings.layer_bits, "notes": network.notes}
     # Not compared with the request's model: methods such as equalize change the float weights before they are rounded.

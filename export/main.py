@@ -27,6 +27,7 @@ from tabulate import tabulate
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
 from tf_repvgg.quantization import ptq, quantizers
+from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.tflite import targets
 from tf_repvgg.training import finished_runs
 
@@ -201,9 +202,10 @@ def make_forms(model: keras.Model) -> Forms:
 
 def make_request(settings: integer_files.Settings, source: Source, forms: Forms) -> integer_files.Request:
     """Describes the files to make, and checks that flags and model fit."""
+    reference = forms.reference_model
     request = integer_files.Request(
         settings=settings,
-        model=forms.reference_model,
+        model=reference if quantizers(reference) else lower(reference),
         model_sha256=runs.model_sha256(FLAGS.workdir),
         calibration=source.data.calibration(FLAGS.calibration_images, FLAGS.calibration_split),
         input_range=source.data.preprocessing.range(),

@@ -3,7 +3,9 @@
 from tf_repvgg.tflite.complexity import Costs, costs
 from tf_repvgg.tflite.convert import (
     INFERENCE_TYPES,
+    CalibratedFile,
     activation_bits,
+    calibrate,
     convert,
     convert_float,
     resolve_inference_type,
@@ -18,12 +20,14 @@ from tf_repvgg.tflite.weights import METADATA_NAME, with_weights
 __all__ = [
     "INFERENCE_TYPES",
     "METADATA_NAME",
+    "CalibratedFile",
     "Costs",
     "Latency",
     "LayerFidelity",
     "Operator",
     "WrongFileError",
     "activation_bits",
+    "calibrate",
     "convert",
     "convert_float",
     "costs",

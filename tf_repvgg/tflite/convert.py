@@ -1,6 +1,7 @@
 """Writing integer files: TensorFlow's converter on a quantized model, then the exact codes, then a check."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ _INFERENCE_TYPES_OF_BITS = {8: ("int8", "uint8", "float32"), 16: ("int16", "floa
 
 def convert(
     model: keras.Model,
-    calibration: Iterable[np.ndarray] | None = None,
+    calibration: Any = None,
     per_channel: bool = True,
     inference_type: str | None = None,
     weight_bits: int = 8,
@@ -68,27 +69,77 @@ def convert(
       >>> [operator.name for operator in tflite.operators(file)], int(tflite.weight_codes(file)[0].codes.max())
       (['CONV_2D'], 7)
     """
+    calibrated = calibrate(model, calibration, inference_type, image_size)
+    return calibrated.with_weights(weight_bits, per_channel, kernels, metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedFile:
+    """An integer file with the ranges of activations; `with_weights` makes the final files from it.
+
+    Attributes:
+      content: The file, with weights as TensorFlow's converter rounds them.
+      model: Model whose weights the final files get.
+      input_shapes: Shape of one sample of each input, without the batch dimension.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> calibrated = tflite.calibrate(model, np.ones([1, 8, 8, 3]))
+      >>> files = [calibrated.with_weights(weight_bits=bits) for bits in (8, 4)]
+      >>> [int(abs(tflite.weight_codes(file)[0].codes).max()) for file in files]
+      [127, 7]
+    """
+
+    content: bytes
+    model: keras.Model
+    input_shapes: Sequence[Sequence[int]]
+
+    def with_weights(
+        self,
+        weight_bits: int = 8,
+        per_channel: bool = True,
+        kernels: Mapping[str, QuantizedKernel] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """Writes a file with weights of some width, and checks that it computes what the model computes.
+
+        The arguments and errors are those of `convert`.
+        """
+        file = with_weights(self.content, self.model, weight_bits, per_channel, kernels, metadata)
+        if quantizers(self.model):
+            verify(file, self.model, make_samples(self.model, self.input_shapes))
+        return file
+
+
+def calibrate(
+    model: keras.Model,
+    calibration: Any = None,
+    inference_type: str | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> CalibratedFile:
+    """Runs TensorFlow's converter once, for files that differ in their weights only; see `CalibratedFile`.
+
+    The arguments and errors are those of `convert`.
+    """
     inference_type = resolve_inference_type(inference_type, activation_bits(model))
     check_fused(model)
-    if quantizers(model):
-        if calibration is not None:
-            raise ValueError("the model holds its own calibration ranges; leave calibration out")
-        _check_ranges(model)
-        shapes = _input_shapes(model, image_size)
-        quantized, file = model, _convert_quantized(model, shapes, inference_type)
-        if names := converter.find_float_tensors(file):
-            raise ValueError(
-                f"the file would compute {names[0]!r} in float; put an ActivationQuantizer after every operation, as "
-                "tf_repvgg.quantization.quantize_activations does"
-            )
-    else:
+    if not quantizers(model):
         samples = read_samples(calibration, model)
-        shapes = [array.shape[1:] for array in samples[0]]
-        quantized, file = _convert_float(model, samples, shapes, inference_type)
-    file = with_weights(file, quantized, weight_bits, per_channel, kernels, metadata)
-    if quantizers(quantized):
-        verify(file, quantized, make_samples(quantized, shapes))
-    return file
+        return _calibrate_float(model, samples, [array.shape[1:] for array in samples[0]], inference_type)
+    if calibration is not None:
+        raise ValueError("the model holds its own calibration ranges; leave calibration out")
+    _check_ranges(model)
+    shapes = _input_shapes(model, image_size)
+    file = _convert_quantized(model, shapes, inference_type)
+    if names := converter.find_float_tensors(file):
+        raise ValueError(
+            f"the file would compute {names[0]!r} in float; put an ActivationQuantizer after every operation, as "
+            "tf_repvgg.quantization.quantize_activations does"
+        )
+    return CalibratedFile(file, model, shapes)
 
 
 def _convert_quantized(model, shapes, inference_type):
@@ -98,8 +149,7 @@ def _convert_quantized(model, shapes, inference_type):
     return converter.run(tensorflow_converter)
 
 
-def _convert_float(model, samples, shapes, inference_type):
-    """The model whose weights the file gets, and the file: by quantizers, or where they do not suffice, TensorFlow's."""
+def _calibrate_float(model, samples, shapes, inference_type):
     try:
         calibrated = ptq.calibrate(model, dict(zip(graph.input_names(model), stack_samples(samples), strict=True)))
     except graph.CopyError:
@@ -107,12 +157,12 @@ def _convert_float(model, samples, shapes, inference_type):
     else:
         file = _convert_quantized(calibrated, shapes, inference_type)
         if not converter.find_float_tensors(file):
-            return calibrated, file
-    # Operations inside of layers have no quantizers of their own. TensorFlow calibrates them, and may fold constants
+            return CalibratedFile(file, calibrated, shapes)
+    # Operations inside of a user's own layers have no quantizers. TensorFlow calibrates them, and may fold constants
     # into biases, which `with_weights` keeps.
     file = converter.run(converter.make_calibrating_converter(model, samples, INFERENCE_TYPES[inference_type]))
     verify_outputs(file, model, samples)
-    return model, file
+    return CalibratedFile(file, model, shapes)
 
 
 def activation_bits(model: keras.Model) -> int:

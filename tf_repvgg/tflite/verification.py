@@ -44,7 +44,7 @@ def make_samples(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> l
         if value_range is None:
             return np.zeros([1, *shape], dtype)
         sizes = [-(-size // patch) for size in shape[:-1]] + list(shape[-1:])
-        values = generator.uniform(*value_range, sizes)
+        values = generator.uniform(value_range[0], value_range[1], sizes)
         for axis in range(len(shape) - 1):
             values = np.repeat(values, patch, axis)
         return values[tuple(map(slice, shape))][np.newaxis].astype(dtype)
