@@ -67,10 +67,7 @@ def check_exportable(model: keras.Model, activation_bits: int = 8) -> None:
         )
 
     if error := converter.find_load_error(file):
-        raise ValueError(
-            f"LiteRT cannot compute one of the operations of {model.name!r} with activations of {activation_bits} bits "
-            f"({error})"
-        )
+        raise ValueError(f"{model.name!r} has no integer file: {error}")
 
 
 def _is_known(layer: keras.layers.Layer) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from tf_repvgg import converter_errors
 from tf_repvgg.tflite import complexity, interpreter, reader, timing
 from tf_repvgg.tflite.clean_process import ProcessEnded, RemoteError, RemoteObject
 
@@ -130,7 +131,7 @@ class Isolated:
         except ProcessEnded as error:
             reason = f"LiteRT {error}; the file may be damaged"
         except RemoteError as error:
-            reason = f"it cannot be run: {error}"
+            reason = converter_errors.explain_run(str(error))
         except ValueError as error:
             reason = str(error)
         raise ValueError(f"{self._name}: {reason}")
