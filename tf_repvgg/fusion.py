@@ -316,8 +316,8 @@ def check_same_outputs(
       other: Model with the inputs and outputs of `model`.
       tolerance: Largest accepted difference of an output, relative to the output's largest magnitude.
       action: What made the other model, as in "fusing", for the error.
-      inputs: Inputs in the structure of `model.inputs`; by default two random images per input, with 64 pixels where
-        the height or width is not fixed.
+      inputs: Inputs in the structure of `model.inputs`; by default two random images per input, or as many as its batch
+        has if that is fixed, with 64 pixels where the height or width is not fixed.
 
     Raises:
       ArithmeticError: If an output differs by more than `tolerance`. Names the output and the measured difference.
@@ -332,10 +332,7 @@ def check_same_outputs(
         model = graph.rebuild(model, graph.copy_layer)
     if inputs is None:
         generator = np.random.default_rng(0)
-        images = [
-            generator.standard_normal([2, *(size or _CHECK_SIZE for size in tensor.shape[1:])]).astype("float32")
-            for tensor in model.inputs
-        ]
+        images = [_draw_input(tensor, generator) for tensor in model.inputs]
         inputs = graph.pack_inputs(model, images)
     expected, actual = (
         [np.asarray(output, np.float64) for output in tf.nest.flatten(form(inputs, training=False))]
@@ -349,3 +346,12 @@ def check_same_outputs(
                 f"{action} model {model.name!r} changed its output {name!r} by {difference:.2e} of its largest value, "
                 f"more than the tolerance {tolerance:g}; nothing was returned"
             )
+
+
+def _draw_input(tensor, generator):
+    shape = [tensor.shape[0] or 2, *(size or _CHECK_SIZE for size in tensor.shape[1:])]
+    if tensor.dtype.is_floating:
+        return generator.standard_normal(shape).astype(tensor.dtype.as_numpy_dtype)
+    # Whole numbers are pixels if they are small, and otherwise indices, of which the first two are there in any case.
+    end = int(tensor.dtype.max) + 1 if tensor.dtype.size == 1 and tensor.dtype.is_integer else 2
+    return generator.integers(0, end, shape).astype(tensor.dtype.as_numpy_dtype)

@@ -202,6 +202,33 @@ def pack_inputs(model: keras.Model, tensors: Sequence[Any]) -> Any:
     return tf.nest.pack_sequence_as(model._nested_inputs, tensors)
 
 
+def takes_any_batch(model: keras.Model) -> bool:
+    """Whether a functional model computes batches of any size, even if its inputs have a fixed one.
+
+    Example:
+      >>> import tensorflow as tf
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import graph
+      >>> inputs = keras.Input([2, 3], batch_size=1)
+      >>> graph.takes_any_batch(keras.Model(inputs, keras.layers.Flatten()(inputs)))
+      True
+      >>> graph.takes_any_batch(keras.Model(inputs, tf.reshape(inputs, [1, 6])))
+      False
+    """
+    if all(tensor.shape[0] is None for tensor in model.inputs):
+        return True
+
+    def call(*inputs):
+        return model(pack_inputs(model, inputs), training=False)
+
+    specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in model.inputs]
+    try:
+        outputs = tf.function(call).get_concrete_function(*specs).structured_outputs
+    except ValueError:  # a layer that needs the size
+        return False
+    return all(tensor.shape.rank and tensor.shape[0] is None for tensor in tf.nest.flatten(outputs))
+
+
 def recast(model: keras.Model, model_class: Callable[..., keras.Model], **arguments: Any) -> keras.Model:
     """Makes a model of another class from the tensors and layers of a functional model, which stays as it is.
 
@@ -266,6 +293,8 @@ def rebuild(
 ) -> keras.Model:
     """Builds a new functional model: the graph of `model` with `replace(layer)` called in place of every layer.
 
+    A batch size that inputs have stays only where the model depends on it (see `takes_any_batch`).
+
     Keras 2 can clone a model one layer for one layer; here a layer may become two, or none. Hence a walk over the
     nodes, as Keras itself does when it calls a functional model. `replace` is called once for each layer, across
     nested models too, and its result is called wherever the layer was.
@@ -301,8 +330,14 @@ def rebuild(
         return replacements[id(layer)]
 
     def rebuild_graph(owner, replace_input=lambda tensor: tensor, dtypes=MappingProxyType({})):
+        is_free = takes_any_batch(owner)
         inputs = [
-            keras.Input(tensor.shape[1:], dtype=dtypes.get(name, tensor.dtype), name=name)
+            keras.Input(
+                tensor.shape[1:],
+                batch_size=None if is_free else tensor.shape[0],
+                dtype=dtypes.get(name, tensor.dtype),
+                name=name,
+            )
             for tensor, name in ((tensor, tensor.node.layer.name) for tensor in owner.inputs)
         ]
         outputs = replay(owner, [replace_input(tensor) for tensor in inputs], find_replacement)

@@ -49,6 +49,11 @@ def read_samples(calibration: Any, model: keras.Model) -> list[list[np.ndarray]]
         raise ValueError(
             f"calibration needs a functional, or built Sequential, Keras 2 model, but got {type(model).__name__}"
         )
+    if (batch := model.inputs[0].shape[0] or 1) > 1 and not graph.takes_any_batch(model):
+        raise ValueError(
+            f"model {model.name!r} computes batches of {batch} only, and files compute one sample at a time; build it "
+            "with batch_size=1 or without a batch size"
+        )
     inputs = [
         _Input(name, tuple(tensor.shape[1:]), np.dtype(tensor.dtype.as_numpy_dtype))
         for name, tensor in zip(graph.input_names(model), model.inputs, strict=True)

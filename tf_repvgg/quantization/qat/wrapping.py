@@ -145,26 +145,40 @@ def wrap_layers(
 
     bits = {} if activation_bits is None else {"bits": activation_bits}
     wrapped = quantize_activations(model, replace, make_quantizer, classes, **bits)
-    if inputs is not None:
+    if inputs is not None and quantizers(wrapped):
         set_ranges(wrapped, inputs)
     return wrapped
 
 
 def set_ranges(model: keras.Model, inputs: Sequence[np.ndarray]) -> None:
-    """Sets activation ranges to their mean over batches of calibration images; no other variable changes.
+    """Sets activation ranges to their mean over batches of 64 calibration images; no other variable changes.
 
     Args:
       model: Model with `ActivationQuantizer`s.
       inputs: An array [count, ...] for each of `model.inputs`.
     """
     model_quantizers = quantizers(model)
-    batch = model.inputs[0].shape[0] or _BATCH
-    for count, start in enumerate(range(0, len(inputs[0]), batch)):
+    size = model.inputs[0].shape[0]
+
+    def run(start, end, momentum):
         for quantizer in model_quantizers:
-            quantizer.calibration_momentum = count / (count + 1)
-        model(graph.pack_inputs(model, [values[start : start + batch] for values in inputs]), training=False)
-    for quantizer in model_quantizers:
+            quantizer.calibration_momentum = momentum
+        model(graph.pack_inputs(model, [values[start:end] for values in inputs]), training=False)
+        return np.stack([quantizer.range.numpy() for quantizer in model_quantizers])
+
+    means: Any = 0.0
+    for count, start in enumerate(range(0, len(inputs[0]), _BATCH)):
+        end = min(start + _BATCH, len(inputs[0]))
+        if size is None:
+            means = run(start, end, count / (count + 1))
+            continue
+        # A model that computes smaller batches only: the range of a batch is that of all its parts.
+        parts = np.stack([run(part, part + size, 0.0) for part in range(start, end, size)])
+        batch = np.stack([parts[..., 0].min(axis=0), parts[..., 1].max(axis=0)], axis=-1)
+        means = means + (batch - means) / (count + 1)
+    for quantizer, mean in zip(model_quantizers, means, strict=True):
         quantizer.calibration_momentum = None
+        quantizer.range.assign(mean)
 
 
 def strip_wrappers(model: keras.Model, wrapper_class: type[TrainingWrapper]) -> keras.Model:
