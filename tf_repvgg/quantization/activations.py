@@ -35,6 +35,8 @@ RANGE_PRESERVING = (
     keras.layers.UpSampling2D,
     keras.layers.ZeroPadding2D,
 )
+# TFLite has the inputs of these layers on the grid of their output.
+_SHARING_GRID = (keras.layers.Concatenate, keras.layers.Maximum, keras.layers.Minimum)
 
 
 def quantizers(model: keras.Model) -> list[ActivationQuantizer]:
@@ -93,7 +95,7 @@ def quantize_activations(
     if not graph.is_functional(model):
         raise ValueError(f"quantization needs a functional Keras 2 model, but got {type(model).__name__}")
     names = graph.unique_names(model)
-    fused_with_relu = _find_layers_fused_with_relu(model)
+    without_grid = _find_layers_without_grid(model)
     replace_weighted = replace_weighted or (lambda layer, changes: graph.copy_layer(layer, **changes))
     calls: collections.Counter[str] = collections.Counter()
 
@@ -119,7 +121,7 @@ def quantize_activations(
                 activate(quantize(linear(*arguments, **keywords), name)), f"{name}_activation", **options
             )
         copy = replace_weighted(layer, {"name": name}) if is_replaced else graph.copy_layer(layer, name=name)
-        if isinstance(layer, RANGE_PRESERVING) or id(layer) in fused_with_relu or activation == _IDENTITY:
+        if isinstance(layer, RANGE_PRESERVING) or id(layer) in without_grid or activation == _IDENTITY:
             return copy
         return lambda *arguments, **keywords: quantize(copy(*arguments, **keywords), name, **options)
 
@@ -189,10 +191,13 @@ def _quantizer_options(activation, bits):
     return {"nonnegative": True} if activation in ("relu", "relu6") else {}
 
 
-def _find_layers_fused_with_relu(model):
-    """Ids of the layers that runtimes fuse with a ReLU: they compute, and every output goes into a ReLU layer alone."""
-    fused: set[int] = set()
-    not_fused: set[int] = set()
+def _find_layers_without_grid(model):
+    """Ids of the layers that compute, but whose outputs runtimes round on the grid of what alone reads them.
+
+    Runtimes fuse a linear layer with the ReLU after it. The converter has layers write on the grid of a concatenation.
+    """
+    without_grid: set[int] = set()
+    with_grid: set[int] = set()
     for owner in graph.functional_models(model):
         nodes = graph.nodes(owner)
         sources = {key: node.layer for node in nodes for key in node.flat_output_ids}
@@ -204,8 +209,9 @@ def _find_layers_fused_with_relu(model):
                 if source is None:
                     continue
                 is_only_use = graph.count_uses(owner, key) == 1 and key not in outputs
-                is_linear = _activation_name(source) in (None, "linear")
-                fuses = is_relu and is_only_use and is_linear and not isinstance(source, RANGE_PRESERVING)
-                (fused if fuses else not_fused).add(id(source))
-        not_fused.update(id(sources[key]) for key in outputs if key in sources)
-    return fused - not_fused
+                activation = _activation_name(source)
+                fuses = is_relu and activation in (None, "linear") and not isinstance(source, RANGE_PRESERVING)
+                shares = isinstance(node.layer, _SHARING_GRID) and activation not in _FIXED_RANGES
+                (without_grid if is_only_use and (fuses or shares) else with_grid).add(id(source))
+        with_grid.update(id(sources[key]) for key in outputs if key in sources)
+    return without_grid - with_grid

@@ -1,16 +1,15 @@
-"""Checks that every way to an integer file shares: of models, weights, settings by layer, and calibration images."""
+"""Checks that every way to an integer file shares: of models, weights, and settings by layer."""
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import by_name, graph
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.codebooks import NUMBERS_OF_CLUSTERS
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, holds_float_kernel
 from tf_repvgg.quantization.uniform import WEIGHT_BITS
 
 
@@ -45,36 +44,6 @@ def check_finite(layer: keras.layers.Layer, *tensors: tf.Tensor) -> None:
     for tensor in (*tensors, *layer.weights):
         if not bool(tf.reduce_all(tf.math.is_finite(tensor))):
             raise ValueError(f"layer {layer.name!r} holds infinities or NaN; was training stable?")
-
-
-def validate_images(calibration: Iterable[np.ndarray], input_shape: tuple) -> list[np.ndarray]:
-    """Turns calibration images into float32 batches of one image.
-
-    Args:
-      calibration: Images, each [height, width, channels].
-      input_shape: Input shape of the model, (batch, height, width, channels); height and width may be None.
-
-    Returns:
-      Batches, each [1, height, width, channels].
-
-    Raises:
-      ValueError: If there are no images, if one has another shape or is not finite, or if the model has several inputs.
-        The message names the image.
-    """
-    if any(isinstance(part, tuple) for part in input_shape):
-        raise ValueError(f"calibration images need a model with one input; this one has {len(input_shape)}")
-    shape = tuple(input_shape[1:])
-    images = []
-    for index, image in enumerate(calibration):
-        image = np.asarray(image, np.float32)
-        if not tf.TensorShape(shape).is_compatible_with(image.shape):
-            raise ValueError(f"calibration image {index} has shape {image.shape}; the model's input is {shape}")
-        if not np.all(np.isfinite(image)):
-            raise ValueError(f"calibration image {index} holds infinities or NaN")
-        images.append(image[np.newaxis])
-    if not images:
-        raise ValueError("there are no calibration images; activation ranges need at least one")
-    return images
 
 
 def bits_by_layer(model: keras.Model, weight_bits: int | str | Mapping[str, int]) -> dict[str, int]:
@@ -138,5 +107,5 @@ def _numbers_by_layer(model, value, description, allowed, classes):
 
     values = by_name.parse(value, parse_number, description)
     unique_names = graph.unique_names(model)
-    layer_names = [unique_names[id(layer)] for layer in graph.leaves(model) if isinstance(layer, classes)]
+    layer_names = [unique_names[id(layer)] for layer in graph.leaves(model) if holds_float_kernel(layer, classes)]
     return by_name.resolve(values, layer_names, description)

@@ -98,6 +98,13 @@ def _add_all(build, tensors):
     )
 
 
+def _concatenate(build, tensors, axis):
+    """The layer, whose inputs are rounded on the grid of its output."""
+    if len(tensors) < 2 or not all(map(_is_tensor, tensors)):
+        return None
+    return build.layer(keras.layers.Concatenate, tensors, build.owner, axis=int(axis))
+
+
 def _square(build, x):
     return build.layer(keras.layers.Multiply, [x, x], build.owner)
 
@@ -193,6 +200,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "__operators__.add": _add,
     "cast": _cast,
     "clip_by_value": _clip,
+    "concat": _concatenate,
     "einsum": _einsum,
     "linalg.matmul": _matrix_product,
     "math.add": _add,

@@ -14,9 +14,9 @@ from tf_repvgg.quantization.checks import check_finite, clusters_by_layer
 from tf_repvgg.quantization.ptq.calibration import Calibration
 from tf_repvgg.quantization.ptq.options import Options
 from tf_repvgg.quantization.quantized_layers import (
-    WEIGHTED_LAYERS,
     apply_kernel,
     bias_of,
+    holds_float_kernel,
     kernel_of,
     make_quantized_layer,
 )
@@ -85,7 +85,7 @@ class Network:
             lambda layer, changes: make_quantized_layer(layer, per_channel, **changes),
             bits=options.activation_bits,
         )
-        self.layers = {layer.name: layer for layer in self.float.layers if isinstance(layer, WEIGHTED_LAYERS)}
+        self.layers = {layer.name: layer for layer in self.float.layers if holds_float_kernel(layer)}
         if options.number_of_clusters is None:
             self.clusters = {name: 2**width for name, width in bits.items()}
         else:

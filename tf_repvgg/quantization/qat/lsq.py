@@ -1,6 +1,6 @@
 """Uniform quantization-aware training with a learned step size (LSQ, arXiv:1902.08153)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def learned_step_quantize(
     steps: Mapping[str, np.ndarray] | None = None,
     activation_bits: int | None = 8,
     range_momentum: float = 0.99,
-    calibration: Iterable[np.ndarray] | None = None,
+    calibration: Any = None,
 ) -> keras.Model:
     """Copies a fused model for training with weights on uniform grids whose step sizes are trained too.
 
@@ -37,8 +37,9 @@ def learned_step_quantize(
       activation_bits: Bits of activations, 8 or 16, quantized with running ranges, input included; None leaves
         activations in float.
       range_momentum: Momentum of the running ranges, from 0 to 1.
-      calibration: Normalized float images [height, width, channels] that initialize the ranges, for models with one
-        input. Without them the outputs of the model are NaN until its first training step.
+      calibration: Images as for training the model that initialize the ranges, in any form that
+        `tf_repvgg.quantization.samples.read_samples` takes. Without them the outputs of the model are NaN until its
+        first training step.
 
     Returns:
       A model with the inputs and outputs of `model`, not compiled.
@@ -56,7 +57,7 @@ def learned_step_quantize(
       >>> [weight.name for weight in trainable.trainable_weights]
       ['learned_step_conv/step:0', 'conv/kernel:0', 'conv/bias:0']
     """
-    wrapping.check_model(model)
+    model, inputs = wrapping.prepare_model(model, calibration)
     bits = bits_by_layer(model, weight_bits)
     steps = steps or {}
     if unknown := steps.keys() - bits.keys():
@@ -66,7 +67,7 @@ def learned_step_quantize(
         lambda layer, name: LearnedStep(layer, bits[name], per_channel, steps.get(name)),
         activation_bits,
         range_momentum,
-        calibration,
+        inputs,
     )
 
 

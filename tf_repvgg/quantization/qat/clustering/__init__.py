@@ -5,9 +5,9 @@ follow the weights by running steps of Lloyd's algorithm and lie on the int8 gri
 are quantized as in that file, so that evaluation in training computes what the file computes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import tf_keras as keras
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import (
     CentroidInitialization,
@@ -52,7 +52,7 @@ def cluster_quantize(
     batch_norm_statistics: str | None = None,
     activation_bits: int | None = 8,
     range_momentum: float = 0.99,
-    calibration: Iterable[np.ndarray] | None = None,
+    calibration: Any = None,
 ) -> keras.Model:
     """Copies a model for training with clustered weights and quantized activations.
 
@@ -76,8 +76,9 @@ def cluster_quantize(
       activation_bits: Bits of activations, 8 or 16, quantized with running ranges, input included; None leaves
         activations in float.
       range_momentum: Momentum of the running ranges, from 0 to 1.
-      calibration: Normalized float images [height, width, channels] that initialize the ranges, for models with one
-        input. Without them the outputs of the model are NaN until its first training step.
+      calibration: Images as for training the model that initialize the ranges, in any form that
+        `tf_repvgg.quantization.samples.read_samples` takes. Without them the outputs of the model are NaN until its
+        first training step.
 
     Returns:
       A model with the inputs and outputs of `model`, not compiled. The codebook of a layer is in a `ClusterQuantize`
@@ -97,7 +98,7 @@ def cluster_quantize(
       TensorShape([1, 5])
     """
     in_training_form = batch_norm_statistics is not None
-    wrapping.check_model(model, (ClusterableLayer,), in_training_form)
+    model, inputs = wrapping.prepare_model(model, calibration, (ClusterableLayer,), in_training_form)
     _check_algorithms(model)
     classes = (*WEIGHTED_LAYERS, ClusterableLayer, *([ReparameterizedBlock] if in_training_form else []))
     clusters = clusters_by_layer(model, number_of_clusters, classes)
@@ -117,7 +118,7 @@ def cluster_quantize(
             return ClusterQuantizeBlock(layer, batch_norm_statistics, **training.as_arguments())
         return ClusterQuantize(layer, **training.as_arguments())
 
-    return wrapping.wrap_layers(model, make_wrapper, activation_bits, range_momentum, calibration, classes)
+    return wrapping.wrap_layers(model, make_wrapper, activation_bits, range_momentum, inputs, classes)
 
 
 def strip_cluster_quantize(clustered: keras.Model) -> keras.Model:
