@@ -4,6 +4,7 @@ The internals are those of Keras 2 (`tf_keras`), whose development has ended.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -182,9 +183,8 @@ def input_names(model: keras.Model) -> list[str]:
       ['a', 'b']
     """
     names = list(model.input_names)
-    if not isinstance(model.input, dict):
-        return names
-    keys = sorted(model.input)  # the order in which TensorFlow flattens a dictionary
+    # The order in which TensorFlow flattens a dictionary.
+    keys = sorted(model.input) if isinstance(model.input, dict) else []
     return keys if len(keys) == len(names) else names
 
 
@@ -206,24 +206,18 @@ def takes_any_batch(model: keras.Model) -> bool:
     """Whether a functional model computes batches of any size, even if its inputs have a fixed one.
 
     Example:
-      >>> import tensorflow as tf
       >>> import tf_keras as keras
       >>> from tf_repvgg import graph
-      >>> inputs = keras.Input([2, 3], batch_size=1)
-      >>> graph.takes_any_batch(keras.Model(inputs, keras.layers.Flatten()(inputs)))
+      >>> graph.takes_any_batch(keras.Sequential([keras.Input([2, 3], batch_size=1), keras.layers.Flatten()]))
       True
-      >>> graph.takes_any_batch(keras.Model(inputs, tf.reshape(inputs, [1, 6])))
-      False
     """
     if all(tensor.shape[0] is None for tensor in model.inputs):
         return True
 
-    def call(*inputs):
-        return model(pack_inputs(model, inputs), training=False)
-
     specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in model.inputs]
     try:
-        outputs = tf.function(call).get_concrete_function(*specs).structured_outputs
+        function = tf.function(lambda *inputs: model(pack_inputs(model, inputs), training=False))
+        outputs = function.get_concrete_function(*specs).structured_outputs
     except ValueError:  # a layer that needs the size
         return False
     return all(tensor.shape.rank and tensor.shape[0] is None for tensor in tf.nest.flatten(outputs))
@@ -282,6 +276,18 @@ def replay(model: keras.Model, inputs: Sequence[Any], replacement: Callable) -> 
         for key, output in zip(node.flat_output_ids, outputs, strict=True):
             store(key, output)
     return tf.nest.map_structure(lambda tensor: tensors[str(id(tensor))].pop(), model._nested_outputs)
+
+
+def infer(layer: keras.layers.Layer) -> Callable:
+    """The layer as a callable that does not train: called on its own, a layer of random augmentation does by default.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import graph
+      >>> graph.infer(keras.layers.RandomBrightness(1.0))([[[9.0]]]).numpy().item()
+      9.0
+    """
+    return functools.partial(layer, training=False) if layer._expects_training_arg else layer
 
 
 def rebuild(

@@ -93,7 +93,7 @@ def _run_to_weights(model, inputs, arrivals) -> list[Any]:
         if graph.is_functional(layer):
             outputs = _run_to_weights(layer, [tensors[key] for key in keys], arrivals)
         else:
-            outputs = tf.nest.flatten(layer(*arguments, **keywords))
+            outputs = tf.nest.flatten(graph.infer(layer)(*arguments, **keywords))
         computed = zip(node.flat_output_ids, outputs, strict=True)
         tensors.update((key, output) for key, output in computed if output is not None)
     return [tensors.get(str(id(tensor))) for tensor in model.outputs]

@@ -204,10 +204,10 @@ class _Comparison:
         if isinstance(layer, ActivationQuantizer):
             return lambda values, **_: self._adopt(layer(values), layer.scale(), layer.bits, layer.name)
         if id(layer) in self._kernels:
-            layer = self._with_kernel_of_file(layer)
+            return self._with_kernel_of_file(layer)
         if isinstance(layer, RANGE_PRESERVING):
             return lambda values, **keywords: self._keep_grid(layer, values, keywords)
-        return layer
+        return graph.infer(layer)
 
     def _with_kernel_of_file(self, layer):
         def call(inputs, **_):
@@ -218,7 +218,7 @@ class _Comparison:
 
     def _keep_grid(self, layer, values, keywords):
         """Runs a layer whose outputs have the grid of its inputs, and rounds them if it computes."""
-        outputs = layer(values, **keywords)
+        outputs = graph.infer(layer)(values, **keywords)
         if id(values) not in self._grids:
             return outputs
         _, scale, bits = self._grids[id(values)]

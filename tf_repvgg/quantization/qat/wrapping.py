@@ -39,7 +39,7 @@ def check_model(model: keras.Model, other_classes: tuple[type, ...] = (), accept
 
     Args:
       model: Any Keras model.
-      other_classes: Classes of layers with weights to accept beside Conv2D, DepthwiseConv2D and Dense.
+      other_classes: Classes of layers with weights to accept beside Conv2D, DepthwiseConv2D, Dense and Embedding.
       accept_training_form: Whether to accept multi-branch blocks.
 
     Raises:
@@ -53,7 +53,8 @@ def check_model(model: keras.Model, other_classes: tuple[type, ...] = (), accept
         )
     if not accept_training_form:
         check_fused(model)
-    accepted = (*other_classes, *([ReparameterizedBlock] if accept_training_form else []))
+    # The table of an Embedding is rounded on the grid of its output.
+    accepted = (*other_classes, keras.layers.Embedding, *([ReparameterizedBlock] if accept_training_form else []))
     for layer in graph.leaves(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             raise ValueError(
