@@ -110,7 +110,7 @@ class CalibratedFile:
         """
         file = with_weights(self.content, self.model, weight_bits, per_channel, kernels, metadata)
         if quantizers(self.model):
-            verify(file, self.model, make_samples(self.model, self.input_shapes))
+            verify(file, self.model, make_samples(self.model, self.input_shapes), kernels or ())
         return file
 
 

@@ -1,6 +1,6 @@
 """Running a file beside the quantized model that it was made from: every quantizer must see the same values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.activations import RANGE_PRESERVING
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, apply_kernel
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, apply_kernel
 from tf_repvgg.tflite import flatbuffer, interpreter
 from tf_repvgg.tflite.weights import layer_names
 
@@ -55,7 +55,9 @@ def make_samples(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> l
     ]
 
 
-def verify(file: bytes, model: keras.Model, samples: Sequence[Sequence[np.ndarray]]) -> None:
+def verify(
+    file: bytes, model: keras.Model, samples: Sequence[Sequence[np.ndarray]], given: Collection[str] = ()
+) -> None:
     """Checks that a file computes what its quantized model computes.
 
     The model runs on each sample, layer by layer. At every quantizer, the nearest tensor of the file that has the
@@ -63,8 +65,10 @@ def verify(file: bytes, model: keras.Model, samples: Sequence[Sequence[np.ndarra
 
     Args:
       file: Integer file of batch 1, as `with_weights` writes it.
-      model: Quantized model that the file was made from. Where layers have float kernels, those of the file are used.
+      model: Quantized model that the file was made from.
       samples: Inputs, as `make_samples` makes them.
+      given: Names of layers that got other codes than their own. The model runs with the file's kernels for them, and
+        for layers with float kernels.
 
     Raises:
       WrongFileError: If LiteRT cannot load the file; or if a tensor differs by more than a few steps of its grid. The
@@ -87,7 +91,7 @@ def verify(file: bytes, model: keras.Model, samples: Sequence[Sequence[np.ndarra
       the file departs from the model at layer 'conv'
     """
     loaded = _LoadedFile(file, graph.input_names(model))
-    kernels = _read_kernels(file, model)
+    kernels = _read_kernels(file, model, given)
     for sample in samples:
         _Comparison(loaded.run(sample), kernels).run(model, sample)
 
@@ -128,8 +132,8 @@ def _find_input_range(model, tensor):
     return None
 
 
-def _read_kernels(file, model):
-    """{id of a layer: its kernel as the file has it} of the layers with weights."""
+def _read_kernels(file, model, given):
+    """{id of a layer: its kernel as the file has it} of the layers that do not hold the codes of the file."""
     flat = flatbuffer.unpack(file)
     by_name = {}
     for subgraph in flat.subgraphs:
@@ -140,7 +144,11 @@ def _read_kernels(file, model):
                 by_name[flatbuffer.weights_layer_name(tensor)] = flatbuffer.weight_codes(flat, tensor, layout) * scale
     names = layer_names(model)
     layers = graph.find_layers(model, WEIGHTED_LAYERS)
-    return {id(layer): by_name[names[id(layer)]] for layer in layers if names[id(layer)] in by_name}
+    return {
+        id(layer): by_name[names[id(layer)]]
+        for layer in layers
+        if names[id(layer)] in by_name and not (isinstance(layer, QuantizedLayer) and names[id(layer)] not in given)
+    }
 
 
 class _Tensor(NamedTuple):
