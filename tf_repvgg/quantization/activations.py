@@ -36,7 +36,7 @@ RANGE_PRESERVING = (
     keras.layers.ZeroPadding2D,
 )
 # TFLite has the inputs of these layers on the grid of their output.
-_SHARING_GRID = (keras.layers.Concatenate, keras.layers.Maximum, keras.layers.Minimum)
+SHARING_GRID = (keras.layers.Concatenate, keras.layers.Maximum, keras.layers.Minimum)
 
 
 def quantizers(model: keras.Model) -> list[ActivationQuantizer]:
@@ -208,10 +208,11 @@ def _find_layers_without_grid(model):
                 source = sources.get(key)
                 if source is None:
                     continue
-                is_only_use = graph.count_uses(owner, key) == 1 and key not in outputs
+                # A concatenation may read an output more than once.
+                is_only_reader = graph.count_uses(owner, key) == node.flat_input_ids.count(key) and key not in outputs
                 activation = _activation_name(source)
                 fuses = is_relu and activation in (None, "linear") and not isinstance(source, RANGE_PRESERVING)
-                shares = isinstance(node.layer, _SHARING_GRID) and activation not in _FIXED_RANGES
-                (without_grid if is_only_use and (fuses or shares) else with_grid).add(id(source))
+                shares = isinstance(node.layer, SHARING_GRID) and activation not in _FIXED_RANGES
+                (without_grid if is_only_reader and (fuses or shares) else with_grid).add(id(source))
         with_grid.update(id(sources[key]) for key in outputs if key in sources)
     return without_grid - with_grid

@@ -10,6 +10,7 @@ from tf_repvgg import fusion, graph
 from tf_repvgg.quantization.lowering import layer_rules, operator_rules
 from tf_repvgg.quantization.lowering.builder import Builder, Names
 from tf_repvgg.quantization.lowering.folding import fold
+from tf_repvgg.quantization.lowering.grids import find_tied_layers
 
 _TOLERANCE = 1e-3
 # Readers of an integer input that turn it into numbers, and so take them as well.
@@ -70,7 +71,7 @@ def lower(model: keras.Model) -> keras.Model:
         return call
 
     lowered = graph.rebuild(model, replace, inline_nested=True, input_dtypes=_find_float_inputs(model))
-    if not lowered_names:
+    if not (lowered_names or find_tied_layers(lowered)):
         return model
     statistics = fusion.pre_activation_statistics(model)
     lowered, folds = fold(lowered)

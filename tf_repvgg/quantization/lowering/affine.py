@@ -21,6 +21,11 @@ class Affine(NamedTuple):
     factor: np.ndarray
     offset: np.ndarray
 
+    @classmethod
+    def identity(cls, channels: int) -> "Affine":
+        """The function that changes nothing."""
+        return cls(np.ones(channels), np.zeros(channels))
+
     @property
     def is_uniform(self) -> bool:
         """Whether all channels have the same factor and the same offset."""

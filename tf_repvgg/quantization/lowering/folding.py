@@ -9,7 +9,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
+from tf_repvgg.quantization.activations import SHARING_GRID
 from tf_repvgg.quantization.lowering.affine import Affine, ChannelAffine, apply_as_convolution
+from tf_repvgg.quantization.lowering.grids import find_tied_layers, untie
 from tf_repvgg.quantization.quantized_layers import is_quantizable
 
 # Layers that compute nothing when a model is not in training.
@@ -61,6 +63,7 @@ def fold(model: keras.Model) -> tuple[keras.Model, dict[str, Fold]]:
     plan = _Plan(model)
     plan.fold_into_layers_before()
     plan.fold_into_readers()
+    tied = find_tied_layers(model)
 
     def replace(layer) -> Callable:
         if isinstance(layer, ChannelAffine):
@@ -71,7 +74,7 @@ def fold(model: keras.Model) -> tuple[keras.Model, dict[str, Fold]]:
         if (folded := plan.folds.get(id(layer))) is not None:
             weights = fold_weights(layer, folded)
             return graph.copy_layer(layer, weights, use_bias=len(weights) > 1)
-        return graph.copy_layer(layer)
+        return untie(layer, tied) if tied and isinstance(layer, SHARING_GRID) else graph.copy_layer(layer)
 
     by_name = {layer.name: plan.folds[id(layer)] for layer in model.layers if id(layer) in plan.folds}
     return graph.rebuild(model, replace), by_name
