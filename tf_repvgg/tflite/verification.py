@@ -18,6 +18,8 @@ from tf_repvgg.tflite.weights import layer_names
 # once; tables of int16 functions are interpolated.
 _LARGEST_DISTANCE = {8: 2.5, 16: 128.0}
 _RELATIVE_SCALE_ERROR = 1e-5
+# Layers whose outputs have the grid of their inputs, and which the file rounds all the same.
+_AVERAGING = (keras.layers.AveragePooling2D, keras.layers.UpSampling2D)
 # Share of an output's standard deviation by which a whole file may differ from its float model. Files of 8 bits differ
 # by a few percent; a constant that is lost, or a function that has no good integer kernel, by far more.
 _LARGEST_OUTPUT_DISTANCE = 0.5
@@ -159,6 +161,22 @@ class _Tensor(NamedTuple):
     values: np.ndarray
 
 
+class _State(NamedTuple):
+    """What is known of a tensor of the model.
+
+    Attributes:
+      scale: Step of the tensor's grid; zero if it is on none.
+      bits: Bits of the grid.
+      suspicion: Message that says where the file may depart from the model before this tensor; or empty.
+      tensor: The tensor itself, which must live as long as its id counts.
+    """
+
+    scale: float = 0.0
+    bits: int = 8
+    suspicion: str = ""
+    tensor: Any = None
+
+
 class _LoadedFile:
     """A file in LiteRT, on kernels that keep all tensors."""
 
@@ -196,26 +214,33 @@ class _Comparison:
 
     def __init__(self, tensors: Sequence[_Tensor], kernels: dict[int, np.ndarray]) -> None:
         self._tensors, self._kernels = tensors, kernels
-        # {id of an eager tensor: (the tensor, which must live as long as its id counts; scale and bits of its grid)}
-        self._grids: dict[int, tuple[Any, float, int]] = {}
+        self._states: dict[int, _State] = {}
 
     def run(self, model, sample):
-        outputs = graph.replay(model, [tf.constant(values) for values in sample], self._replace)
-        for output in tf.nest.flatten(outputs):
-            output = tf.convert_to_tensor(output)
-            if output.dtype.is_floating and self._find_nearest(output, self._grids[id(output)][1]) is None:
-                raise WrongFileError(
-                    f"the file has no output of {list(output.shape)} on the grid of the model's output"
-                )
+        for output in tf.nest.flatten(graph.replay(model, [tf.constant(values) for values in sample], self._replace)):
+            state = self._states.get(id(output))
+            if state is not None and state.suspicion:
+                raise WrongFileError(state.suspicion)
 
     def _replace(self, layer) -> Callable:
-        if isinstance(layer, ActivationQuantizer):
-            return lambda values, **_: self._adopt(layer(values), layer.scale(), layer.bits, layer.name)
-        if id(layer) in self._kernels:
-            return self._with_kernel_of_file(layer)
-        if isinstance(layer, RANGE_PRESERVING):
-            return lambda values, **keywords: self._keep_grid(layer, values, keywords)
-        return graph.infer(layer)
+        run = self._with_kernel_of_file(layer) if id(layer) in self._kernels else layer
+
+        def call(*arguments, **keywords):
+            outputs = run(*arguments, **keywords)
+            inputs = [self._states[id(value)] for value in tf.nest.flatten((arguments, keywords)) if self._knows(value)]
+            suspicion = next((state.suspicion for state in inputs if state.suspicion), "")
+            if isinstance(layer, ActivationQuantizer):
+                return self._compare(outputs, layer.scale(), layer.bits, layer.name, suspicion)
+            if not isinstance(layer, RANGE_PRESERVING) or not inputs:
+                return tf.nest.map_structure(
+                    lambda output: self._remember(output, _State(suspicion=suspicion)), outputs
+                )
+            state = inputs[0]
+            if isinstance(layer, _AVERAGING) and state.scale:
+                return self._compare(outputs, state.scale, state.bits, layer.name, suspicion)
+            return self._remember(outputs, state)
+
+        return call
 
     def _with_kernel_of_file(self, layer):
         def call(inputs, **_):
@@ -224,38 +249,47 @@ class _Comparison:
 
         return call
 
-    def _keep_grid(self, layer, values, keywords):
-        """Runs a layer whose outputs have the grid of its inputs, and rounds them if it computes."""
-        outputs = graph.infer(layer)(values, **keywords)
-        if id(values) not in self._grids:
-            return outputs
-        _, scale, bits = self._grids[id(values)]
-        return self._adopt(outputs, scale, bits, layer.name)
+    def _knows(self, value):
+        return id(value) in self._states
 
-    def _adopt(self, values, scale, bits, name):
-        """The tensor of the file that stands for values of the model; the values themselves if it has none."""
+    def _remember(self, tensor, state):
+        self._states[id(tensor)] = state._replace(tensor=tensor)
+        return tensor
+
+    def _compare(self, values, scale, bits, name, suspicion):
+        """The tensor of the file that stands for values of the model, or the values themselves if none is near.
+
+        A quantizer before an operation that the converter fuses has no tensor of its own. So a quantizer without a near
+        tensor is only suspicious; if the next one has none either, or none follows, the file is wrong.
+        """
         nearest = self._find_nearest(values, scale)
+        distance = np.inf
         if nearest is not None:
-            # A quantizer before a fused operation has no tensor of its own; those after it compare what it gave.
             distance = float(np.max(np.abs(nearest.values.reshape(values.shape) - values), initial=0)) / scale
-            if distance > _LARGEST_DISTANCE[bits]:
-                raise WrongFileError(
-                    f"the file departs from the model at layer {name.removesuffix('_quantizer')!r}: its tensor "
-                    f"{nearest.name!r} differs by {distance:.0f} steps of the grid, and {_LARGEST_DISTANCE[bits]:g} "
-                    "are what rounding explains; write this operation in another way, or report the model to us"
-                )
+        if distance <= _LARGEST_DISTANCE[bits]:
             values = tf.constant(nearest.values.reshape(values.shape), values.dtype)
-        self._grids[id(values)] = values, scale, bits
-        return values
+            return self._remember(values, _State(scale, bits))
+        if suspicion:
+            raise WrongFileError(suspicion)
+        difference = (
+            "the file has no tensor on the grid of the model's"
+            if nearest is None
+            else f"its tensor {nearest.name!r} differs by {distance:.0f} steps of the grid, and "
+            f"{_LARGEST_DISTANCE[bits]:g} are what rounding explains"
+        )
+        suspicion = (
+            f"the file departs from the model at layer {name.removesuffix('_quantizer')!r}: {difference}; write this "
+            "operation in another way, or report the model to us"
+        )
+        return self._remember(values, _State(scale, bits, suspicion))
 
     def _find_nearest(self, values, scale):
-        size = int(tf.size(values))
+        size, values = int(tf.size(values)), values.numpy().ravel()
         candidates = [
             tensor
             for tensor in self._tensors
             if tensor.values.size == size and abs(tensor.scale / scale - 1) < _RELATIVE_SCALE_ERROR
         ]
-        values = values.numpy().ravel()
         return min(
             candidates,
             key=lambda tensor: float(np.max(np.abs(tensor.values.ravel() - values), initial=0)),
