@@ -20,6 +20,7 @@ from absl import flags
 
 from tf_repvgg.quantization import ptq, quantizers
 from tf_repvgg.quantization.uniform import GRANULARITIES
+from tf_repvgg.tflite.weights import describe_wide_weights
 
 FLAGS = flags.FLAGS
 
@@ -239,6 +240,8 @@ def round_weights(request: Request) -> Iterator[IntegerFile]:
         with cli.bad_input_exits():
             content = calibrated.with_weights(bits, granularity == "per_channel", metadata=request.metadata)
         record = _describe(request, bits, granularity, started)
+        if wide := tflite.find_wide_weights(content, bits):
+            record["notes"] = [describe_wide_weights(wide)]
         record["layers"] = _compare_layers(content, request.model, request)
         yield IntegerFile(f"{request.inference_type}_w{bits}_{granularity}.tflite", record, content)
 

@@ -71,8 +71,8 @@ AGREEMENT = {
 # Reasons why a fully integer RepVGG may hold more than convolutions, a mean and a dense layer.
 EXTRA_OPERATORS = {
     "PAD": "symmetric padding of a strided block",
-    "LOGISTIC": "sigmoid of a block's squeeze-and-excite",
-    "MUL": "a block's channels scaled by its squeeze-and-excite",
+    "LOGISTIC": "sigmoid, as in a squeeze-and-excite or swish",
+    "MUL": "product of two activations or with a constant, as in a squeeze-and-excite, swish or scaling",
     "QUANTIZE": "input or output is not of the activations' type",
     "DEQUANTIZE": "output is float",
 }

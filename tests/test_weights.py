@@ -306,16 +306,11 @@ def test_grouped_and_dilated_convolutions():
     assert np.max(np.abs(tflite.predict(file, images) - expected)) < 0.08 * np.max(np.abs(expected))
 
 
-@pytest.mark.parametrize(
-    "make, bits",
-    [(lambda size: keras.layers.SeparableConv2D(2, size), 8), (lambda size: keras.layers.Conv2DTranspose(2, size), 4)],
-)
-def test_layers_that_cannot_be_written_are_named(make, bits):
+def test_layers_that_cannot_be_written_are_named():
     inputs = keras.Input(SIZE)
-    layer = make(3)
-    model = keras.Model(inputs, layer(inputs))
-    with pytest.raises(ValueError, match=f"{layer.name}.*{type(layer).__name__}"):
-        tflite.convert(model, random_images(2), weight_bits=bits)
+    model = keras.Model(inputs, keras.layers.Conv2DTranspose(2, 3, name="up")(inputs))
+    with pytest.raises(ValueError, match="'up' is a Conv2DTranspose"):
+        tflite.convert(model, random_images(2), weight_bits=4)
 
 
 def test_a_file_of_another_model_is_refused(fused, file):

@@ -1,6 +1,6 @@
 """Fully integer TFLite files: writing them code for code, reading them and running them."""
 
-from tf_repvgg.tflite.complexity import Costs, costs
+from tf_repvgg.tflite.complexity import Costs, costs, find_wide_weights
 from tf_repvgg.tflite.convert import (
     INFERENCE_TYPES,
     CalibratedFile,
@@ -31,6 +31,7 @@ __all__ = [
     "convert",
     "convert_float",
     "costs",
+    "find_wide_weights",
     "latency",
     "layers",
     "make_samples",

@@ -19,6 +19,7 @@ _WEIGHTS_INPUTS = {
     _Code.UNIDIRECTIONAL_SEQUENCE_RNN: (1, 2),
     _Code.UNIDIRECTIONAL_SEQUENCE_LSTM: (*range(1, 9), 16),
 }
+_TABLES = {_Code.GATHER: (0,), _Code.EMBEDDING_LOOKUP: (1,)}
 _NOT_COUNTED = {
     _Code.LSTM,
     _Code.RNN,
@@ -72,9 +73,43 @@ def costs(file: bytes) -> Costs:
       (True, 108)
     """
     flat = flatbuffer.unpack(file)
-    tensors = {tensor.buffer: tensor for graph in flat.subgraphs for tensor in _find_weights(flat, graph)}
+    tensors = {
+        tensor.buffer: tensor for graph in flat.subgraphs for tensor in _find_weights(flat, graph, _WEIGHTS_INPUTS)
+    }
     weight_bytes = sum(len(flat.buffers[buffer].data) for buffer in tensors)
     return Costs(_count_macs(flat), weight_bytes, _mean_entropy_bits(flat, tensors))
+
+
+def find_wide_weights(file: bytes | schema.ModelT, weight_bits: int) -> list[str]:
+    """Names of the integer weights and lookup tables of a file that have more codes than a width allows.
+
+    Weights that are named after a layer may have any codes, as those of a codebook, but not too many.
+
+    Args:
+      file: TFLite file, or what `flatbuffer.unpack` makes of one.
+      weight_bits: Bits of a weight.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> file = tflite.convert(model, np.ones([1, 8, 8, 3]), weight_bits=4)
+      >>> tflite.find_wide_weights(file, 4), tflite.find_wide_weights(file, 3)
+      ([], ['conv/kernel'])
+    """
+    flat = flatbuffer.unpack(file) if isinstance(file, bytes) else file
+    tensors = [tensor for graph in flat.subgraphs for tensor in _find_weights(flat, graph, _WEIGHTS_INPUTS | _TABLES)]
+    return list(dict.fromkeys(flatbuffer.tensor_name(part) for part in tensors if _is_wide(flat, part, weight_bits)))
+
+
+def _is_wide(flat: schema.ModelT, tensor: schema.TensorT, weight_bits: int) -> bool:
+    codes = _read_codes(flat, tensor)
+    if codes is None:
+        return False
+    largest = np.max(np.abs(codes.astype(np.int16)), initial=0)
+    is_beside_grid = flatbuffer.weights_layer_name(tensor) is None and largest >= 2 ** (weight_bits - 1)
+    return weight_bits < 8 and bool(is_beside_grid or len(np.unique(codes)) > 2**weight_bits)
 
 
 def _count_macs(flat: schema.ModelT) -> int | None:
@@ -105,8 +140,13 @@ def _count_operator(code: int, operator: schema.OperatorT, graph: schema.SubGrap
     return int(np.prod(inputs[0][:-1])) * sum(int(np.prod(shape)) for shape in matrices if shape)
 
 
-def _find_weights(flat: schema.ModelT, graph: schema.SubGraphT) -> list[schema.TensorT]:
-    """The constants that operators multiply with; float16 and sparse ones lie before an operator that unpacks them."""
+def _find_weights(
+    flat: schema.ModelT, graph: schema.SubGraphT, inputs: Mapping[int, tuple[int, ...]]
+) -> list[schema.TensorT]:
+    """The constants among certain inputs {operator code: positions} of operators.
+
+    Float16 and sparse constants lie before an operator that unpacks them.
+    """
     unpacked = {
         operator.outputs[0]: operator.inputs[0]
         for operator in graph.operators
@@ -114,7 +154,7 @@ def _find_weights(flat: schema.ModelT, graph: schema.SubGraphT) -> list[schema.T
     }
     weights = []
     for operator in graph.operators:
-        for position in _WEIGHTS_INPUTS.get(flatbuffer.operator_code(flat, operator), ()):
+        for position in inputs.get(flatbuffer.operator_code(flat, operator), ()):
             index = operator.inputs[position] if position < len(operator.inputs) else -1
             while index in unpacked:
                 index = unpacked[index]

@@ -111,26 +111,33 @@ def _read_operators(file: bytes, model: keras.Model, names: Mapping[int, str]) -
     layers_by_name = {names[id(layer)]: layer for layer in graph.find_layers(model, WEIGHTED_LAYERS)}
     flat = flatbuffer.unpack(file)
     subgraph = flat.subgraphs[0]
-    operators = []
+    operators: list[_Operator] = []
+    unnamed: list[str] = []
     for operator in subgraph.operators:
         if (layout := flatbuffer.weights_layout(flat, operator)) is None:
             continue
         tensor = flatbuffer.weights_tensor(subgraph, operator)
+        if not flatbuffer.is_constant(flat, tensor):
+            continue
         kernel = QuantizedKernel(
             flatbuffer.weight_codes(flat, tensor, layout), np.asarray(tensor.quantization.scale, np.float32)
         )
         layer = layers_by_name.get(flatbuffer.weights_layer_name(tensor) or "")
         if layer is None:
-            raise ValueError(
-                f"the file's weights {flatbuffer.tensor_name(tensor)!r} are not named after a layer of the model; "
-                "tf_repvgg.tflite.convert and with_weights write files with weights that are named <layer>/kernel"
-            )
+            unnamed.append(flatbuffer.tensor_name(tensor))
+            continue
         if kernel_of(layer).shape != kernel.codes.shape:
             raise ValueError(
                 f"the file's weights {flatbuffer.tensor_name(tensor)!r} have shape {kernel.codes.shape}, and those of "
                 f"the model's layer {kernel_of(layer).shape}; is the file of another model?"
             )
         operators.append(_Operator(layer, kernel, int(operator.outputs[0])))
+    # A product with a matrix that is no layer's has the converter's name; but then every layer is found.
+    if unnamed and len({id(operator.layer) for operator in operators}) < len(layers_by_name):
+        raise ValueError(
+            f"the file's weights {unnamed[0]!r} are not named after a layer of the model; tf_repvgg.tflite.convert and "
+            "with_weights write files with weights that are named <layer>/kernel"
+        )
     return operators
 
 

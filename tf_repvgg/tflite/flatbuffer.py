@@ -210,6 +210,11 @@ def set_bias(
         set_constant(model, tensor, codes.astype(_BIAS_TYPES[tensor.type]), scale)
 
 
+def is_constant(model: schema.ModelT, tensor: schema.TensorT) -> bool:
+    """Whether the file holds the values of a tensor; the weights of a product of two activations are not constant."""
+    return model.buffers[tensor.buffer].data is not None
+
+
 def constant(model: schema.ModelT, tensor: schema.TensorT, dtype: type) -> np.ndarray:
     """The values of a constant tensor, in its shape."""
     data = model.buffers[tensor.buffer].data

@@ -84,6 +84,8 @@ def weight_codes(file: bytes) -> list[QuantizedKernel]:
         for operator in graph.operators:
             if (layout := flatbuffer.weights_layout(flat, operator)) is not None:
                 weights = flatbuffer.weights_tensor(graph, operator)
+                if not flatbuffer.is_constant(flat, weights):
+                    continue
                 codes = flatbuffer.weight_codes(flat, weights, layout)
                 kernels.append(QuantizedKernel(codes, np.asarray(weights.quantization.scale, np.float32)))
     return kernels

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tf_keras as keras
+from absl import logging
 from ai_edge_litert import schema_py_generated as schema
 
 from tf_repvgg import converter, graph
 from tf_repvgg.quantization.activations import quantizers
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, kernel_of
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias, quantize_min_max
-from tf_repvgg.tflite import flatbuffer
+from tf_repvgg.tflite import complexity, flatbuffer
 
 METADATA_NAME = "TF_REPVGG_INPUT"
 # The converter gives an activation that is zero on every calibration image a range of +-1e-6. XNNPACK refuses to load a
@@ -35,6 +36,9 @@ def with_weights(
 ) -> bytes:
     """Writes a model's weights and biases into a calibrated int8 file of that model, code for code.
 
+    Weights of other operations, such as an embedding or a product with a matrix, and of layers inside of layers keep
+    the 8 bits of the converter; a warning names them if fewer were requested.
+
     Layers in `kernels` get exactly those codes and scales, and quantized layers their own. All other kernels are
     rounded by `quantize_min_max`, except kernels that are 8-bit codes times one scale already, which keep them.
     Biases are int32, or int64 if activations are int16, with scale (input scale * weight scale).
@@ -55,7 +59,7 @@ def with_weights(
       The new file.
 
     Raises:
-      ValueError: If an operator of the file has no counterpart in the model, a layer's weights cannot be put on the
+      ValueError: If the file is of another model, a layer's weights cannot be put on the
         grid, `kernels` names no layer of the model or several, or has another shape, or given codes leave no room
         for a bias.
 
@@ -78,6 +82,8 @@ def with_weights(
     given = {id(layer): layer.get_quantized_kernel() for layer in layers if isinstance(layer, QuantizedLayer)}
     given |= _find_given_layers(kernels or {}, layers, names)
     has_quantizers = bool(quantizers(model))
+    # `verify` knows no rounded weights of layers inside of layers, whose activations have no quantizers either.
+    rounded = {id(layer) for layer in (graph.leaves(model) if has_quantizers else layers)}
     for subgraph in flat.subgraphs:
         _widen_dead_activations(flat, subgraph)
         _mend_16_bit_activations(flat, subgraph)
@@ -87,7 +93,8 @@ def with_weights(
             kernel = given.get(id(use.layer))
             if kernel is None:
                 min_scale = min_scale_of_bias(bias, min(input_scales))
-                kernel = _quantize_kernel(kernel_of(use.layer), weight_bits, per_channel, min_scale)
+                bits, by_channel = (weight_bits, per_channel) if id(use.layer) in rounded else (8, True)
+                kernel = _quantize_kernel(kernel_of(use.layer), bits, by_channel, min_scale)
             tensor = flatbuffer.weights_tensor(subgraph, use.operators[0])
             flatbuffer.set_weights(flat, tensor, use.layout, kernel.codes, kernel.scale)
             flatbuffer.set_weights_name(tensor, names[id(use.layer)])
@@ -101,7 +108,34 @@ def with_weights(
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
+    if wide := complexity.find_wide_weights(flat, _requested_bits(weight_bits, given, layers)):
+        logging.warning("%s", describe_wide_weights(wide))
     return flatbuffer.pack(flat)
+
+
+def describe_wide_weights(names: Sequence[str]) -> str:
+    """A line for the user on weights that have more bits than requested.
+
+    Example:
+      >>> from tf_repvgg.tflite.weights import describe_wide_weights
+      >>> print(describe_wide_weights(["embedding/lookup"]))
+      weights that keep 8 bits, as the model has them in no Conv2D, DepthwiseConv2D or Dense layer: embedding/lookup
+    """
+    reason = "as the model has them in no Conv2D, DepthwiseConv2D or Dense layer"
+    return f"weights that keep 8 bits, {reason}: {', '.join(names)}"
+
+
+def _requested_bits(weight_bits, given, layers):
+    """Bits that all weights should have: those of a quantized model's widest layer, or the argument."""
+    kernels = [given[id(layer)].codes for layer in layers if isinstance(layer, QuantizedLayer)]
+    if not kernels:
+        return weight_bits
+    counts = [len(np.unique(codes)) for codes in kernels]
+    # A small kernel has few codes on a grid of 8 bits too, but then they are most of its weights.
+    is_full = [count > min(codes.size, 256) / 2 for count, codes in zip(counts, kernels, strict=True)]
+    grid_bits = [int(np.max(np.abs(codes.astype(np.int16)), initial=1)).bit_length() + 1 for codes in kernels]
+    count_bits = [int(np.ceil(np.log2(max(2, count)))) for count in counts]
+    return max(grid if full else count for grid, count, full in zip(grid_bits, count_bits, is_full, strict=True))
 
 
 def layer_names(model: keras.Model) -> dict[int, str]:
@@ -168,22 +202,49 @@ def _find_uses(flat, subgraph, layers) -> list[_Use]:
     uses: dict[tuple[int, int], _Use] = {}
     owners: dict[int, keras.layers.Layer] = {}
     calls: collections.Counter[int] = collections.Counter()
+    kept: list[schema.OperatorT] = []
     for operator in subgraph.operators:
         if (layout := flatbuffer.weights_layout(flat, operator)) is None:
             continue
         tensor = flatbuffer.weights_tensor(subgraph, operator)
+        if not flatbuffer.is_constant(flat, tensor):  # a product of two activations
+            continue
         layer = _find_layer(flat, tensor, layout, flatbuffer.bias_tensor(subgraph, operator), layers, calls)
+        if layer is None:
+            kept.append(operator)
+            continue
         calls[id(layer)] += 1
         uses.setdefault((id(tensor), id(layer)), _Use(layer, layout, [])).operators.append(operator)
         owners.setdefault(id(tensor), layer)
     for (tensor_id, _), use in uses.items():
         if owners[tensor_id] is not use.layer:
             flatbuffer.give_own_weights(subgraph, use.operators)
+    _keep_weights(flat, subgraph, kept, [layer for layer in layers if not calls[id(layer)]])
     return list(uses.values())
 
 
+def _keep_weights(flat, subgraph, operators, missing_layers):
+    """Leaves operators such as a product with a matrix, which is no layer, the weights that the converter wrote.
+
+    Raises:
+      ValueError: If there are such operators, and layers whose weights were not found.
+    """
+    for operator in operators:
+        tensor = flatbuffer.weights_tensor(subgraph, operator)
+        if missing_layers:
+            raise ValueError(
+                f"the file's weights {flatbuffer.tensor_name(tensor)!r} {list(flatbuffer.tensor_shape(tensor))} are "
+                f"those of no layer of the model, and no weights are those of its layer {missing_layers[0].name!r}: "
+                "the file is of another model or of other weights, or the converter has multiplied a constant into "
+                "them; give the file that tf_repvgg.tflite.convert makes of this model"
+            )
+        if (bias := flatbuffer.bias_tensor(subgraph, operator)) is not None:
+            # Sets the type that kernels require beside int16 activations.
+            flatbuffer.set_bias(flat, subgraph, operator, flatbuffer.bias_codes(flat, bias), bias.quantization.scale)
+
+
 def _find_layer(flat, tensor, layout, bias_tensor, layers, calls):
-    """The layer whose kernel a weight tensor holds, found by value: names do not survive every conversion.
+    """The layer whose kernel a weight tensor holds, found by value: names do not survive every conversion; or None.
 
     Of several layers with that kernel, it is the layer with the nearest bias; of several with that bias too, the layer
     with the fewest operators so far.
@@ -196,10 +257,7 @@ def _find_layer(flat, tensor, layout, bias_tensor, layers, calls):
         if kernel.shape == codes.shape and np.all(np.abs(kernel - codes * scale) <= 0.51 * scale):
             candidates.append(layer)
     if not candidates:
-        raise ValueError(
-            f"the file's weights {flatbuffer.tensor_name(tensor)!r} {list(tensor.shape)} are those of no layer of the "
-            "model; was it changed after the conversion?"
-        )
+        return None
     bias = _read_bias(flat, bias_tensor)
     return min(candidates, key=lambda layer: (np.max(np.abs(bias_of(layer) - bias)), calls[id(layer)]))
 

@@ -130,7 +130,18 @@ def quantize_network(
     if not network.is_complete:  # after methods that only change the float form
         min_max(network)
     make_room_for_biases(network.quantized)
+    if min(network.bits.values()) < 8 and (wide := _find_wide_layers(network)):
+        network.notes.append(f"layers that keep weights of 8 bits: {', '.join(wide)}")
     return network
+
+
+def _find_wide_layers(network):
+    """The layers of the quantized form whose matrices or kernels are not quantized, among them factors of channels."""
+    return [
+        f"{layer.name} ({type(layer).__name__})"
+        for layer in network.quantized.layers
+        if layer.name not in network.layers and any(len(weight.shape) > 1 for weight in layer.weights)
+    ]
 
 
 def calibrate(model: keras.Model, calibration: Any) -> keras.Model:

@@ -71,6 +71,8 @@ def integer_weights(model: schema.ModelT) -> list[Weights]:
             continue
         index = int(operator.inputs[flatbuffer.WEIGHTS_INPUT])
         tensor = graph.tensors[index]
+        if not flatbuffer.is_constant(model, tensor):
+            continue
         name = flatbuffer.tensor_name(tensor)
         if tensor.type != schema.TensorType.INT8:
             raise ValueError(f"the weights {name!r} are not int8; this target needs a fully integer file")
