@@ -27,8 +27,8 @@ FAULTS = (WRONG, REFUSED_LATE, CRASHED)
 # output's grid, and in shares of the output's root mean square.
 _MOST_OF_DISTURBED, _MORE_STEPS = 2.0, {8: 2.0, 16: 128.0}
 _MOST_OF_NAIVE, _MORE_ERROR = 3.0, 0.01
-# Modules that run after the converter: errors from there come too late.
-_LATE_MODULES = ("tf_repvgg/converter.py", "tflite/weights.py")
+# Errors from these modules come too late, except from a trial before work begins.
+_LATE_MODULES, _TRIAL_MODULE = ("tf_repvgg/converter.py", "tflite/weights.py"), "quantization/exportability.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,8 @@ def judge_error(error: Exception, is_early: bool) -> Verdict:
     if not (isinstance(error, ValueError) and is_raised_by_library and "\n" not in message):
         place = "/".join(frames[-1].filename.split("/")[-2:])
         return Verdict(CRASHED, f"{detail[:300]} ({place}:{frames[-1].lineno})")
-    is_late = not is_early or any(frame.filename.endswith(_LATE_MODULES) for frame in frames)
+    is_trial = any(frame.filename.endswith(_TRIAL_MODULE) for frame in frames)
+    is_late = not is_early or (not is_trial and any(frame.filename.endswith(_LATE_MODULES) for frame in frames))
     return Verdict(REFUSED_LATE if is_late else REFUSED, message)
 
 
