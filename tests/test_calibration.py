@@ -151,6 +151,9 @@ def test_models_that_start_with_normalized_images():
     assert_refuses("reach 255, as pixels do, and layer 'stem' takes them", PIXELS.astype(np.uint8), model_of())
     assert_refuses(r"reach .*e\+06", 1e6 * NORMALIZED, model_of())
     assert_refuses("layer 'stem' takes", PIXELS, model_of(keras.layers.ZeroPadding2D()))
+    declared = model_of(keras.layers.Rescaling(1.0))
+    actual = tflite.predict(tflite.convert(declared, PIXELS), PIXELS)
+    assert np.max(np.abs(actual - declared(PIXELS))) < 0.03 * np.max(np.abs(actual))
     read_samples(PIXELS, model_of(lambda inputs: tf.cast(inputs, "float32"), dtype="uint8"))
     read_samples([1000.0 * np.ones(3)], keras.Sequential([keras.Input([3]), keras.layers.Dense(2)]))  # no images
 

@@ -25,10 +25,11 @@ _LARGEST_RATIO = 8.0
 def check_scale(samples: Sequence[Sequence[np.ndarray]], model: keras.Model) -> None:
     """Refuses calibration images that are pixels where the model takes normalized images, or the other way around.
 
-    Inputs of integer types take whatever their type holds. Other images (height, width and channels, or whatever is
-    larger) go through the layers that come before the first weights, such as Rescaling, Normalization and operators.
-    What arrives there must not be pixels, unless the statistics of fused normalizations say that it was in training;
-    and it must not be images that a division meant for pixels has made uniform.
+    Inputs of integer types take whatever their type holds, and so do models with a Rescaling by 1. Other images (height,
+    width and channels, or whatever is larger) go through the layers that come before the first weights, such as
+    Rescaling, Normalization and operators. What arrives there must not be pixels, unless the statistics of fused
+    normalizations say that it was in training; and it must not be images that a division meant for pixels has made
+    uniform.
 
     Args:
       samples: Samples, each with an array [1, ...] for each input.
@@ -56,13 +57,19 @@ def check_scale(samples: Sequence[Sequence[np.ndarray]], model: keras.Model) -> 
         images = [sample[position] for sample in samples]
         low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
         if max(-low, high) > LARGEST_INPUT:
-            _check_pixels(samples, model)
+            if not any(map(_is_declaration, graph.find_layers(model, keras.layers.Rescaling))):
+                _check_pixels(samples, model)
         elif 0 < high - low <= _SMALLEST_DIVISOR and any(_is_normalized(image) for image in images):
             _check_normalized(samples, model, position, low, high)
 
 
 def _is_normalized(image):
     return np.min(image) < 0 or np.any(image != np.round(image))
+
+
+def _is_declaration(rescaling):
+    """Whether a layer computes nothing, and is there to say that the model takes images as they are."""
+    return np.all(np.equal(rescaling.scale, 1)) and np.all(np.equal(rescaling.offset, 0))
 
 
 def _holds_weights(layer):
@@ -109,8 +116,8 @@ def _check_pixels(samples, model):
         if not _has_trained_on(layer, values, statistics.get(name)):
             raise ValueError(
                 f"calibration images reach {largest:g}, as pixels do, and layer {name!r} takes them like that; they "
-                "must be normalized as for training the model. If it was trained on pixels, say so in the model: "
-                'start it with keras.layers.Rescaling or Normalization, or with keras.Input(..., dtype="uint8")'
+                "must be normalized as for training the model, before it or by its first layer. If it was trained on "
+                "such images, start it with keras.layers.Rescaling(1.0), which says so"
             )
 
 
