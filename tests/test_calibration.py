@@ -143,6 +143,15 @@ def test_models_that_start_with_pixels(front):
     assert_refuses("lie between -1 and 1, as normalized images do, but the model itself divides", NORMALIZED, model)
 
 
+def test_training_continues_on_pixels():
+    """After post-training quantization, which has the division of pixels in the first kernel."""
+    model = model_of(FRONTS["operators"])
+    start = ptq.dequantize(model, ptq.quantize(model, calibration=PIXELS))
+    trained = strip_cluster_quantize(cluster_quantize(start, 256, calibration=PIXELS))
+    expected = model(PIXELS)
+    assert np.max(np.abs(trained(PIXELS) - expected)) < 0.05 * np.max(np.abs(expected))
+
+
 def test_models_that_start_with_normalized_images():
     for front in (lambda inputs: inputs, keras.layers.ZeroPadding2D(), tf.image.per_image_standardization):
         read_samples(NORMALIZED, model_of(front))

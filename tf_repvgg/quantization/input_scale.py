@@ -25,9 +25,9 @@ _LARGEST_RATIO = 8.0
 def check_scale(samples: Sequence[Sequence[np.ndarray]], model: keras.Model) -> None:
     """Refuses calibration images that are pixels where the model takes normalized images, or the other way around.
 
-    Inputs of integer types take whatever their type holds, and so do models with a Rescaling by 1. Other images (height,
-    width and channels, or whatever is larger) go through the layers that come before the first weights, such as
-    Rescaling, Normalization and operators. What arrives there must not be pixels, unless the statistics of fused
+    Inputs of integer types take whatever their type holds, and so do models with a Rescaling by 1. Other images
+    (height, width and channels, or whatever is larger) go through the layers that come before the first weights, such
+    as Rescaling, Normalization and operators. What arrives there must not be pixels, unless the statistics of fused
     normalizations say that it was in training; and it must not be images that a division meant for pixels has made
     uniform.
 

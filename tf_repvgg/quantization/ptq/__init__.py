@@ -207,8 +207,8 @@ def dequantize(model: keras.Model, quantized: keras.Model) -> keras.Model:
       ('Conv2D', 3)
     """
     check_fused(model)
-    model = lower(model)
-    names = graph.unique_names(model)
+    lowered = lower(model)
+    names = graph.unique_names(lowered)
     quantized_layers = {layer.name: layer for layer in quantized.layers if isinstance(layer, QuantizedLayer)}
 
     def replace(layer):
@@ -223,7 +223,14 @@ def dequantize(model: keras.Model, quantized: keras.Model) -> keras.Model:
         weights = [weight.numpy() for weight in quantized_layer.weights if weight is not quantized_layer.scale]
         return graph.copy_layer(layer, weights)
 
-    return graph.rebuild(model, replace)
+    def declare_scale(tensor):
+        # Layers that said on what scale images are may have become part of kernels (see `input_scale`).
+        is_changed_image = lowered is not model and tensor.dtype.is_floating and tensor.shape.rank > 3
+        return (
+            keras.layers.Rescaling(1.0, name=f"{tensor.node.layer.name}_scale")(tensor) if is_changed_image else tensor
+        )
+
+    return graph.rebuild(lowered, replace, declare_scale)
 
 
 dequantized = dequantize  # former name, which users' programs import
