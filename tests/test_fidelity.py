@@ -78,3 +78,12 @@ def test_files_of_other_models_are_refused():
     with pytest.raises(ValueError, match="'first/kernel' are not named after a layer of the model"):
         tflite.layers(file, plain_model(keras.layers.Conv2D(4, 1, name="last")), images)
     assert np.isfinite(tflite.layers(file, model, images)[0].weight_sqnr_db)
+
+
+def test_layers_that_become_others_in_a_file():
+    """A separable convolution is two layers of a file, and both are compared."""
+    model = plain_model(keras.layers.SeparableConv2D(4, 3, name="separable"))
+    images = random_images(4, SIZE)
+    layers = tflite.layers(tflite.convert(model, images), model, images)
+    assert [layer.layer for layer in layers] == ["separable_depthwise", "separable"]
+    assert all(layer.weight_sqnr_db > 30 for layer in layers)

@@ -70,3 +70,10 @@ def test_weights_that_keep_8_bits_are_named(layer):
             outputs, expected = tflite.predict(file, images), model(images).numpy()
             assert np.max(np.abs(outputs - expected)) < (0.05 if bits == 8 else 0.5) * np.max(np.abs(expected))
         assert next(entry.layer for entry in tflite.layers(file, model, images)) == "conv"
+
+
+def test_a_model_without_layers_to_quantize():
+    model = keras.Sequential([keras.Input((4,)), _Product(name="own")], name="tiny")
+    with pytest.raises(ValueError, match="'tiny' has no Conv2D, DepthwiseConv2D or Dense layer of its own"):
+        ptq.quantize(model, calibration=random_images(4, (4,)))
+    assert tflite.convert(model, random_images(4, (4,)))

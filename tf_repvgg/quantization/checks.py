@@ -108,4 +108,9 @@ def _numbers_by_layer(model, value, description, allowed, classes):
     values = by_name.parse(value, parse_number, description)
     unique_names = graph.unique_names(model)
     layer_names = [unique_names[id(layer)] for layer in graph.leaves(model) if holds_float_kernel(layer, classes)]
+    if not layer_names:
+        raise ValueError(
+            f"{model.name!r} has no Conv2D, DepthwiseConv2D or Dense layer of its own, whose weights could be "
+            "quantized; tf_repvgg.tflite.convert writes its other weights with 8 bits"
+        )
     return by_name.resolve(values, layer_names, description)

@@ -1,5 +1,6 @@
 """Distance of each layer of an integer file from the float model that it was made from."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import quantizers
+from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, kernel_of
 from tf_repvgg.quantization.uniform import QuantizedKernel
 from tf_repvgg.tflite import flatbuffer, interpreter, reader
@@ -61,7 +63,8 @@ def layers(file: bytes, model: keras.Model, images: np.ndarray) -> list[LayerFid
 
     Args:
       file: Integer file of batch 1 whose weights are named after the layers of the model, as `with_weights` does.
-      model: Fused float model; or the quantized model that was trained, which gives no ratios.
+      model: Fused float model, compared in the form that `tf_repvgg.quantization.lowering.lower` gives it; or the
+        quantized model that was trained, which gives no ratios.
       images: Normalized images on which activations are compared, float32 [count, height, width, channels].
 
     Returns:
@@ -81,6 +84,9 @@ def layers(file: bytes, model: keras.Model, images: np.ndarray) -> list[LayerFid
       >>> layer.layer, layer.weight_bits, layer.weights, layer.weight_sqnr_db > 10
       ('conv', 4, 108, True)
     """
+    if not quantizers(model):
+        with contextlib.suppress(graph.CopyError):  # then the file was made from the model as it is
+            model = lower(model)
     names = layer_names(model)
     operators = _read_operators(file, model, names)
     is_float = not quantizers(model)

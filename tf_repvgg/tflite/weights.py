@@ -108,7 +108,7 @@ def with_weights(
     if metadata is not None:
         flatbuffer.set_metadata(flat, METADATA_NAME, json.dumps(metadata).encode())
     flatbuffer.drop_unused_buffers(flat)
-    if wide := complexity.find_wide_weights(flat, _requested_bits(weight_bits, given, layers)):
+    if wide := complexity.find_wide_weights(flat, _find_requested_bits(weight_bits, given, layers)):
         logging.warning("%s", describe_wide_weights(wide))
     return flatbuffer.pack(flat)
 
@@ -125,7 +125,7 @@ def describe_wide_weights(names: Sequence[str]) -> str:
     return f"weights that keep 8 bits, {reason}: {', '.join(names)}"
 
 
-def _requested_bits(weight_bits, given, layers):
+def _find_requested_bits(weight_bits, given, layers):
     """Bits that all weights should have: those of a quantized model's widest layer, or the argument."""
     kernels = [given[id(layer)].codes for layer in layers if isinstance(layer, QuantizedLayer)]
     if not kernels:
