@@ -20,17 +20,32 @@ _FIXED_RANGE_16 = (-largest_code(16) / 2**15, largest_code(16) / 2**15)
 _FUSED_ACTIVATIONS = ("linear", "relu", "relu6")
 # `_activation_name` of a Keras layer that computes nothing; no function can have this name.
 _IDENTITY = "<identity>"
+# Layers that change images in training, and do nothing otherwise.
+AUGMENTATIONS = (
+    keras.layers.RandomBrightness,
+    keras.layers.RandomContrast,
+    keras.layers.RandomFlip,
+    keras.layers.RandomRotation,
+    keras.layers.RandomTranslation,
+    keras.layers.RandomZoom,
+)
 # TFLite gives the outputs of these layers the scale of their input; with a grid of their own they would not convert.
 RANGE_PRESERVING = (
+    *AUGMENTATIONS,
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
     keras.layers.AveragePooling2D,
+    keras.layers.CenterCrop,
     keras.layers.Cropping2D,
     keras.layers.Dropout,
     keras.layers.Flatten,
+    keras.layers.GaussianDropout,
     keras.layers.GaussianNoise,
     keras.layers.GlobalMaxPooling2D,
     keras.layers.MaxPooling2D,
     keras.layers.Permute,
     keras.layers.Reshape,
+    keras.layers.Resizing,
     keras.layers.SpatialDropout2D,
     keras.layers.UpSampling2D,
     keras.layers.ZeroPadding2D,

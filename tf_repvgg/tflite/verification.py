@@ -9,7 +9,7 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
-from tf_repvgg.quantization.activations import RANGE_PRESERVING
+from tf_repvgg.quantization.activations import AUGMENTATIONS, RANGE_PRESERVING
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, apply_kernel
 from tf_repvgg.tflite import flatbuffer, interpreter
 from tf_repvgg.tflite.weights import layer_names
@@ -19,14 +19,23 @@ from tf_repvgg.tflite.weights import layer_names
 _LARGEST_DISTANCE = {8: 2.5, 16: 128.0}
 _RELATIVE_SCALE_ERROR = 1e-5
 # Layers whose outputs have the grid of their inputs, and which the file rounds all the same.
-_AVERAGING = (keras.layers.AveragePooling2D, keras.layers.UpSampling2D)
+_AVERAGING = (keras.layers.AveragePooling2D, keras.layers.Resizing, keras.layers.UpSampling2D)
 # Share of an output's standard deviation by which a whole file may differ from its float model. Files of 8 bits differ
 # by a few percent; a constant that is lost, or a function that has no good integer kernel, by far more.
 _LARGEST_OUTPUT_DISTANCE = 0.5
 
 
 class WrongFileError(ValueError):
-    """A file computes something else than the model that it was made from."""
+    """A file computes something else than the model that it was made from.
+
+    Example:
+      >>> from tf_repvgg import tflite
+      >>> try:
+      ...     raise tflite.WrongFileError("the file departs from the model at layer 'conv': ...")
+      ... except ValueError as error:
+      ...     print(error)
+      the file departs from the model at layer 'conv': ...
+    """
 
 
 def make_samples(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:
@@ -38,6 +47,16 @@ def make_samples(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> l
 
     Returns:
       Samples, each a list of arrays [1, ...], one for each input; zeros where an input is not quantized.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> from tf_repvgg.quantization import ptq
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+      >>> quantized = ptq.quantize(model, calibration=np.ones([1, 8, 8, 3]))
+      >>> [[values.shape for values in sample] for sample in tflite.make_samples(quantized, [(8, 8, 3)])]
+      [[(1, 8, 8, 3)], [(1, 8, 8, 3)]]
     """
     generator = np.random.default_rng(0)
     ranges = [_find_input_range(model, tensor) for tensor in model.inputs]
@@ -224,6 +243,8 @@ class _Comparison:
 
     def _replace(self, layer) -> Callable:
         run = self._with_kernel_of_file(layer) if id(layer) in self._kernels else layer
+        if isinstance(layer, AUGMENTATIONS):  # called by themselves, these layers take it for training
+            run = tf.identity
 
         def call(*arguments, **keywords):
             outputs = run(*arguments, **keywords)

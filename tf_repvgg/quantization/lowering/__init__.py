@@ -12,6 +12,8 @@ from tf_repvgg.quantization.lowering.builder import Builder, Names
 from tf_repvgg.quantization.lowering.folding import fold
 from tf_repvgg.quantization.lowering.grids import find_tied_layers
 
+__all__ = ["lower"]
+
 _TOLERANCE = 1e-3
 # Readers of an integer input that turn it into numbers, and so take them as well.
 _CASTS = (keras.layers.Normalization, keras.layers.Rescaling)

@@ -10,18 +10,10 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import SHARING_GRID
-from tf_repvgg.quantization.lowering.affine import Affine, ChannelAffine, apply_as_convolution
+from tf_repvgg.quantization.lowering.affine import IDENTITIES, Affine, ChannelAffine, apply_as_convolution
 from tf_repvgg.quantization.lowering.grids import find_tied_layers, untie
-from tf_repvgg.quantization.quantized_layers import is_quantizable
+from tf_repvgg.quantization.quantized_layers import arrange_kernel, is_quantizable, restore_kernel
 
-# Layers that compute nothing when a model is not in training.
-_IDENTITIES = (
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-)
 # Means and copies within a channel, which let factors and offsets pass.
 _MEANS = (
     keras.layers.AveragePooling2D,
@@ -84,7 +76,7 @@ def fold_weights(layer: keras.layers.Layer, folded: Fold) -> list[np.ndarray]:
     """Kernel, and bias if it needs one, of a layer that computes what the layer and the functions around it compute.
 
     Args:
-      layer: Conv2D, DepthwiseConv2D or Dense layer with its weights.
+      layer: Conv2D, Conv2DTranspose, DepthwiseConv2D or Dense layer with its weights.
       folded: Functions to take over. A grouped convolution takes uniform functions before it only.
     """
     kernel, *bias = (weight.astype(np.float64) for weight in layer.get_weights())
@@ -226,7 +218,7 @@ def _move_before(node, affine):
 
 def _move(layer, affine, channels):
     is_channels_last = getattr(layer, "data_format", "channels_last") == "channels_last"
-    if isinstance(layer, _IDENTITIES):
+    if isinstance(layer, IDENTITIES):
         return affine
     if isinstance(layer, keras.layers.Reshape) and len(affine.factor) == channels:
         return affine  # the last axis is the same one

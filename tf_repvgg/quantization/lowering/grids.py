@@ -8,14 +8,10 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import RANGE_PRESERVING, SHARING_GRID
-from tf_repvgg.quantization.lowering.affine import Affine, apply_as_convolution
+from tf_repvgg.quantization.lowering.affine import IDENTITIES, Affine, apply_as_convolution
 
 # Of the layers that preserve the range, those that are operators in a file.
-_OPERATORS = tuple(
-    layer_class
-    for layer_class in RANGE_PRESERVING
-    if not issubclass(layer_class, keras.layers.Dropout | keras.layers.GaussianNoise)
-)
+_OPERATORS = tuple(layer_class for layer_class in RANGE_PRESERVING if layer_class not in IDENTITIES)
 
 
 def find_tied_layers(model: keras.Model) -> set[str]:
