@@ -1,6 +1,6 @@
 """Runs that survive: SIGKILL, full disks, diverging weights, and other processes in the same folder.
 
-Twenty kills by default; `python -m pytest tests/test_surviving.py --kills=200` kills more often.
+Twelve kills by default; `python -m pytest tests/test_surviving.py --kills=200` kills more often.
 """
 
 import json
