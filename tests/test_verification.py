@@ -33,7 +33,7 @@ def change_operator(file, layer_name, change):
 
 
 def lose_bias(flat, subgraph, operator):
-    tensor = flatbuffer.bias_tensor(subgraph, operator)
+    tensor = flatbuffer.bias_tensor(flat, subgraph, operator)
     flatbuffer.set_constant(flat, tensor, np.zeros(4, np.int32), tensor.quantization.scale)
 
 
@@ -98,3 +98,15 @@ def test_outputs_that_tensorflows_kernels_do_not_compute_are_refused(monkeypatch
     monkeypatch.setattr(converter, "make_calibrating_converter", lambda _, *arguments: make(other, *arguments))
     with pytest.raises(tflite.WrongFileError, match=r"an output differs by .* % of what it varies"):
         tflite.convert(model, IMAGES)
+
+
+@pytest.mark.parametrize(
+    "recurrent", [keras.layers.GRU(4, name="loop"), keras.layers.Bidirectional(keras.layers.LSTM(2, name="loop"))]
+)
+def test_recurrent_layers_are_refused(recurrent):
+    """TensorFlow's converter crashes on some of them."""
+    inputs = keras.Input((6, 4))
+    model = keras.Model(inputs, keras.layers.Dense(3)(recurrent(inputs)))
+    for quantize in (tflite.convert, lambda model, images: ptq.quantize(model, calibration=images)):
+        with pytest.raises(ValueError, match=r"layer '.*loop' is a (GRU|LSTM), and integer files of recurrent layers"):
+            quantize(model, np.zeros((2, 6, 4), np.float32))

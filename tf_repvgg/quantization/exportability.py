@@ -25,6 +25,22 @@ _KNOWN_ACTIVATIONS = ("linear", "relu", "relu6", "sigmoid", "softmax", "tanh", "
 _TRIAL_SIZE = 64
 
 
+def check_not_recurrent(model: keras.Model) -> None:
+    """Refuses recurrent layers: TensorFlow's converter crashes, or fails, when it makes integer files of their loops.
+
+    Args:
+      model: Any Keras model.
+
+    Raises:
+      ValueError: If there is a recurrent layer. The message names it.
+    """
+    for layer in graph.find_layers(model, keras.layers.RNN):
+        raise ValueError(
+            f"layer {layer.name!r} is a {type(layer).__name__}, and integer files of recurrent layers cannot be "
+            "written; use convolutions or attention over time"
+        )
+
+
 def check_exportable(model: keras.Model, activation_bits: int = 8) -> None:
     """Refuses a model with an operation that an integer file cannot compute.
 
@@ -50,6 +66,7 @@ def check_exportable(model: keras.Model, activation_bits: int = 8) -> None:
       ...     print(str(error).partition(",")[0])
       layer 'softplus' (Lambda) has no integer form in TFLite
     """
+    check_not_recurrent(model)
     if activation_bits == 8 and all(_is_known(layer) for layer in graph.leaves(model)):
         return
     deploy = fusion.fuse(model) if graph.find_layers(model, ReparameterizedBlock) else model

@@ -12,6 +12,7 @@ from tf_repvgg import converter, graph
 from tf_repvgg.quantization import ptq
 from tf_repvgg.quantization.activations import quantizers
 from tf_repvgg.quantization.checks import check_fused
+from tf_repvgg.quantization.exportability import check_not_recurrent
 from tf_repvgg.quantization.samples import read_samples, stack_samples
 from tf_repvgg.quantization.uniform import QuantizedKernel
 from tf_repvgg.tflite.verification import make_samples, verify, verify_outputs
@@ -123,9 +124,18 @@ def calibrate(
     """Runs TensorFlow's converter once, for files that differ in their weights only; see `CalibratedFile`.
 
     The arguments and errors are those of `convert`.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg import tflite
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+      >>> tflite.calibrate(model, np.ones([1, 8, 8, 3])).input_shapes
+      [(8, 8, 3)]
     """
     inference_type = resolve_inference_type(inference_type, activation_bits(model))
     check_fused(model)
+    check_not_recurrent(model)
     if not quantizers(model):
         samples = read_samples(calibration, model)
         return _calibrate_float(model, samples, [array.shape[1:] for array in samples[0]], inference_type)
