@@ -255,3 +255,14 @@ def test_pooling_that_a_concatenation_and_others_read():
     quantized = ptq.quantize(model, calibration=draw_images())
     assert "conv_quantizer" in {quantizer.name for quantizer in quantizers(quantized)}
     assert_file_follows(model, quantized)
+
+
+@pytest.mark.parametrize("layer", [layers.Conv2D(4, 3, name="conv"), layers.SeparableConv2D(4, 3, name="conv")])
+def test_fuse_merges_normalizations_behind_dropout_and_one_another(layer):
+    model = build(lambda x: norm("last")(layers.GaussianNoise(0.1)(norm()(layers.Dropout(0.5)(layer(x))))))
+    fused = fusion.fuse(model)
+    assert not graph.find_layers(fused, layers.BatchNormalization)
+    assert type(fused.get_layer("conv")) is layers.Conv2D
+    assert_same_function(model, fused)
+    read_twice = fusion.fuse(build(lambda x: (lambda y: norm("last")(y) + y)(norm()(conv()(x)))))
+    assert [norm.name for norm in graph.find_layers(read_twice, layers.BatchNormalization)] == ["last"]
