@@ -15,7 +15,7 @@ from tf_repvgg import tflite
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.models import build_repvgg
-from tf_repvgg.quantization import quantize_min_max
+from tf_repvgg.quantization import ptq, quantize_min_max
 from tf_repvgg.tflite import METADATA_NAME, flatbuffer
 
 
@@ -89,6 +89,14 @@ def test_any_image_size_becomes_that_of_the_calibration_images():
     file = tflite.convert(fused, random_images(4))
     assert tflite.operators(file)[0].output_shape == (1, 12, 11, 4)
     assert_computes_what_it_says(file, random_images(4))
+    with pytest.raises(ValueError, match=r"image_size is \(8, 9\), but the calibration images are \(12, 11, 3\)"):
+        tflite.convert(fused, random_images(4), image_size=(8, 9))
+    quantized = ptq.quantize(fused, calibration=random_images(4))
+    assert tflite.operators(tflite.convert(quantized, image_size=(8, 9)))[0].output_shape == (1, 8, 9, 4)
+    with pytest.raises(
+        ValueError, match=r"input '.*' is \(None, None, 3\); a file needs a fixed size: give image_size="
+    ):
+        tflite.convert(quantized)
 
 
 def test_metadata_is_in_the_file(fused, file):

@@ -49,7 +49,7 @@ def convert(
       kernels: {layer name: codes and scales} of layers that are quantized already; see `with_weights`.
       metadata: JSON-serializable content to store in the file under the name TF_REPVGG_INPUT, such as the
         preprocessing that the model expects and the names of its classes.
-      image_size: Height and width for a model that leaves them free.
+      image_size: Height and width for a quantized model that leaves them free; for a float model, those of the images.
 
     Returns:
       The file.
@@ -138,7 +138,13 @@ def calibrate(
     check_not_recurrent(model)
     if not quantizers(model):
         samples = read_samples(calibration, model)
-        return _calibrate_float(model, samples, [array.shape[1:] for array in samples[0]], inference_type)
+        shapes = [array.shape[1:] for array in samples[0]]
+        if image_size is not None and tuple(image_size) not in [shape[:2] for shape in shapes]:
+            raise ValueError(
+                f"image_size is {tuple(image_size)}, but the calibration images are {shapes[0]}; a float model has the "
+                "size of its calibration images in the file"
+            )
+        return _calibrate_float(model, samples, shapes, inference_type)
     if calibration is not None:
         raise ValueError("the model holds its own calibration ranges; leave calibration out")
     _check_ranges(model)
@@ -224,7 +230,10 @@ def _input_shapes(model, image_size=None):
     """Shape of one sample of each input, with the given size in place of free height and width."""
     shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
     if image_size is not None:
-        shapes = [(*image_size, shape[-1]) if shape[:2] == (None, None) else shape for shape in shapes]
+        free = [shape[:2] == (None, None) for shape in shapes]
+        if not any(free):
+            raise ValueError(f"image_size is {tuple(image_size)}, but the model's input has the fixed size {shapes[0]}")
+        shapes = [(*image_size, shape[-1]) if is_free else shape for is_free, shape in zip(free, shapes, strict=True)]
     for name, shape in zip(model.input_names, shapes, strict=True):
         if None in shape:
             raise ValueError(
