@@ -9,7 +9,7 @@ from tf_repvgg import converter, fusion, graph
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.activations import quantize_activations, quantizers, relu_name
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedDepthwiseConv2D
 
 # Layers that need no trial, in any order: their activations must be among the names below.
 _KNOWN_LAYERS = (
@@ -19,6 +19,7 @@ _KNOWN_LAYERS = (
     keras.layers.GlobalAveragePooling2D,
     keras.layers.InputLayer,
     keras.layers.ZeroPadding2D,
+    QuantizedDepthwiseConv2D,  # as lowering makes it of constants
     *WEIGHTED_LAYERS,
 )
 _KNOWN_ACTIVATIONS = ("linear", "relu", "relu6", "sigmoid", "softmax", "tanh", "swish")
