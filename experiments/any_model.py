@@ -2,8 +2,8 @@
 
 Two parts. Random small models of a few dozen kinds of layers, drawn from their seeds, go every way to a file; each ends
 right, or refused before any work, and everything else is a fault. Then networks of keras.applications with random
-weights: how often their files agree with the float network, beside TensorFlow's own int8 files. About 40 minutes and
-15 minutes on one core. --norandom or --noapplications leaves one part as it is in results/any_model.json. Resumable;
+weights: how often their files agree with the float network, beside TensorFlow's own int8 files. An hour or two
+for each part on one core. --norandom or --noapplications leaves one part as it is in results/any_model.json. Resumable;
 writes results/any_model.json and results/any_model.md. Exit status 1 if there is a fault.
 """
 
@@ -29,7 +29,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the first random model; the others foll
 flags.DEFINE_integer("ways", 1, "Number of ways to a file that each random model takes.", lower_bound=1)
 flags.DEFINE_string("data_dir", None, "Folder with the folders train and test of photographs, as Imagenette has them.")
 flags.DEFINE_list("networks", list(applications.NETWORKS), "Names in keras.applications.")
-flags.DEFINE_integer("calibration_images", 64, "Photographs for normalizations and calibration.", lower_bound=1)
+flags.DEFINE_integer("calibration_images", 32, "Photographs for normalizations and calibration.", lower_bound=1)
 flags.DEFINE_integer("test_images", 200, "Photographs on which files and networks are compared.", lower_bound=1)
 flags.DEFINE_string("kept", "runs/any_model", "Folder of finished parts of the work.")
 flags.DEFINE_string("results", "results", "Folder of the results.")

@@ -179,6 +179,7 @@ def test_finished_pieces_are_not_judged_again(experiments, monkeypatch, tmp_path
         return [{"seed": seed, "way": "convert"}]
 
     monkeypatch.setattr(sweep, "judge_seed", judge_seed)
+    monkeypatch.setattr(sweep, "hash_sources", lambda: "unchanged")
     kept = FinishedWork(tmp_path)
     assert len(sweep.judge_seeds(range(25), 1, kept)) == 25
     assert len(sweep.judge_seeds(range(25), 1, kept)) == 25 and len(judged) == 25

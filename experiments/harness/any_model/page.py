@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from harness.any_model.applications import TENSORFLOW
+from harness.any_model.applications import NETWORKS, TENSORFLOW
 from harness.any_model.judge import FAULTS, OUTCOMES, REFUSED
 from harness.tables import make_paragraph, make_table
 
@@ -73,8 +73,9 @@ def _render_random(random):
     steps, error = random["steps"], random["error"]
     last = random["first_seed"] + random["models"] - 1
     introduction = make_paragraph(
-        f"""`python experiments/any_model.py`: {random["models"]:,} random models, seeds {random["first_seed"]} to
-        {last}. Each is a chain of two to five parts of `experiments/harness/any_model/parts.py` with one or two heads,
+        f"""`python experiments/any_model.py --models={random["models"]}`: {random["models"]:,} random models, seeds
+        {random["first_seed"]} to {last}. Each is a chain of two to five parts
+        of `experiments/harness/any_model/parts.py` with one or two heads,
         some with two inputs, pixels as inputs, or a fixed batch; each takes {random["ways_per_model"]} of
         {len(random["outcomes"])} ways to a file, drawn from its seed."""
     )
@@ -130,12 +131,13 @@ def _render_applications(record):
         for outcome, message in result.items()
         if outcome != "agreement_percent"
     ]
+    missing = [f"- Not measured: {name}." for name in NETWORKS if name not in record["networks"]]
     tolerances = {network["tolerance"] for network in record["networks"].values()}
     changed = [
         f"- {name}: fused with the tolerance {network['tolerance']:g}, since rounding adds up over its layers."
         for name, network in record["networks"].items()
         if network["tolerance"] > min(tolerances)
     ]
-    if refusals or changed:
-        text.append("\n".join(make_paragraph(line) for line in [*refusals, *changed]))
+    if lines := [*refusals, *changed, *missing]:
+        text.append("\n".join(map(make_paragraph, lines)))
     return "\n\n".join(text)

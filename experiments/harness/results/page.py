@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from harness.any_model import page as any_model_page
 from harness.commands import CHECKPOINTS
 from harness.low_bit import page as low_bit_page
 from harness.oabn_limit import clip_page, codebook_page
@@ -73,6 +74,7 @@ def _make_sources(results, folder):
         "collapse": sources.Int8Collapse(results["int8_collapse"]),
         "clip_limit": results["clip_limit"] | {"machine": sources.name_machines([results["clip_limit"]["machine"]])},
         "ptq": sources.Ptq(results["ptq"]),
+        "any_model": sources.AnyModel(results["any_model"]),
         "ptq_methods": headline.count_ptq_methods(results["ptq"]),
         "targets": sources.Targets(results["targets"]),
         "low_bit": sources.LowBit(results["low_bit"], folder / "low_bit"),
@@ -106,6 +108,8 @@ def _make_tables(results):
         "ptq_methods": ptq_page.make_methods_table(models[_OABN]),
         "ptq_best": ptq_page.make_best_table(models),
         "toolkits": ptq_page.make_toolkits_table(models),
+        "any_model": any_model_page.make_outcomes_table(results["any_model"]["random"]),
+        "networks": any_model_page.make_applications_table(results["any_model"]["applications"]["networks"]),
         "targets": targets_page.make_runtimes_table(results["targets"]),
         "lead": low_bit_page.make_lead_table(results["low_bit"]["peers"]),
         **{part: low_bit_page.make_rows_table(results["low_bit"][part]) for part in ("headline", "edges", "others")},

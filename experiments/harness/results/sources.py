@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.any_model import page as any_model_page
+from harness.any_model.applications import NETWORKS
 from harness.commands import ROOT
 from harness.low_bit.fine_tunings import Setting
 from harness.low_bit.methods import LEARNING_RATES
@@ -259,6 +261,32 @@ class LowBit:
         )
         (setting,) = (setting for setting in settings if setting.optimizer_rate == optimizer_rate)
         return read_json(self._folder / f"{setting.name}.json")["machine"]
+
+
+class AnyModel:
+    """any_model.json."""
+
+    def __init__(self, record: Mapping) -> None:
+        self.counts = any_model_page.count_outcomes(record["random"])
+        self.models, self.ways = record["random"]["models"], len(record["random"]["outcomes"])
+        self.faults = any_model_page.list_faults(record)
+        self.networks = record["applications"]["networks"]
+        self.missing = [name for name in NETWORKS if name not in self.networks]
+        self.test_images = record["applications"]["test_images"]
+        self.machine = name_machines(record[part]["machine"] for part in ("random", "applications"))
+
+    def percent(self, outcome: str) -> float:
+        """Share of an outcome of random models."""
+        return 100 * self.counts[outcome] / sum(self.counts.values())
+
+    def largest_deficit(self) -> float:
+        """Points by which the worst of our files agrees less often with the float network than TensorFlow's file."""
+        return max(
+            network["ways"][any_model_page.TENSORFLOW]["agreement_percent"] - way["agreement_percent"]
+            for network in self.networks.values()
+            for way in network["ways"].values()
+            if "agreement_percent" in way
+        )
 
 
 class CodebookLimit:
