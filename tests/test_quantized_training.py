@@ -8,7 +8,7 @@ import pytest
 import tf_keras as keras
 
 from tf_repvgg import runs, tflite
-from tf_repvgg.models import build_repvgg
+from tf_repvgg.models import Variant, build_repvgg
 from tf_repvgg.quantization import QuantizedLayer, quantizers
 
 FLAGS = ("--novalidation", "--crop_padding=1", "--batch_size=32", "--learning_rate=0.001", "--weight_decay=0")
@@ -19,6 +19,18 @@ def float_run(tmp_path_factory, trained_digits, digits):
     folder = tmp_path_factory.mktemp("runs") / "float"
     folder.mkdir()
     trained_digits.save(folder / runs.MODEL_NAME)
+    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, digits):
+    """Two blocks in training form with random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    folder.mkdir()
+    keras.utils.set_random_seed(0)
+    variant = Variant(8, (8,), (1,), stem_stride=2, strides=(1,))
+    build_repvgg(variant, (8, 8, 1), 10, norm="oabn").save(folder / runs.MODEL_NAME)
     (folder / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
     return folder
 
@@ -103,18 +115,13 @@ def test_tfmot_in_two_runs(float_run, run_forked, tmp_path):
     assert report["files"][0]["weights"] == "as trained"
 
 
-def test_in_training_form(tmp_path, run_forked, digits):
+def test_in_training_form(tmp_path, run_forked, small_run):
     """The branches train; with 16-bit activations, the file has int16 inputs and outputs."""
-    folder = tmp_path / "branches"
-    folder.mkdir()
-    keras.utils.set_random_seed(0)
-    build_repvgg("digits", (8, 8, 1), 10, norm="oabn").save(folder / runs.MODEL_NAME)
-    (folder / runs.INPUT_NAME).write_text(json.dumps(digits.metadata()))
     result = run_forked(
         "train/main.py",
         *FLAGS,
         f"--workdir={tmp_path / 'run'}",
-        f"--init_from={folder}",
+        f"--init_from={small_run}",
         "--quantize=clusterqat",
         "--batch_norm_statistics=running",
         "--activation_bits=16",
@@ -154,25 +161,26 @@ def test_learned_steps_start_from_adaquant(float_run, run_forked, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--train_centroids", "--centroid_update_steps=3", "--ramp_epochs=2.5"],
+        ["--train_centroids", "--centroid_update_steps=3", "--ramp_epochs=1.5"],
         ["--ptq_start=codebook_adaquant", "--calibration_images=32"],
     ],
     ids=["trained centroids", "from PTQ"],
 )
-def test_killed_and_resumed(float_run, run_forked, tmp_path, options):
+def test_killed_and_resumed(small_run, run_forked, tmp_path, options):
     """The weights are those of an uninterrupted run: clusters, ranges and counters are in the checkpoint."""
     command = [
         "train/main.py",
         *FLAGS,
-        f"--init_from={float_run}",
+        f"--init_from={small_run}",
         "--quantize=clusterqat",
-        "--epochs=3",
+        "--epochs=2",
         "--steps_per_epoch=8",
         "--deterministic",
         *options,
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_forked(*command, f"--workdir={whole}").status == 0
+    outcome = run_forked(*command, f"--workdir={whole}")
+    assert outcome.status == 0, outcome.stderr[-3000:]
     folder = killed / "checkpoints"
     kill = {"folder": str(folder), "event": 12, "seconds": 0}
     assert run_forked(*command, f"--workdir={killed}", kill=kill).status != 0
