@@ -105,9 +105,9 @@ def test_every_kind_of_layer(per_channel):
 def test_bad_input(model):
     with pytest.raises(ValueError, match="weight bits are 9; they must be a whole number from 2 to 8"):
         learned_step_quantize(model, 9)
-    transposed = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Conv2DTranspose(2, 3, name="up")])
-    with pytest.raises(ValueError, match="'up' is a Conv2DTranspose, whose weights cannot be trained with quantiz"):
-        learned_step_quantize(transposed, 4)
+    local = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.LocallyConnected2D(2, 3, name="local")])
+    with pytest.raises(ValueError, match="'local' is a LocallyConnected2D, whose weights cannot be trained with quant"):
+        learned_step_quantize(local, 4)
     with pytest.raises(ValueError, match=r"first step of layer 'second' is \[1. 2.\]; it must be .* of shape \(1,\)"):
         learned_step_quantize(model, 4, steps={"second": [1, 2]})
     for bad in (0.0, np.nan, np.inf):

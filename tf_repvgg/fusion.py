@@ -19,6 +19,7 @@ _CHECK_SIZE = 64
 # Exactly these: a subclass may do more with its kernel.
 _MERGED_TYPES = (
     keras.layers.Conv2D,
+    keras.layers.Conv2DTranspose,
     keras.layers.DepthwiseConv2D,
     keras.layers.Dense,
     keras.layers.SeparableConv2D,
@@ -147,10 +148,11 @@ def fuse(model: keras.Model, tolerance: float = 1e-4, check_inputs: Any = None) 
     """Returns the deploy form of a model: the same function in float32, with one 3x3 convolution per block.
 
     Works on any functional (or built Sequential) model that contains blocks, nested models included; also on
-    models of other layers, for their batch normalizations. A batch normalization after a Conv2D, SeparableConv2D,
-    DepthwiseConv2D or Dense layer without activation is merged into that layer, as integer runtimes need it, even if
-    dropout or another such normalization is between them. A SeparableConv2D becomes a DepthwiseConv2D named
-    "<layer>_depthwise" and a Conv2D with the layer's name. All other layers are copied; `model` itself stays as it is.
+    models of other layers, for their batch normalizations. A batch normalization after a Conv2D, Conv2DTranspose,
+    SeparableConv2D, DepthwiseConv2D or Dense layer without activation is merged into that layer, as integer runtimes
+    need it, even if dropout or another such normalization is between them. A SeparableConv2D becomes a
+    DepthwiseConv2D named "<layer>_depthwise" and a Conv2D with the layer's name. All other layers are copied; `model`
+    itself stays as it is.
     The result is then compared with `model` on random input.
 
     Args:
@@ -295,8 +297,11 @@ def _merge_norms(layer, norms) -> Callable:
     weights, changes = layer.get_weights(), {}
     if norms:
         *others, kernel, bias = weights if layer.use_bias else [*weights, 0.0]
-        # A depthwise kernel's output channels are its last two axes.
-        channels = kernel.shape[-2:] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel.shape[-1:]
+        channels = kernel.shape[-1:]
+        if isinstance(layer, keras.layers.DepthwiseConv2D):  # whose output channels are the last two axes
+            channels = kernel.shape[-2:]
+        elif isinstance(layer, keras.layers.Conv2DTranspose):  # whose last axis is the input channels
+            channels = kernel.shape[-2], 1
         for norm in norms:
             scale, shift = (np.asarray(value) for value in scale_and_shift(norm))
             kernel, bias = kernel * scale.reshape(channels), bias * scale + shift

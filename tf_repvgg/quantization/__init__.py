@@ -13,6 +13,7 @@ from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.activations import quantize_activations, quantizers
 from tf_repvgg.quantization.quantized_layers import (
     QuantizedConv2D,
+    QuantizedConv2DTranspose,
     QuantizedDense,
     QuantizedDepthwiseConv2D,
     QuantizedLayer,
@@ -34,6 +35,7 @@ __all__ = [
     "GRANULARITIES",
     "ActivationQuantizer",
     "QuantizedConv2D",
+    "QuantizedConv2DTranspose",
     "QuantizedDense",
     "QuantizedDepthwiseConv2D",
     "QuantizedKernel",

@@ -9,7 +9,7 @@ import tf_keras as keras
 from tf_repvgg import by_name, graph
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.codebooks import NUMBERS_OF_CLUSTERS
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, holds_float_kernel
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, holds_float_kernel, name_weighted_layers
 from tf_repvgg.quantization.uniform import WEIGHT_BITS
 
 
@@ -47,7 +47,7 @@ def check_finite(layer: keras.layers.Layer, *tensors: tf.Tensor) -> None:
 
 
 def bits_by_layer(model: keras.Model, weight_bits: int | str | Mapping[str, int]) -> dict[str, int]:
-    """Resolves the weight bits of each Conv2D, DepthwiseConv2D and Dense layer of a model.
+    """Resolves the weight bits of each Conv2D, Conv2DTranspose, DepthwiseConv2D and Dense layer of a model.
 
     Args:
       model: Functional model.
@@ -110,7 +110,7 @@ def _numbers_by_layer(model, value, description, allowed, classes):
     layer_names = [unique_names[id(layer)] for layer in graph.leaves(model) if holds_float_kernel(layer, classes)]
     if not layer_names:
         raise ValueError(
-            f"{model.name!r} has no Conv2D, DepthwiseConv2D or Dense layer of its own, whose weights could be "
+            f"{model.name!r} has no {name_weighted_layers('or')} layer of its own, whose weights could be "
             "quantized; tf_repvgg.tflite.convert writes its other weights with 8 bits"
         )
     return by_name.resolve(values, layer_names, description)

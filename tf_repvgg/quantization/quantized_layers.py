@@ -10,7 +10,22 @@ import tf_keras as keras
 from tf_repvgg.quantization.uniform import LARGEST_CODE, QuantizedKernel
 
 # Layers whose kernels are quantized; subclasses included.
-WEIGHTED_LAYERS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+WEIGHTED_LAYERS = (
+    keras.layers.Conv2D,
+    keras.layers.Conv2DTranspose,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.Dense,
+)
+
+
+def name_weighted_layers(conjunction: str) -> str:
+    """The names of `WEIGHTED_LAYERS`, for messages: "Conv2D, Conv2DTranspose, DepthwiseConv2D and Dense".
+
+    Args:
+      conjunction: Word before the last name.
+    """
+    *others, last = (layer_class.__name__ for layer_class in WEIGHTED_LAYERS)
+    return f"{', '.join(others)} {conjunction} {last}"
 
 
 class QuantizedLayer(keras.layers.Layer):
@@ -64,7 +79,7 @@ class QuantizedLayer(keras.layers.Layer):
                 f"layer {self.name!r}: codes and scale have shapes {actual[0]} and {actual[1]}; the layer needs "
                 f"{expected[0]} and {expected[1]}"
             )
-        self._kernel.assign(quantized.dequantize().reshape(self._kernel.shape))
+        self._kernel.assign(restore_kernel(self, quantized.dequantize()))
         self.scale.assign(quantized.scale)
 
     def get_quantized_kernel(self) -> QuantizedKernel:
@@ -73,7 +88,7 @@ class QuantizedLayer(keras.layers.Layer):
         Raises:
           ValueError: If the kernel is not on its grid, for example after it was trained as a plain weight.
         """
-        kernel, scale = self._kernel.numpy().reshape(self.codes_shape), self.scale.numpy()
+        kernel, scale = kernel_of(self), self.scale.numpy()
         codes = np.round(kernel / scale)
         if not (np.all(np.abs(codes) <= LARGEST_CODE) and np.array_equal(codes.astype(np.float32) * scale, kernel)):
             raise ValueError(
@@ -84,12 +99,12 @@ class QuantizedLayer(keras.layers.Layer):
 
     @property
     def _kernel(self):
-        return self.kernel
+        return _kernel_variable(self)
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
         """Shape of the codes (see `QuantizedKernel`), once the layer is built."""
-        return tuple(self._kernel.shape)
+        return tuple(arrange_kernel(self, self._kernel).shape)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "per_channel": self.per_channel}
@@ -135,32 +150,70 @@ class QuantizedDepthwiseConv2D(QuantizedLayer, keras.layers.DepthwiseConv2D):
       (3, 3, 1, 10)
     """
 
-    @property
-    def _kernel(self):
-        return self.depthwise_kernel
 
-    @property
-    def codes_shape(self) -> tuple[int, ...]:
-        """Shape of the codes, [height, width, 1, channels * depth multiplier]."""
-        height, width, channels, multiplier = self.depthwise_kernel.shape
-        return height, width, 1, channels * multiplier
+@keras.saving.register_keras_serializable(package="tf_repvgg")
+class QuantizedConv2DTranspose(QuantizedLayer, keras.layers.Conv2DTranspose):
+    """Conv2DTranspose with its kernel on a grid; its codes have the output channels last, unlike Keras's kernel.
+
+    Example:
+      >>> from tf_repvgg.quantization import QuantizedConv2DTranspose
+      >>> layer = QuantizedConv2DTranspose(4, 3, strides=2)
+      >>> layer.build((None, 8, 8, 5))
+      >>> layer.codes_shape
+      (3, 3, 5, 4)
+    """
+
+
+def arrange_kernel(layer: keras.layers.Layer, kernel: Any) -> tf.Tensor:
+    """Gives the kernel of a layer of `WEIGHTED_LAYERS` the layout of `QuantizedKernel`; differentiable.
+
+    Args:
+      layer: Layer whose class says how the kernel is laid out.
+      kernel: Kernel, or any array of its shape, as the layer holds it.
+    """
+    kernel = tf.convert_to_tensor(kernel)
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        return tf.reshape(kernel, [*kernel.shape[:2], 1, kernel.shape[2] * kernel.shape[3]])
+    if isinstance(layer, keras.layers.Conv2DTranspose):
+        return tf.linalg.matrix_transpose(kernel)
+    return kernel
+
+
+def restore_kernel(layer: keras.layers.Layer, kernel: Any) -> tf.Tensor:
+    """Gives a kernel in the layout of `QuantizedKernel` the layout in which the layer holds it; differentiable.
+
+    Args:
+      layer: Layer of `WEIGHTED_LAYERS`, built.
+      kernel: Kernel, output channels last.
+    """
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        return tf.reshape(kernel, layer.depthwise_kernel.shape)
+    if isinstance(layer, keras.layers.Conv2DTranspose):
+        return tf.linalg.matrix_transpose(kernel)
+    return tf.convert_to_tensor(kernel)
+
+
+def kernel_name(layer: keras.layers.Layer) -> str:
+    """Name of the attribute that is the kernel of a layer of `WEIGHTED_LAYERS`."""
+    return "depthwise_kernel" if isinstance(layer, keras.layers.DepthwiseConv2D) else "kernel"
+
+
+def _kernel_variable(layer):
+    return getattr(layer, kernel_name(layer))
 
 
 def kernel_of(layer: keras.layers.Layer) -> np.ndarray:
-    """The kernel of a Conv2D, DepthwiseConv2D or Dense layer in the layout of `QuantizedKernel`."""
-    if isinstance(layer, keras.layers.DepthwiseConv2D):
-        kernel = layer.depthwise_kernel.numpy()
-        return kernel.reshape(*kernel.shape[:2], 1, -1)
-    return layer.kernel.numpy()
+    """The kernel of a layer of `WEIGHTED_LAYERS` in the layout of `QuantizedKernel`."""
+    return arrange_kernel(layer, _kernel_variable(layer)).numpy()
 
 
 def bias_of(layer: keras.layers.Layer) -> np.ndarray:
-    """The bias of a Conv2D, DepthwiseConv2D or Dense layer, [output channels]; zeros if it has none."""
+    """The bias of a layer of `WEIGHTED_LAYERS`, [output channels]; zeros if it has none."""
     return layer.bias.numpy() if layer.use_bias else np.zeros(kernel_of(layer).shape[-1], np.float32)
 
 
 def apply_kernel(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    """Computes a Conv2D, DepthwiseConv2D or Dense layer with another kernel, without bias and activation.
+    """Computes a layer of `WEIGHTED_LAYERS` with another kernel, without bias and activation.
 
     Args:
       layer: Layer with the strides, padding and dilation rate to use.
@@ -171,17 +224,41 @@ def apply_kernel(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor
       Linear outputs of the layer.
     """
     if isinstance(layer, keras.layers.DepthwiseConv2D):
-        kernel = tf.reshape(kernel, layer.depthwise_kernel.shape)
         return keras.backend.depthwise_conv2d(
-            inputs, kernel, layer.strides, layer.padding, dilation_rate=layer.dilation_rate
+            inputs,
+            restore_kernel(layer, kernel),
+            layer.strides,
+            layer.padding,
+            dilation_rate=layer.dilation_rate,
         )
+    if isinstance(layer, keras.layers.Conv2DTranspose):
+        return _apply_transposed(layer, tf.convert_to_tensor(inputs), restore_kernel(layer, kernel))
     if isinstance(layer, keras.layers.Dense):
         return tf.tensordot(inputs, kernel, 1)
     return layer.convolution_op(inputs, kernel=kernel)
 
 
+def _apply_transposed(layer, inputs, kernel):
+    batch, *size, _ = (
+        static if static is not None else dynamic
+        for static, dynamic in zip(inputs.shape, tf.unstack(tf.shape(inputs)), strict=True)
+    )
+    # Every pixel of the input adds a stride to the output, the first one adds more or less.
+    _, *first, channels = layer.compute_output_shape([1, 1, 1, inputs.shape[-1]])
+    size = [(count - 1) * stride + start for count, stride, start in zip(size, layer.strides, first, strict=True)]
+    return keras.backend.conv2d_transpose(
+        inputs,
+        kernel,
+        tf.stack([batch, *size, channels]),
+        layer.strides,
+        layer.padding,
+        dilation_rate=layer.dilation_rate,
+    )
+
+
 _QUANTIZED_CLASSES = {
     keras.layers.Conv2D: QuantizedConv2D,
+    keras.layers.Conv2DTranspose: QuantizedConv2DTranspose,
     keras.layers.Dense: QuantizedDense,
     keras.layers.DepthwiseConv2D: QuantizedDepthwiseConv2D,
 }
@@ -201,7 +278,7 @@ def make_quantized_layer(layer: keras.layers.Layer, per_channel: bool, **changes
     """Makes a quantized layer with the configuration of a plain layer; its weights do not carry over.
 
     Args:
-      layer: Conv2D, DepthwiseConv2D or Dense layer.
+      layer: Layer of exactly one of the classes `WEIGHTED_LAYERS`.
       per_channel: Whether every output channel gets its own scale.
       **changes: Changes to the configuration of the layer.
 
@@ -220,8 +297,8 @@ def make_quantized_layer(layer: keras.layers.Layer, per_channel: bool, **changes
     """
     if not is_quantizable(layer):
         raise ValueError(
-            f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be quantized; Conv2D, "
-            "DepthwiseConv2D and Dense can"
+            f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be quantized; "
+            f"{name_weighted_layers('and')} can"
         )
     config = layer.get_config() | {"dtype": layer.variable_dtype, "per_channel": per_channel} | changes
     return _QUANTIZED_CLASSES[type(layer)].from_config(config)
@@ -232,7 +309,7 @@ def fill_on_call(layer: QuantizedLayer, kernel: Any, scale: Any, bias: np.ndarra
 
     Args:
       layer: Layer that is not built; see `make_quantized_layer`.
-      kernel: Tensor or array on the grid; any shape that has the order of the codes.
+      kernel: Tensor or array on the grid, in the layout of `QuantizedKernel`; as a matrix [-1, output channels] too.
       scale: Scale of the codes, float32, [1] or [output channels].
       bias: Bias, [output channels]; ignored if the layer has none.
 

@@ -13,7 +13,6 @@ _Code = schema.BuiltinOperator
 # {operator whose MACs are counted: its inputs that may be weights}
 _WEIGHTS_INPUTS = {
     **dict.fromkeys(flatbuffer.WEIGHTS_LAYOUT, (flatbuffer.WEIGHTS_INPUT,)),
-    _Code.TRANSPOSE_CONV: (1,),
     _Code.CONV_3D: (1,),
     _Code.BATCH_MATMUL: (0, 1),
     _Code.UNIDIRECTIONAL_SEQUENCE_RNN: (1, 2),

@@ -12,7 +12,6 @@ from ai_edge_litert import schema_py_generated as schema
 _NO_OFFSET = 1
 FILE_IDENTIFIER = b"TFL3"
 DATA_ALIGNMENT = 16
-_BIAS_INPUT = 2
 _BIAS_TYPES = {schema.TensorType.INT32: np.int32, schema.TensorType.INT64: np.int64}
 # The name of a weight tensor is that of its layer and this; Netron and other viewers show it.
 _KERNEL_SUFFIX = "/kernel"
@@ -25,10 +24,14 @@ class WeightsLayout(NamedTuple):
       channel_axis: Axis of the output channels, to which per-channel scales belong.
       first_axis: Position of the file's first axis in the layout of Keras, output channels last. A depthwise kernel
         has the layout of the equivalent grouped convolution: [height, width, 1, channels * depth multiplier].
+      activations_input: Position of the activations among the operator's inputs.
+      bias_input: Position of the bias, which the operator may not have.
     """
 
     channel_axis: int
     first_axis: int
+    activations_input: int = 0
+    bias_input: int = 2
 
 
 WEIGHTS_INPUT = 1
@@ -36,6 +39,10 @@ WEIGHTS_LAYOUT = {
     schema.BuiltinOperator.CONV_2D: WeightsLayout(channel_axis=0, first_axis=-1),
     schema.BuiltinOperator.FULLY_CONNECTED: WeightsLayout(channel_axis=0, first_axis=-1),
     schema.BuiltinOperator.DEPTHWISE_CONV_2D: WeightsLayout(channel_axis=3, first_axis=2),
+    # Its first input is the shape of the output.
+    schema.BuiltinOperator.TRANSPOSE_CONV: WeightsLayout(
+        channel_axis=0, first_axis=-1, activations_input=2, bias_input=3
+    ),
 }
 
 
@@ -132,6 +139,11 @@ def weights_tensor(graph: schema.SubGraphT, operator: schema.OperatorT) -> schem
     return graph.tensors[operator.inputs[WEIGHTS_INPUT]]
 
 
+def activations_tensor(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.OperatorT) -> schema.TensorT:
+    """The activations among the inputs of an operator that has a `weights_layout`."""
+    return graph.tensors[operator.inputs[WEIGHTS_LAYOUT[operator_code(model, operator)].activations_input]]
+
+
 def weight_codes(model: schema.ModelT, tensor: schema.TensorT, layout: WeightsLayout) -> np.ndarray:
     """The codes of a weight tensor, int8, output channels last. The file may store them as INT4."""
     if tensor.type == schema.TensorType.INT4:
@@ -185,10 +197,11 @@ def give_own_weights(graph: schema.SubGraphT, operators: Sequence[schema.Operato
         operator.inputs[WEIGHTS_INPUT] = len(graph.tensors) - 1
 
 
-def bias_tensor(graph: schema.SubGraphT, operator: schema.OperatorT) -> schema.TensorT | None:
-    """The bias among the inputs of an operator that has weights; None if it has no bias."""
-    has_bias = len(operator.inputs) > _BIAS_INPUT and operator.inputs[_BIAS_INPUT] >= 0
-    return graph.tensors[operator.inputs[_BIAS_INPUT]] if has_bias else None
+def bias_tensor(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.OperatorT) -> schema.TensorT | None:
+    """The bias among the inputs of an operator that has a `weights_layout`; None if it has no bias."""
+    position = WEIGHTS_LAYOUT[operator_code(model, operator)].bias_input
+    has_bias = len(operator.inputs) > position and operator.inputs[position] >= 0
+    return graph.tensors[operator.inputs[position]] if has_bias else None
 
 
 def bias_codes(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray:
@@ -204,8 +217,8 @@ def set_bias(
     With int16 activations it becomes int64, whatever the converter chose: kernels accumulate in the type of the bias,
     and 32 bits overflow.
     """
-    if (tensor := bias_tensor(graph, operator)) is not None:
-        if graph.tensors[operator.inputs[0]].type == schema.TensorType.INT16:
+    if (tensor := bias_tensor(model, graph, operator)) is not None:
+        if activations_tensor(model, graph, operator).type == schema.TensorType.INT16:
             tensor.type = schema.TensorType.INT64
         set_constant(model, tensor, codes.astype(_BIAS_TYPES[tensor.type]), scale)
 

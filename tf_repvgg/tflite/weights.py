@@ -12,7 +12,13 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tf_repvgg import converter, graph
 from tf_repvgg.quantization.activations import quantizers
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, bias_of, kernel_of
+from tf_repvgg.quantization.quantized_layers import (
+    WEIGHTED_LAYERS,
+    QuantizedLayer,
+    bias_of,
+    kernel_of,
+    name_weighted_layers,
+)
 from tf_repvgg.quantization.uniform import MAX_BIAS_CODE, QuantizedKernel, min_scale_of_bias, quantize_min_max
 from tf_repvgg.tflite import complexity, flatbuffer
 
@@ -89,7 +95,10 @@ def with_weights(
         _mend_16_bit_activations(flat, subgraph)
         for use in _find_uses(flat, subgraph, layers):
             bias = bias_of(use.layer)
-            input_scales = [subgraph.tensors[operator.inputs[0]].quantization.scale[0] for operator in use.operators]
+            input_scales = [
+                flatbuffer.activations_tensor(flat, subgraph, operator).quantization.scale[0]
+                for operator in use.operators
+            ]
             kernel = given.get(id(use.layer))
             if kernel is None:
                 min_scale = min_scale_of_bias(bias, min(input_scales))
@@ -119,9 +128,9 @@ def describe_wide_weights(names: Sequence[str]) -> str:
     Example:
       >>> from tf_repvgg.tflite.weights import describe_wide_weights
       >>> print(describe_wide_weights(["embedding/lookup"]))
-      weights that keep 8 bits, as the model has them in no Conv2D, DepthwiseConv2D or Dense layer: embedding/lookup
+      weights that keep 8 bits, as no Conv2D, Conv2DTranspose, DepthwiseConv2D or Dense layer has them: embedding/lookup
     """
-    reason = "as the model has them in no Conv2D, DepthwiseConv2D or Dense layer"
+    reason = f"as no {name_weighted_layers('or')} layer has them"
     return f"weights that keep 8 bits, {reason}: {', '.join(names)}"
 
 
@@ -139,7 +148,7 @@ def _find_requested_bits(weight_bits, given, layers):
 
 
 def layer_names(model: keras.Model) -> dict[int, str]:
-    """{id of a layer: its name in files} of every Conv2D, DepthwiseConv2D and Dense layer.
+    """{id of a layer: its name in files} of every Conv2D, Conv2DTranspose, DepthwiseConv2D and Dense layer.
 
     The names are those of `tf_repvgg.graph.unique_names`. Layers inside of layers have none there; they have their own
     name, and underscores after it if another layer has that name.
@@ -209,7 +218,7 @@ def _find_uses(flat, subgraph, layers) -> list[_Use]:
         tensor = flatbuffer.weights_tensor(subgraph, operator)
         if not flatbuffer.is_constant(flat, tensor):  # a product of two activations
             continue
-        layer = _find_layer(flat, tensor, layout, flatbuffer.bias_tensor(subgraph, operator), layers, calls)
+        layer = _find_layer(flat, tensor, layout, flatbuffer.bias_tensor(flat, subgraph, operator), layers, calls)
         if layer is None:
             kept.append(operator)
             continue
@@ -238,7 +247,7 @@ def _keep_weights(flat, subgraph, operators, missing_layers):
                 "the file is of another model or of other weights, or the converter has multiplied a constant into "
                 "them; give the file that tf_repvgg.tflite.convert makes of this model"
             )
-        if (bias := flatbuffer.bias_tensor(subgraph, operator)) is not None:
+        if (bias := flatbuffer.bias_tensor(flat, subgraph, operator)) is not None:
             # Sets the type that kernels require beside int16 activations.
             flatbuffer.set_bias(flat, subgraph, operator, flatbuffer.bias_codes(flat, bias), bias.quantization.scale)
 
@@ -264,7 +273,7 @@ def _find_layer(flat, tensor, layout, bias_tensor, layers, calls):
 
 def _find_folded_bias(flat, subgraph, operator, bias):
     """The bias of a layer, or that of the operator if the converter has folded a constant into it."""
-    bias_tensor = flatbuffer.bias_tensor(subgraph, operator)
+    bias_tensor = flatbuffer.bias_tensor(flat, subgraph, operator)
     if bias_tensor is None:
         return bias
     read = _read_bias(flat, bias_tensor)
@@ -296,11 +305,10 @@ def _round_bias(layer_name, bias, scale):
 def _check_supported(model, weight_bits):
     """Refuses layers whose weights would not be on the requested grid."""
     for layer in graph.find_layers(model):
-        is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)  # keeps the 8 bits of the converter
-        if isinstance(layer, keras.layers.SeparableConv2D) or (is_transposed and weight_bits < 8):
+        if isinstance(layer, keras.layers.SeparableConv2D):
             raise ValueError(
                 f"layer {layer.name!r} is a {type(layer).__name__}, whose weights cannot be written on a grid of "
-                f"{weight_bits} bits; Conv2D, DepthwiseConv2D and Dense can"
+                f"{weight_bits} bits; {name_weighted_layers('and')} can"
             )
 
 

@@ -79,21 +79,20 @@ def fold_weights(layer: keras.layers.Layer, folded: Fold) -> list[np.ndarray]:
       layer: Conv2D, Conv2DTranspose, DepthwiseConv2D or Dense layer with its weights.
       folded: Functions to take over. A grouped convolution takes uniform functions before it only.
     """
-    kernel, *bias = (weight.astype(np.float64) for weight in layer.get_weights())
-    is_depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
-    offset = bias[0] if bias else np.zeros(int(np.prod(kernel.shape[-2:])) if is_depthwise else kernel.shape[-1])
+    weights, *bias = (weight.astype(np.float64) for weight in layer.get_weights())
+    kernel = arrange_kernel(layer, weights).numpy()
+    offset = bias[0] if bias else np.zeros(kernel.shape[-1])
     if folded.before is not None:
         # A grouped convolution has fewer weights than inputs along this axis; its factors are all the same.
         factor, shift = (values[: kernel.shape[-2], np.newaxis] for values in folded.before)
-        axes = tuple(range(kernel.ndim - 2 if is_depthwise else kernel.ndim - 1))
-        offset = offset + (kernel * shift).sum(axes).reshape(-1)
+        if isinstance(layer, keras.layers.DepthwiseConv2D):  # some output channels for each input channel
+            factor, shift = (np.repeat(values, weights.shape[-1]) for values in folded.before)
+        offset = offset + (kernel * shift).sum(tuple(range(kernel.ndim - 1)))
         kernel = kernel * factor
     if folded.after is not None:
-        # The output channels of a depthwise kernel are its last two axes.
-        channels = kernel.shape[-2:] if is_depthwise else kernel.shape[-1:]
-        kernel = kernel * folded.after.factor.reshape(channels)
+        kernel = kernel * folded.after.factor
         offset = offset * folded.after.factor + folded.after.offset
-    weights = [kernel, offset] if bias or np.any(offset) else [kernel]
+    weights = [restore_kernel(layer, kernel).numpy(), *([offset] if bias or np.any(offset) else [])]
     return [weight.astype(np.float32) for weight in weights]
 
 
@@ -197,8 +196,10 @@ def _takes_before(layer, affine):
     factor = np.abs(affine.factor)
     if not affine.is_uniform and (getattr(layer, "groups", 1) > 1 or factor.max() > _LARGEST_SPREAD * factor.min()):
         return False
+    # How many pixels of its input a pixel of a transposed convolution's output reads differs from pixel to pixel.
     pads = getattr(layer, "padding", "valid") != "valid" and np.prod(layer.kernel_size) > 1
-    return not (pads and np.any(affine.offset))
+    varies = pads or isinstance(layer, keras.layers.Conv2DTranspose)
+    return not (varies and np.any(affine.offset))
 
 
 def _move_after(node, affine):

@@ -12,6 +12,7 @@ from tf_repvgg.layers.separable_convolution import split_separable_convolution
 from tf_repvgg.quantization.lowering import activations
 from tf_repvgg.quantization.lowering.affine import spread_constant
 from tf_repvgg.quantization.lowering.builder import Builder
+from tf_repvgg.quantization.lowering.dilation import as_convolution, is_dilated
 from tf_repvgg.quantization.lowering.sequences import SEQUENCE_LAYERS, as_layer_of_images
 from tf_repvgg.quantization.quantized_layers import is_quantizable
 
@@ -104,6 +105,9 @@ def _lower_merge(layer, build):
 
 def _lower_weighted(layer, build):
     changes, finish = _split_activation(layer, build)
+    if is_dilated(layer):
+        convolution = as_convolution(layer, build.claim(build.owner), build.claim(f"{build.owner}_padding"), **changes)
+        return lambda inputs: finish(convolution(inputs))
     if not changes:
         return None
     linear = graph.copy_layer(layer, name=build.claim(build.owner), **changes)

@@ -143,6 +143,9 @@ def _predict_linear(network, layer, distribution, absorbed):
     if (statistics := network.statistics.get(layer.name)) is not None:
         divisor = network.divisors[layer.name]
         return _normal(statistics.mean / divisor - absorbed, np.sqrt(statistics.variance) / divisor)
+    if isinstance(layer, keras.layers.Conv2DTranspose):
+        # Its pixels have different distributions, as they read different numbers of pixels.
+        raise _unknown_kind(layer, type(layer).__name__)
     kernel = network.kernel(layer.name)
     mean, deviation = (
         spread_over_kernel(values, kernel.shape) for values in (distribution.mean, distribution.deviation)

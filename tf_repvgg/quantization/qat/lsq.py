@@ -9,7 +9,15 @@ import tf_keras as keras
 
 from tf_repvgg.quantization.checks import bits_by_layer, check_finite
 from tf_repvgg.quantization.qat import wrapping
-from tf_repvgg.quantization.quantized_layers import apply_kernel, bias_of, fill_on_call, kernel_of, make_quantized_layer
+from tf_repvgg.quantization.quantized_layers import (
+    apply_kernel,
+    arrange_kernel,
+    bias_of,
+    fill_on_call,
+    kernel_name,
+    kernel_of,
+    make_quantized_layer,
+)
 from tf_repvgg.quantization.uniform import LARGEST_CODE, largest_code
 
 _SMALLEST_STEP = 1e-8
@@ -28,7 +36,8 @@ def learned_step_quantize(
     """Copies a fused model for training with weights on uniform grids whose step sizes are trained too.
 
     Args:
-      model: Functional deploy-form model whose layers with weights are Conv2D, DepthwiseConv2D and Dense.
+      model: Functional deploy-form model whose layers with weights are Conv2D, Conv2DTranspose, DepthwiseConv2D and
+        Dense.
       weight_bits: Bits of a weight, from 2 to 8, or bits by pattern of layer names, first match wins; also as text:
         "stem=8,.*=4".
       per_channel: Whether every output channel has its own step size; otherwise the kernel has one.
@@ -114,7 +123,7 @@ class LearnedStep(wrapping.TrainingWrapper):
     the paper, scaled by 1 / sqrt(weights per step * largest code) (section 2.2).
 
     Args:
-      layer: Conv2D, DepthwiseConv2D or Dense layer.
+      layer: Conv2D, Conv2DTranspose, DepthwiseConv2D or Dense layer.
       weight_bits: Bits of a weight, from 2 to 8.
       per_channel: Whether every output channel has its own step size; otherwise the kernel has one.
       first_step: Initial step size, [channels] or [1]; by default that of the paper,
@@ -171,12 +180,8 @@ class LearnedStep(wrapping.TrainingWrapper):
 
     def quantize_kernel(self) -> tf.Tensor:
         """Quantizes the kernel, in the layout of `QuantizedKernel`; differentiable."""
-        if isinstance(self.layer, keras.layers.DepthwiseConv2D):
-            height, width, channels, multiplier = self.layer.depthwise_kernel.shape
-            kernel = tf.reshape(self.layer.depthwise_kernel, [height, width, 1, channels * multiplier])
-        else:
-            kernel = self.layer.kernel
-        return _quantize(tf.convert_to_tensor(kernel), tf.maximum(self.step, _SMALLEST_STEP), self.weight_bits)
+        kernel = arrange_kernel(self.layer, getattr(self.layer, kernel_name(self.layer)))
+        return _quantize(kernel, tf.maximum(self.step, _SMALLEST_STEP), self.weight_bits)
 
     def strip(self) -> Callable:
         """Makes a quantized layer with this kernel, a callable on tensors."""

@@ -14,7 +14,7 @@ from tf_repvgg.quantization.biases import make_room_for_biases
 from tf_repvgg.quantization.checks import check_fused
 from tf_repvgg.quantization.exportability import check_exportable
 from tf_repvgg.quantization.lowering import lower
-from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, is_quantizable
+from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, is_quantizable, name_weighted_layers
 from tf_repvgg.quantization.samples import read_samples, stack_samples
 
 _BATCH = 64
@@ -39,7 +39,7 @@ def check_model(model: keras.Model, other_classes: tuple[type, ...] = (), accept
 
     Args:
       model: Any Keras model.
-      other_classes: Classes of layers with weights to accept beside Conv2D, DepthwiseConv2D, Dense and Embedding.
+      other_classes: Classes of layers with weights to accept beside `WEIGHTED_LAYERS` and Embedding.
       accept_training_form: Whether to accept multi-branch blocks.
 
     Raises:
@@ -59,8 +59,8 @@ def check_model(model: keras.Model, other_classes: tuple[type, ...] = (), accept
         if isinstance(layer, keras.layers.BatchNormalization):
             raise ValueError(
                 f"layer {layer.name!r} is a BatchNormalization, which integer files do not have; "
-                "tf_repvgg.fusion.fuse(model) merges those that come right after a Conv2D, DepthwiseConv2D or Dense "
-                "layer without activation"
+                "tf_repvgg.fusion.fuse(model) merges those that come right after a "
+                f"{name_weighted_layers('or')} layer without activation"
             )
         if layer.trainable_weights and not (is_quantizable(layer) or isinstance(layer, accepted)):
             names = [*(weighted.__name__ for weighted in WEIGHTED_LAYERS), *(other.__name__ for other in other_classes)]

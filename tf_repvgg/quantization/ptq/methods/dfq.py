@@ -68,6 +68,8 @@ def absorb_high_biases(
     for first, second in find_pairs(network):
         if first.activation.__name__ != "relu" or not (first.use_bias and second.use_bias):
             continue
+        if isinstance(second, keras.layers.Conv2DTranspose):  # no bias is the same for all pixels of its output
+            continue
         if not into_padding and _pads(first, second):
             continue
         mean, deviation = moments(first.name) if moments else _measure_moments(network, first.name)

@@ -8,6 +8,7 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.quantized_layers import kernel_of, restore_kernel
 
 _SWEEPS = 30
 _CONVERGED = 1e-3
@@ -84,19 +85,21 @@ def _passes_factors(layer, is_first):
 
 
 def _takes_factors(layer):
-    """Whether the second last axis of the kernel is the input channels: no groups, and the layer is called once."""
-    is_plain = type(layer) is keras.layers.Dense or (type(layer) is keras.layers.Conv2D and layer.groups == 1)
+    """Whether every output channel reads all input channels: no groups, and the layer is called once."""
+    is_plain = type(layer) in (keras.layers.Dense, keras.layers.Conv2DTranspose)
+    is_plain |= type(layer) is keras.layers.Conv2D and layer.groups == 1
     return is_plain and len(layer.inbound_nodes) == 1
 
 
 def _equalize_pair(first, second):
     """Equalizes one pair; returns the factor of each channel."""
-    before, *bias = first.get_weights()
-    after, *rest = second.get_weights()
+    before, after = kernel_of(first), kernel_of(second)
+    _, *bias = first.get_weights()
+    _, *rest = second.get_weights()
     r1 = np.max(np.abs(before), axis=tuple(range(before.ndim - 1)))
     r2 = np.max(np.abs(after), axis=(*range(after.ndim - 2), after.ndim - 1))
     is_alive = (r1 > _NEGLIGIBLE * np.max(r1)) & (r2 > _NEGLIGIBLE * np.max(r2))
     factor = np.sqrt(np.where(is_alive, r1, 1) / np.where(is_alive, r2, 1)).astype(np.float32)
-    first.set_weights([before / factor, *(values / factor for values in bias)])
-    second.set_weights([after * factor[:, np.newaxis], *rest])
+    first.set_weights([restore_kernel(first, before / factor), *(values / factor for values in bias)])
+    second.set_weights([restore_kernel(second, after * factor[:, np.newaxis]), *rest])
     return factor

@@ -58,8 +58,8 @@ def cluster_quantize(
 
     Args:
       model: Functional deploy-form model (see `tf_repvgg.fusion.fuse`), or one with blocks in training form if
-        `batch_norm_statistics` is given. Conv2D, DepthwiseConv2D, Dense and tfmot's `ClusterableLayer`s are clustered;
-        biases are not.
+        `batch_norm_statistics` is given. Conv2D, Conv2DTranspose, DepthwiseConv2D, Dense and tfmot's
+        `ClusterableLayer`s are clustered; biases are not.
       number_of_clusters: Number of clusters in a codebook, from 2 to 256, or numbers by pattern of layer names, first
         match wins; also as text: "stem=256,logits=256,.*=8".
       cluster_centroids_init: Initialization of the centroids, one of tfmot's; None for k-means.

@@ -11,7 +11,15 @@ from tensorflow_model_optimization.python.core.clustering.keras.cluster_wrapper 
 from tf_repvgg.quantization.checks import check_finite
 from tf_repvgg.quantization.qat.clustering.moving_codebook import CodebookTraining, MovingCodebook
 from tf_repvgg.quantization.qat.wrapping import TrainingWrapper
-from tf_repvgg.quantization.quantized_layers import bias_of, fill_on_call, is_quantizable, make_quantized_layer
+from tf_repvgg.quantization.quantized_layers import (
+    arrange_kernel,
+    bias_of,
+    fill_on_call,
+    is_quantizable,
+    kernel_name,
+    make_quantized_layer,
+    restore_kernel,
+)
 
 
 class ClusteringWrapper(TrainingWrapper):
@@ -72,7 +80,7 @@ class ClusterQuantize(ClusteringWrapper, ClusterWeights):
     running step of Lloyd's algorithm), and clusters without weights start anew. The scale follows the largest centroid.
 
     Args:
-      layer: Conv2D, DepthwiseConv2D or Dense layer, or a `tfmot.clustering.keras.ClusterableLayer`.
+      layer: Conv2D, Conv2DTranspose, DepthwiseConv2D or Dense layer, or a `tfmot.clustering.keras.ClusterableLayer`.
       number_of_clusters: Number of centroids in a codebook, from 2 to 256.
       cluster_centroids_init: Initialization of the centroids, one of tfmot's; None for k-means.
       cluster_per_channel: Whether every output channel has its own codebook, for Dense and DepthwiseConv2D too.
@@ -117,7 +125,7 @@ class ClusterQuantize(ClusteringWrapper, ClusterWeights):
         self.cluster_per_channel = cluster_per_channel  # tfmot's own wrapper supports it for Conv2D only
         if is_quantizable(layer):
             # tfmot skips depthwise kernels, for the accuracy that they lose, and weights that do not train.
-            name = "depthwise_kernel" if isinstance(layer, keras.layers.DepthwiseConv2D) else "kernel"
+            name = kernel_name(layer)
             layer.get_clusterable_weights = lambda: [(name, getattr(layer, name))]
         self._codebooks = {}
 
@@ -147,8 +155,8 @@ class ClusterQuantize(ClusteringWrapper, ClusterWeights):
         """
         for name, codebook in self._codebooks.items():
             quantize = codebook.quantize_in_training if training else codebook.quantize
-            shape = self.original_clusterable_weights[name].shape
-            self.set_weight_to_layer(name, tf.reshape(quantize(self._latent_weights(name)), shape))
+            weight = tf.reshape(quantize(self._latent_weights(name)), self._arrange(name).shape)
+            self.set_weight_to_layer(name, restore_kernel(self.layer, weight) if is_quantizable(self.layer) else weight)
 
     def strip(self) -> Callable:
         """Makes the replacement of the wrapper in the stripped model, a callable on tensors."""
@@ -158,7 +166,8 @@ class ClusterQuantize(ClusteringWrapper, ClusterWeights):
             return self._make_plain_layer()
         ((name, codebook),) = self._codebooks.items()
         layer = make_quantized_layer(self.layer, self._training.cluster_per_channel)
-        return fill_on_call(layer, self.get_weight_from_layer(name), codebook.scale(), bias_of(self.layer))
+        kernel = arrange_kernel(self.layer, self.get_weight_from_layer(name))
+        return fill_on_call(layer, kernel, codebook.scale(), bias_of(self.layer))
 
     def _make_plain_layer(self):
         """Makes a layer of the user's own class with its clustered weights."""
@@ -175,11 +184,14 @@ class ClusterQuantize(ClusteringWrapper, ClusterWeights):
         return call
 
     def _latent_weights(self, name):
-        """A weight as [rows, output channels]; the output channels of a depthwise kernel are its last two axes."""
+        """A weight as [rows, output channels]."""
+        weight = self._arrange(name)
+        return tf.reshape(weight, [-1, weight.shape[-1]])
+
+    def _arrange(self, name):
+        """A weight with its output channels last, as those of a user's own layers are."""
         weight = self.original_clusterable_weights[name]
-        is_depthwise = isinstance(self.layer, keras.layers.DepthwiseConv2D)
-        channels = weight.shape[-2] * weight.shape[-1] if is_depthwise else weight.shape[-1]
-        return tf.reshape(weight, [-1, channels])
+        return arrange_kernel(self.layer, weight) if is_quantizable(self.layer) else tf.convert_to_tensor(weight)
 
     # Here the wrapper owns the weights of its layer; tfmot trains them even if the layer does not train.
     @property
