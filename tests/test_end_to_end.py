@@ -48,7 +48,7 @@ def kill_after(epochs, workdir, command, root):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, digits, run_program, request):
+def trained(tmp_path_factory, digits, run_forked, request):
     """A run that was killed after two epochs and continued by the same command."""
     root = request.config.rootpath
     workdir = tmp_path_factory.mktemp("runs") / "digits"
@@ -58,8 +58,8 @@ def trained(tmp_path_factory, digits, run_program, request):
     assert not (workdir / "result.json").exists()
     interrupted = metrics(workdir)
     assert 2 <= len(interrupted) < EPOCHS
-    result = run_program(*command)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_forked(*command)
+    assert result.status == 0, result.stderr[-3000:]
     return workdir, interrupted, result
 
 
