@@ -74,10 +74,10 @@ FOLDED = {
     "norm after pooling": lambda x: layers.Rescaling(VECTOR)(layers.AveragePooling2D()(conv()(x))),
     "pixels": lambda x: conv(padding="same")(x / 255.0),
     "padded pixels": lambda x: conv()(layers.ZeroPadding2D()(x * 0.1)),
-    "centered pixels": lambda x: conv()(layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[2.0, 2.1, 2.2])(x)),
+    "centered pixels": lambda x: conv()(layers.Normalization(mean=[0.5, 1.0, 1.4], variance=[2.0, 2.1, 2.2])(x)),
     "two readers": lambda x: (lambda y: conv()(y) - conv("conv2")(y))(x * 2.0 - 1.0),
     "groups": lambda x: conv(groups=2)(layers.ReLU()(conv("conv2")(x)) * 0.5 + 1.0),
-    "depthwise before": lambda x: layers.DepthwiseConv2D(3, depth_multiplier=2, name="conv")(x * [1.0, 1.5, 1.7] + 2.0),
+    "depthwise before": lambda x: layers.DepthwiseConv2D(3, depth_multiplier=2, name="conv")(x * [1.0, 1.5, 1.7] + 1.0),
     "gate": lambda x: (lambda y: conv()(y * layers.Activation("hard_sigmoid")(conv("gate", padding="same")(y))))(
         conv("conv2", padding="same")(x)
     ),
@@ -88,6 +88,7 @@ KEPT = {
     "norm of a sum": lambda x: layers.ReLU()(norm()(layers.Add()([x, x]))),
     "norm of features": lambda x: layers.Dense(2)(layers.ReLU()(norm()(layers.GlobalAveragePooling2D()(x)))),
     "offset before padding": lambda x: conv(padding="same")(layers.Rescaling(1 / 127.5, -1.0)(x)),
+    "large offset": lambda x: conv()(x - 3.0),
     "factors that differ": lambda x: conv()(x * np.float32([1.0, 10.0, 100.0])),
     "shared": lambda x: (lambda shared: shared(shared(x)) * 0.5)(layers.Conv2D(3, 1)),
     "read twice": lambda x: (lambda y: layers.Add()([y, y * 0.5]))(conv()(x)),

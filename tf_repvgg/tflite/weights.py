@@ -137,6 +137,8 @@ def describe_wide_weights(names: Sequence[str]) -> str:
 def _find_requested_bits(weight_bits, given, layers):
     """Bits that all weights should have: those of a quantized model's widest layer, or the argument."""
     kernels = [given[id(layer)].codes for layer in layers if isinstance(layer, QuantizedLayer)]
+    # Constants that lowering has made kernels of, whose codes are all the same.
+    kernels = [codes for codes in kernels if len(np.unique(np.abs(codes))) > 1]
     if not kernels:
         return weight_bits
     counts = [len(np.unique(codes)) for codes in kernels]

@@ -36,8 +36,7 @@ def lower(model: keras.Model) -> keras.Model:
       that the model turns into float at once are float.
 
     Raises:
-      ValueError: If the model is not functional.
-      ArithmeticError: If the outputs on random input differ from those of `model`.
+      ValueError: If the model is not functional, or the outputs on random input differ from those of `model`.
 
     Example:
       >>> import tf_keras as keras
@@ -77,7 +76,10 @@ def lower(model: keras.Model) -> keras.Model:
         return model
     statistics = fusion.pre_activation_statistics(model)
     lowered, folds = fold(lowered)
-    fusion.check_same_outputs(model, lowered, _TOLERANCE, "lowering")
+    try:
+        fusion.check_same_outputs(model, lowered, _TOLERANCE, "lowering")
+    except ArithmeticError as error:  # such as an exponential of random inputs, which overflows
+        raise ValueError(f"{error}; write the model without the operations on constants, or report it to us") from None
     if not statistics:
         return lowered
     for name, folded in folds.items():

@@ -26,6 +26,9 @@ _REORDERINGS = (keras.layers.Flatten, keras.layers.Permute, keras.layers.Reshape
 # A kernel takes factors that differ by more than this only if they are its output channels': as factors of input
 # channels they would spread the weights of an output channel, which share one grid.
 _LARGEST_SPREAD = 2.0
+# With a larger offset, the kernel would meet inputs whose mean is far from zero, where rounding it to few bits shifts
+# the outputs.
+_LARGEST_OFFSET = 1.0
 
 
 class Fold(NamedTuple):
@@ -44,7 +47,8 @@ def fold(model: keras.Model) -> tuple[keras.Model, dict[str, Fold]]:
     """Copies a model, with every `ChannelAffine` folded into weights or, where it cannot be, as a convolution.
 
     A function right after a linear layer with weights goes into that layer's kernel and bias. Else, if only layers with
-    weights read it, it goes into theirs; but an offset stays before a convolution that pads with zeros.
+    weights read it, it goes into theirs; but an offset that is large stays, or any before a
+    convolution that pads with zeros.
 
     Args:
       model: Functional model without nested models.
@@ -195,6 +199,8 @@ def _takes_before(layer, affine):
     """Whether the kernel of a layer can take over a function of its input."""
     factor = np.abs(affine.factor)
     if not affine.is_uniform and (getattr(layer, "groups", 1) > 1 or factor.max() > _LARGEST_SPREAD * factor.min()):
+        return False
+    if np.max(np.abs(affine.offset)) > _LARGEST_OFFSET:
         return False
     # How many pixels of its input a pixel of a transposed convolution's output reads differs from pixel to pixel.
     pads = getattr(layer, "padding", "valid") != "valid" and np.prod(layer.kernel_size) > 1
