@@ -59,7 +59,6 @@ def fold(model: keras.Model) -> tuple[keras.Model, dict[str, Fold]]:
     plan = _Plan(model)
     plan.fold_into_layers_before()
     plan.fold_into_readers()
-    tied = find_tied_layers(model)
 
     def replace(layer) -> Callable:
         if isinstance(layer, ChannelAffine):
@@ -70,10 +69,15 @@ def fold(model: keras.Model) -> tuple[keras.Model, dict[str, Fold]]:
         if (folded := plan.folds.get(id(layer))) is not None:
             weights = fold_weights(layer, folded)
             return graph.copy_layer(layer, weights, use_bias=len(weights) > 1)
-        return untie(layer, tied) if tied and isinstance(layer, SHARING_GRID) else graph.copy_layer(layer)
+        return graph.copy_layer(layer)
 
     by_name = {layer.name: plan.folds[id(layer)] for layer in model.layers if id(layer) in plan.folds}
-    return graph.rebuild(model, replace), by_name
+    result = graph.rebuild(model, replace)
+    if tied := find_tied_layers(result):  # only now: functions that went elsewhere stood between layers
+        result = graph.rebuild(
+            result, lambda layer: untie(layer, tied) if isinstance(layer, SHARING_GRID) else graph.copy_layer(layer)
+        )
+    return result, by_name
 
 
 def fold_weights(layer: keras.layers.Layer, folded: Fold) -> list[np.ndarray]:
