@@ -8,6 +8,7 @@ from ai_edge_litert.interpreter import Interpreter
 from helpers.networks import SIZE, assert_file_computes_the_model, quantize_by_one_step, random_images, small_repvgg
 
 from tf_repvgg import tflite
+from tf_repvgg.layers import RepVGGBlock
 from tf_repvgg.quantization import (
     ActivationQuantizer,
     QuantizedConv2D,
@@ -293,3 +294,11 @@ def test_float_operations_in_the_file_are_refused():
     model = keras.Model(inputs, ActivationQuantizer(fixed_range=(-1, 1))(keras.layers.Activation("swish")(features)))
     with pytest.raises(ValueError, match=r"in float; put an ActivationQuantizer after every operation"):
         tflite.convert(model)
+
+
+def test_a_block_in_training_form_reads_a_grid():
+    """It ends with a ReLU, which is not fused with what comes before the block."""
+    inputs = keras.Input(SIZE)
+    total = keras.layers.Add(name="add")([inputs, keras.layers.Conv2D(SIZE[-1], 1)(inputs)])
+    model = quantize_activations(keras.Model(inputs, RepVGGBlock(4, name="block")(total)))
+    assert [layer.name for layer in model.layers][-4:] == ["add", "add_quantizer", "block", "block_quantizer"]

@@ -61,6 +61,20 @@ def test_the_layer_with_another_kernel(changes):
         np.testing.assert_allclose(outputs, layer(inputs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [{"use_bias": False}, {}], ids=["no bias", "zeros"])
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+def test_without_a_bias(bias, activation):
+    """TensorFlow's converter would not fuse the ReLU, and compute in float."""
+    model = make_model(after=[layers.ReLU()] if activation == "linear" else [], activation=activation, **bias)
+    if model.get_layer("up").use_bias:
+        model.get_layer("up").bias.assign(np.zeros(2))
+    quantized = ptq.quantize(model, "min_max", per_channel=True, calibration=IMAGES)
+    for file in (tflite.convert(quantized), tflite.convert(model, IMAGES)):
+        assert [operator.name for operator in tflite.operators(file)] == ["CONV_2D", "TRANSPOSE_CONV"]
+        assert relative_error(file, model) < 0.03
+    assert model.get_layer("up").activation is keras.activations.get(activation)
+
+
 @pytest.mark.parametrize("changes", GEOMETRIES, ids=str)
 def test_files(changes):
     """From float models, at 8 bits; and from quantized ones, at 4 bits, whose codes are in the file as they are."""

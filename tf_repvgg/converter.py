@@ -1,5 +1,6 @@
 """Running TensorFlow's converter to TFLite on functional Keras models."""
 
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ import tf_keras as keras
 
 from tf_repvgg import converter_errors, graph, native_output
 
+# No step of any grid; for TensorFlow not zero all the same.
+_NEXT_TO_NOTHING = 1e-30
 _INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
@@ -36,11 +39,37 @@ def make_converter(model: keras.Model, input_shapes: Sequence[Sequence[int]]) ->
         outputs = model(graph.pack_inputs(model, inputs), training=False)
         return outputs if tf.is_tensor(outputs) else _name_outputs(outputs)
 
-    function = tf.function(call).get_concrete_function(*specs)
+    with _biases_of_transposed_convolutions(model):
+        function = tf.function(call).get_concrete_function(*specs)
     # The variables that the function reads. Given the Keras model instead, TensorFlow would trace and save every layer.
     holder = tf.Module()
     holder.weights = model.weights
     return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+
+
+@contextlib.contextmanager
+def _biases_of_transposed_convolutions(model):
+    """Lets transposed convolutions without a bias, or with one of zeros, add a bias that is next to nothing.
+
+    TensorFlow fuses no ReLU with a transposed convolution without bias, and computes both in float.
+    """
+    activations = {
+        layer: layer.activation
+        for layer in graph.find_layers(model, keras.layers.Conv2DTranspose)
+        if not (layer.use_bias and np.any(layer.bias))
+    }
+
+    def add_bias(activation, channels):
+        return lambda outputs: activation(tf.nn.bias_add(outputs, tf.fill([channels], _NEXT_TO_NOTHING)))
+
+    try:
+        for layer, activation in activations.items():
+            if layer.data_format == "channels_last":
+                layer.activation = add_bias(activation, layer.filters)
+        yield
+    finally:
+        for layer, activation in activations.items():
+            layer.activation = activation
 
 
 def name_inputs(model: keras.Model) -> list[str]:

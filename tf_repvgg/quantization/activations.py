@@ -218,7 +218,9 @@ def _find_layers_without_grid(model):
         sources = {key: node.layer for node in nodes for key in node.flat_output_ids}
         outputs = graph.output_keys(owner)
         for node in nodes:
-            is_relu = not isinstance(node.layer, WEIGHTED_LAYERS) and _activation_name(node.layer) in ("relu", "relu6")
+            # Other layers, such as a block, end with a ReLU that does not come right after what they read.
+            is_activation = isinstance(node.layer, keras.layers.Activation | keras.layers.ReLU)
+            is_relu = is_activation and _activation_name(node.layer) in ("relu", "relu6")
             for key in node.flat_input_ids:
                 source = sources.get(key)
                 if source is None:
