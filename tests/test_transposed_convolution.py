@@ -17,6 +17,7 @@ from tf_repvgg.quantization import (
 )
 from tf_repvgg.quantization.qat.lsq import LearnedStep
 from tf_repvgg.quantization.quantized_layers import apply_kernel, bias_of, kernel_of
+from tf_repvgg.tflite.targets import TARGETS
 
 layers = keras.layers
 IMAGES = np.random.default_rng(0).uniform(-1, 1, [16, 5, 6, 3]).astype(np.float32)
@@ -154,6 +155,22 @@ def test_a_normalization_becomes_part_of_the_layer(fuse):
     file = tflite.convert(quantized)
     assert [operator.name for operator in tflite.operators(file)] == ["CONV_2D", "TRANSPOSE_CONV"]
     assert relative_error(file, model) < 0.03
+
+
+def test_channels_first():
+    inputs = keras.Input((3, 5, 6))
+    outputs = layers.Conv2DTranspose(2, 3, strides=2, data_format="channels_first", activation="relu")(inputs)
+    model, images = keras.Model(inputs, outputs), np.moveaxis(IMAGES, -1, 1)
+    quantized = ptq.quantize(model, "min_max+bias_correct", per_channel=True, calibration=images)
+    np.testing.assert_allclose(tflite.predict(tflite.convert(quantized), images), model(images), atol=0.03)
+
+
+def test_int4_files_leave_it_in_int8():
+    """LiteRT has no kernels for transposed convolutions with weights in INT4."""
+    file = tflite.convert(make_model(strides=2), IMAGES, weight_bits=4)
+    built = TARGETS["litert_int4"](file)
+    assert built.record["left_in_int8"] == ["up/kernel"]
+    np.testing.assert_array_equal(built.predict(IMAGES), built.predict_int8(IMAGES))
 
 
 def test_an_offset_stays_before_the_layer():

@@ -26,12 +26,14 @@ class WeightsLayout(NamedTuple):
         has the layout of the equivalent grouped convolution: [height, width, 1, channels * depth multiplier].
       activations_input: Position of the activations among the operator's inputs.
       bias_input: Position of the bias, which the operator may not have.
+      may_be_int4: Whether LiteRT has kernels for weights that are stored as INT4.
     """
 
     channel_axis: int
     first_axis: int
     activations_input: int = 0
     bias_input: int = 2
+    may_be_int4: bool = True
 
 
 WEIGHTS_INPUT = 1
@@ -41,7 +43,7 @@ WEIGHTS_LAYOUT = {
     schema.BuiltinOperator.DEPTHWISE_CONV_2D: WeightsLayout(channel_axis=3, first_axis=2),
     # Its first input is the shape of the output.
     schema.BuiltinOperator.TRANSPOSE_CONV: WeightsLayout(
-        channel_axis=0, first_axis=-1, activations_input=2, bias_input=3
+        channel_axis=0, first_axis=-1, activations_input=2, bias_input=3, may_be_int4=False
     ),
 }
 

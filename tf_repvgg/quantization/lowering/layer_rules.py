@@ -108,10 +108,17 @@ def _lower_weighted(layer, build):
     if is_dilated(layer):
         convolution = as_convolution(layer, build.claim(build.owner), build.claim(f"{build.owner}_padding"), **changes)
         return lambda inputs: finish(convolution(inputs))
-    if not changes:
+    is_transposed = isinstance(layer, keras.layers.Conv2DTranspose) and layer.data_format == "channels_first"
+    if not (changes or is_transposed):
         return None
+    if is_transposed:  # the only convolution that Keras computes with the channels first everywhere
+        changes["data_format"] = "channels_last"
     linear = graph.copy_layer(layer, name=build.claim(build.owner), **changes)
-    return lambda inputs: finish(linear(inputs))
+    if not is_transposed:
+        return lambda inputs: finish(linear(inputs))
+    before = keras.layers.Permute((2, 3, 1), name=build.claim(f"{build.owner}_channels_last"))
+    after = keras.layers.Permute((3, 1, 2), name=build.claim(f"{build.owner}_channels_first"))
+    return lambda inputs: after(finish(linear(before(inputs))))
 
 
 def _lower_separable(layer, build):

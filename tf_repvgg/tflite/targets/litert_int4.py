@@ -15,6 +15,8 @@ _SMALLEST_CODE, _LARGEST_CODE = -8, 7
 def build(file: bytes) -> Built:
     """Stores weight tensors whose codes fit into 4 bits as INT4, with the same codes and scales; others stay int8.
 
+    Those of transposed convolutions, for which LiteRT has no such kernels, stay int8 too.
+
     On the same kernels, outputs equal those of the int8 file. LiteRT's default delegate has no kernels for INT4, so
     convolutions run on its plain kernels, slower and rounding differently by a step or two of the output.
 
@@ -23,13 +25,16 @@ def build(file: bytes) -> Built:
     """
     model = flatbuffer.unpack(file)
     all_weights = integer_weights(model)
+    candidates = [weights for weights in all_weights if weights.layout.may_be_int4]
+    if not candidates:
+        raise ValueError("all weights are those of transposed convolutions, for which LiteRT has no kernels of 4 bits")
     fitting: list[Weights] = []
     remaining: list[Weights] = []
     for weights in all_weights:
         fits = weights.codes.min() >= _SMALLEST_CODE and weights.codes.max() <= _LARGEST_CODE
-        (fitting if fits else remaining).append(weights)
+        (fitting if fits and weights.layout.may_be_int4 else remaining).append(weights)
     if not fitting:
-        largest = max(int(np.max(np.abs(weights.codes.astype(np.int32)))) for weights in all_weights)
+        largest = max(int(np.max(np.abs(weights.codes.astype(np.int32)))) for weights in candidates)
         raise ValueError(
             f"no weights fit into 4 bits, codes {_SMALLEST_CODE} to {_LARGEST_CODE}: the largest here is {largest}; "
             "export with --weight_bits=4, or train with LSQ at 4 bits"
