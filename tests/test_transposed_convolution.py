@@ -165,6 +165,15 @@ def test_channels_first():
     np.testing.assert_allclose(tflite.predict(tflite.convert(quantized), images), model(images), atol=0.03)
 
 
+@pytest.mark.parametrize("changes", [{"padding": "same"}, {"output_padding": 1}], ids=str)
+def test_sequences(changes):
+    model = keras.Sequential([keras.Input((6, 3)), layers.Conv1DTranspose(2, 3, 2, activation="relu", **changes)])
+    quantized = ptq.quantize(model, "min_max", weight_bits=6, per_channel=True, calibration=IMAGES[:, 0])
+    file = tflite.convert(quantized)
+    np.testing.assert_allclose(tflite.predict(file, IMAGES[:, 0]), model(IMAGES[:, 0]), atol=0.06)
+    assert tflite.weight_codes(file)[0].codes.shape == (3, 1, 3, 2)
+
+
 def test_int4_files_leave_it_in_int8():
     """LiteRT has no kernels for transposed convolutions with weights in INT4."""
     file = tflite.convert(make_model(strides=2), IMAGES, weight_bits=4)

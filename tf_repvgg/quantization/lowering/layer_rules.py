@@ -131,6 +131,8 @@ def _lower_separable(layer, build):
 def _lower_sequence_layer(layer, build):
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         return None
+    if isinstance(layer, keras.layers.Conv1DTranspose) and layer.dilation_rate != (1,):
+        return None  # Keras has no dilation rate of one axis for images
     changes, finish = _split_activation(layer, build)
     as_images = as_layer_of_images(layer, build.claim(build.owner), build.claim, **changes)
     return lambda inputs, **_: finish(as_images(inputs))

@@ -9,6 +9,7 @@ import tf_keras as keras
 _LAYERS_OF_IMAGES = {
     keras.layers.AveragePooling1D: keras.layers.AveragePooling2D,
     keras.layers.Conv1D: keras.layers.Conv2D,
+    keras.layers.Conv1DTranspose: keras.layers.Conv2DTranspose,
     keras.layers.Cropping1D: keras.layers.Cropping2D,
     keras.layers.GlobalMaxPooling1D: keras.layers.GlobalMaxPooling2D,
     keras.layers.MaxPooling1D: keras.layers.MaxPooling2D,
@@ -21,6 +22,7 @@ _WIDTH: dict[str, Any] = {
     "cropping": (0, 0),
     "dilation_rate": 1,
     "kernel_size": 1,
+    "output_padding": 0,
     "padding": (0, 0),
     "pool_size": 1,
     "size": 1,
@@ -39,7 +41,7 @@ def as_layer_of_images(layer: keras.layers.Layer, name: str, claim: Callable[[st
     """
     config = layer.get_config() | {"dtype": layer.variable_dtype, "name": name} | changes
     for field, width in _WIDTH.items():
-        if field in config and not isinstance(config[field], str):
+        if config.get(field) is not None and not isinstance(config[field], str):
             (length,) = config[field] if np.ndim(config[field]) == np.ndim(width) + 1 else (config[field],)
             config[field] = length, width
     padding = None

@@ -64,7 +64,7 @@ def tfmot_cluster(
     Raises:
       ValueError: If the model is not functional or not fused, a number is out of range, or a pattern matches no layer.
     """
-    wrapping.check_model(model)
+    _check_model(model)
     clusters = clusters_by_layer(model, number_of_clusters)
 
     def cluster(layer):
@@ -93,7 +93,7 @@ def tfmot_quantize(model: keras.Model) -> keras.Model:
     Raises:
       ValueError: If the model is not functional or not fused, or has layers that tfmot does not support.
     """
-    wrapping.check_model(model)
+    _check_model(model)
     annotated = tfmot.quantization.keras.quantize_annotate_model(_copy_flat(model))
     scheme = cluster_preserve.Default8BitClusterPreserveQuantizeScheme()
     return tfmot.quantization.keras.quantize_apply(annotated, scheme)
@@ -137,6 +137,15 @@ def strip_tfmot_quantize(model: keras.Model, base: keras.Model) -> keras.Model:
         quantizer.set_range(*ranges[name])
     make_room_for_biases(stripped)
     return stripped
+
+
+def _check_model(model):
+    wrapping.check_model(model)
+    if transposed := graph.find_layers(model, keras.layers.Conv2DTranspose):
+        raise ValueError(
+            f"layer {transposed[0].name!r} is a Conv2DTranspose, which tfmot's training of clustered weights does not "
+            "support; use cluster_quantize"
+        )
 
 
 def _kernel_and_scale(wrapper):
