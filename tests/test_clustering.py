@@ -278,7 +278,7 @@ def test_bad_input(model):
     assert_refuses("'first' has a squeeze-and-excite, .*fuse", with_se, batch_norm_statistics="frozen")
     inputs = keras.Input(SIZE)
     with_norm = keras.Model(inputs, keras.layers.BatchNormalization(name="norm")(inputs))
-    assert_refuses("'norm' is a BatchNormalization", with_norm, batch_norm_statistics="frozen")
+    assert_refuses("has no Conv2D, .* layer of its own", with_norm, batch_norm_statistics="frozen")
     local = keras.Sequential([keras.Input(SIZE), keras.layers.LocallyConnected2D(2, 3, name="local")])
     assert_refuses(
         "'local' is a LocallyConnected2D, whose weights cannot be trained with quantization; .* ClusterableLayer can",

@@ -13,7 +13,7 @@ BOXES = {  # name: (x, y, width, text, colours)
     "ptq": (330, 150, 180, "PTQ: mse, adaquant, …", BLUE),
     "qat": (560, 150, 200, "QAT: LSQ, tfmot", BLUE),
     "clusterqat": (790, 150, 180, "ClusterQAT", BLUE),
-    "quantized": (560, 265, 640, "quantized Keras model: codes, scales, activation ranges", GREEN),
+    "quantized": (450, 265, 860, "quantized Keras model: codes, scales, activation ranges", GREEN),
     "file": (450, 365, 420, "integer .tflite file, code for code", GREEN),
     "int8": (110, 470, 180, "LiteRT int8", ORANGE),
     "int4": (290, 470, 140, "LiteRT int4", ORANGE),
@@ -24,8 +24,7 @@ BOXES = {  # name: (x, y, width, text, colours)
 ACROSS = [("dataset", "pipeline"), ("pipeline", "training"), ("training", "fusion")]
 DOWN = [
     *(("fusion", name) for name in ("min_max", "ptq", "qat", "clusterqat")),
-    *((name, "quantized") for name in ("ptq", "qat", "clusterqat")),
-    ("min_max", "file"),
+    *((name, "quantized") for name in ("min_max", "ptq", "qat", "clusterqat")),
     ("quantized", "file"),
     *(("file", name) for name in ("int8", "int4", "lut", "ethos", "edge_tpu")),
 ]

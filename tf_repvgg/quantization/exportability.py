@@ -14,15 +14,26 @@ from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedDe
 # Layers that need no trial, in any order: their activations must be among the names below.
 _KNOWN_LAYERS = (
     keras.layers.Add,
+    keras.layers.AveragePooling2D,
+    keras.layers.Concatenate,
+    keras.layers.Cropping2D,
     keras.layers.Dropout,
     keras.layers.Flatten,
     keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalMaxPooling2D,
     keras.layers.InputLayer,
+    keras.layers.LeakyReLU,
+    keras.layers.MaxPooling2D,
+    keras.layers.Multiply,
+    keras.layers.Reshape,
+    keras.layers.Softmax,
+    keras.layers.SpatialDropout2D,
+    keras.layers.UpSampling2D,
     keras.layers.ZeroPadding2D,
     QuantizedDepthwiseConv2D,  # as lowering makes it of constants
     *WEIGHTED_LAYERS,
 )
-_KNOWN_ACTIVATIONS = ("linear", "relu", "relu6", "sigmoid", "softmax", "tanh", "swish")
+_KNOWN_ACTIVATIONS = ("linear", "relu", "relu6", "sigmoid", "softmax", "tanh", "swish", "leaky_relu", "exponential")
 _TRIAL_SIZE = 64
 
 
