@@ -97,7 +97,9 @@ class Scaled(keras.layers.Layer, tfmot.clustering.keras.ClusterableLayer):
 def test_layers_of_the_users_own():
     inputs = keras.Input((40,))
     model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(Scaled(name="custom")(inputs)))
-    clustered = cluster_quantize(model, "custom=2,.*=16")
+    with pytest.raises(ValueError, match=r"layer 'custom' \(Scaled\) has no integer form in TFLite"):
+        cluster_quantize(model, "custom=2,.*=16")  # as it multiplies and adds without a quantizer between
+    clustered = cluster_quantize(model, "custom=2,.*=16", activation_bits=None)
     batch = random_images(16, (40,))
     clustered.compile("sgd", "mse")
     clustered.fit(batch, np.ones([16, 5]), verbose=0)
@@ -245,16 +247,16 @@ def test_float_activations():
 
 
 def test_a_plain_model_with_normalizations():
-    """It is refused; fused, it trains and becomes a file."""
+    """Normalizations are merged: by `fuse`, or else before training."""
     size = (8, 8, 1)
     inputs = keras.Input(size)
     features = keras.layers.Conv2D(4, 3, name="conv")(inputs)
     features = keras.layers.ReLU()(keras.layers.BatchNormalization(name="norm")(features))
     model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(keras.layers.GlobalAveragePooling2D()(features)))
     model(random_images(16, size), training=True)
-    with pytest.raises(ValueError, match=r"'norm' is a BatchNormalization, .*fuse"):
-        cluster_quantize(model, 4)
-    clustered = cluster_quantize(fuse(model), 4, calibration=random_images(64, size))
+    calibration = random_images(64, size)
+    clustered = cluster_quantize(fuse(model), 4, calibration=calibration)
+    np.testing.assert_allclose(clustered(calibration), cluster_quantize(model, 4, calibration=calibration)(calibration))
     stripped = strip_cluster_quantize(clustered)
     file = tflite.convert(stripped)
     assert_file_computes_the_model(stripped, file, random_images(16, size, seed=1))
