@@ -11,7 +11,7 @@ import tf_keras as keras
 
 from tf_repvgg import converter_errors, graph, native_output
 
-# No step of any grid; for TensorFlow not zero all the same.
+# Too small to change a code, but not zero, so that TensorFlow keeps it.
 _NEXT_TO_NOTHING = 1e-30
 _INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import graph
+from tf_repvgg import converter, graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.activations import AUGMENTATIONS, RANGE_PRESERVING
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedLayer, apply_kernel
@@ -111,7 +111,7 @@ def verify(
       ...     print(str(error).partition(":")[0])
       the file departs from the model at layer 'conv'
     """
-    loaded = _LoadedFile(file, graph.input_names(model))
+    loaded = _LoadedFile(file, converter.name_inputs(model))
     kernels = _read_kernels(file, model, given)
     for sample in samples:
         _Comparison(loaded.run(sample), kernels).run(model, sample)
@@ -126,11 +126,11 @@ def verify_outputs(file: bytes, model: keras.Model, samples: Sequence[Sequence[n
       samples: Calibration samples, each an array [1, ...] for each input.
 
     Raises:
-      WrongFileError: If LiteRT cannot load the file, or an output differs by half of what it varies.
+      WrongFileError: If LiteRT cannot load the file, or an output differs by half of its standard deviation.
     """
     batch = [np.concatenate(arrays) for arrays in zip(*samples, strict=True)]
     outputs = model.predict_on_batch(graph.pack_inputs(model, batch))
-    images = batch[0] if len(batch) == 1 else dict(zip(graph.input_names(model), batch, strict=True))
+    images = batch[0] if len(batch) == 1 else dict(zip(converter.name_inputs(model), batch, strict=True))
     predicted = interpreter.predict(file, images, default_delegate=False)
     # Both are in the order of names.
     values = [predicted[name] for name in sorted(predicted)] if isinstance(predicted, dict) else [predicted]
@@ -138,8 +138,8 @@ def verify_outputs(file: bytes, model: keras.Model, samples: Sequence[Sequence[n
         distance = float(np.sqrt(np.mean(np.square(actual - expected)))) / (float(np.std(expected)) or 1.0)
         if distance > _LARGEST_OUTPUT_DISTANCE:
             raise WrongFileError(
-                f"the file departs from the model: an output differs by {100 * distance:.0f} % of what it varies; "
-                "TensorFlow's integer kernels do not compute one of the operations well enough"
+                f"the file departs from the model: an output differs by {100 * distance:.0f} % of its standard "
+                "deviation; TensorFlow's integer kernels do not compute one of the operations well enough"
             )
 
 
@@ -293,7 +293,7 @@ class _Comparison:
         if suspicion:
             raise WrongFileError(suspicion)
         difference = (
-            "the file has no tensor on the grid of the model's"
+            "the file has no tensor on the grid of the model"
             if nearest is None
             else f"its tensor {nearest.name!r} differs by {distance:.0f} steps of the grid, and "
             f"{_LARGEST_DISTANCE[bits]:g} are what rounding explains"
