@@ -1,0 +1,1 @@
+"""Parts of experiments/mobileone.py: the network, trained on ImageNet by others, and its photographs."""
