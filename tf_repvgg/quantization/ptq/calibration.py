@@ -67,10 +67,15 @@ class Calibration:
             self._runs[key] = tensors, tf.function(run)
         else:
             _, run = self._runs[key]
-        batch = model.inputs[0].shape[0] or _BATCH
-        for start in range(0, self.count, batch):
-            outputs = run([tf.constant(values[start : start + batch]) for values in self.inputs])
+        for batch in zip(*self.split_inputs(model), strict=True):
+            outputs = run([tf.constant(values) for values in batch])
             yield [values.numpy() for values in tf.nest.flatten(outputs)]
+
+    def split_inputs(self, model: keras.Model) -> list[list[np.ndarray]]:
+        """The batches of each input in which a model computes all images."""
+        size = model.inputs[0].shape[0] or _BATCH
+        starts = range(0, self.count, size)
+        return [[values[start : start + size] for start in starts] for values in self.inputs]
 
     def compute_layers(self, model: keras.Model, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """Yields {layer name: outputs of that layer of a model}, batch by batch."""

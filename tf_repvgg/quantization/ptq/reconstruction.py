@@ -10,6 +10,7 @@ import tf_keras as keras
 from tf_repvgg.quantization.ptq.looks import is_look_due
 from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.walk import Walk
 from tf_repvgg.quantization.quantized_layers import apply_kernel
 from tf_repvgg.quantization.uniform import QuantizedKernel
 
@@ -54,12 +55,16 @@ def reconstruct(
     if not network.is_complete:
         mse(network)
     generator = np.random.default_rng(network.options.seed)
+    layers = {name: network.quantized.get_layer(name) for name in network.layers if not network.is_shared(name)}
+    inputs_walk = Walk(network.calibration, network.quantized, [layer.input for layer in layers.values()])
+    expected_walk = Walk(network.calibration, network.float, [network.layers[name].output for name in layers])
     for name in network.show_progress(network.layers, description):
-        if network.is_shared(name):
+        if name not in layers:
             network.notes.append(f"{description}: layer {name} is called more than once and keeps its initial kernel")
             continue
-        inputs, expected = network.compute_quantized_inputs(name), network.compute_layer_outputs(name)
-        layer = network.quantized.get_layer(name)
+        layer = layers[name]
+        inputs = inputs_walk.compute(layer.input)
+        expected = expected_walk.compute(network.layers[name].output)
         start = network.kernels[name], network.get_quantized_bias(name)
         bias = tf.Variable(start[1], trainable=layer.use_bias)
         rounding = make_rounding(network, name, bias)

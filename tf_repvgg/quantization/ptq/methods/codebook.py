@@ -5,6 +5,7 @@ import numpy as np
 from tf_repvgg.quantization.k_means import k_means
 from tf_repvgg.quantization.ptq.methods.min_max import set_ranges_min_max
 from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
+from tf_repvgg.quantization.ptq.walk import Walk
 from tf_repvgg.quantization.uniform import LARGEST_CODE, QuantizedKernel, raise_scale
 
 
@@ -15,20 +16,22 @@ def codebook(network: Network) -> None:
     """
     if not network.has_ranges:
         set_ranges_min_max(network)
+    layers = [network.quantized.get_layer(name) for name in network.layers if not network.is_shared(name)]
+    walk = Walk(network.calibration, network.quantized, [layer.input for layer in layers])
     for name in network.show_progress(network.layers, "codebooks"):
         kernel, clusters = network.kernel(name), network.clusters[name]
-        importance = np.broadcast_to(_second_moment(network, name, kernel.shape), kernel.shape)
+        importance = np.broadcast_to(_second_moment(network, walk, name, kernel.shape), kernel.shape)
         columns = kernel.shape[-1] if network.per_channel else 1
         values, weights = (array.reshape(-1, columns) for array in (kernel, importance))
         books = [k_means(values[:, column], weights[:, column], clusters) for column in range(columns)]
         network.set_kernel(name, _round_to_books(kernel, books, network.min_scale(name)))
 
 
-def _second_moment(network, name, shape):
+def _second_moment(network, walk, name, shape):
     """E[x^2] of each weight's factor x; of shape [inputs, outputs], either of which may be 1."""
     if network.is_shared(name):
         return np.ones([1, 1], np.float32)
-    inputs = network.compute_quantized_inputs(name)
+    inputs = walk.compute(network.quantized.get_layer(name).input)
     moment = np.mean(np.square(inputs), axis=tuple(range(inputs.ndim - 1)))
     return spread_over_kernel(moment, shape)
 
