@@ -37,7 +37,7 @@ def load_network(data_dir: str | Path) -> keras.Model:
 
 
 def _convolve(features, weights, key, stride):
-    """A convolution with ReLU and PyTorch's symmetric padding; depthwise where each filter reads one channel of many."""
+    """A convolution with ReLU and PyTorch's symmetric padding; depthwise where a filter reads one channel of many."""
     kernel, bias = weights[f"{key}.weight"].transpose(2, 3, 1, 0), weights[f"{key}.bias"]
     name = key.replace(".", "_")
     if kernel.shape[0] > 1:

@@ -65,7 +65,7 @@ def load_test_sets(data_dir: str | Path, calibration: int = 256) -> Sets:
 
 def read_class_numbers(data_dir: str | Path, datasets: Collection[str]) -> dict[str, int]:
     """{folder of a class: its number among ImageNet's}, from the tables beside the folders of photographs."""
-    numbers = {}
+    numbers: dict[str, int] = {}
     for dataset in datasets:
         with Path(data_dir, f"{dataset}.labels.csv").open(encoding="utf-8", newline="") as file:
             numbers |= {row["folder"]: int(row["imagenet_class"]) for row in csv.DictReader(file)}
