@@ -21,7 +21,7 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 FLOORS = (
     ("by_name", "converter_errors", "graph", "native_output", "provenance", "storage", "version"),
     ("converter", "data", "layers", "runs"),
-    ("fusion", "models", "outliers"),
+    ("checkpoints", "fusion", "models", "outliers"),
     ("quantization",),
     ("quantization.ptq", "quantization.qat"),
     ("tflite",),
@@ -31,7 +31,7 @@ FLOORS = (
 )
 
 # Packages that take long to import or are optional: whoever needs one imports it where it is used.
-EXPENSIVE = ("ai_edge_litert", "matplotlib", "sklearn", "tensorflow_datasets", "tensorflow_model_optimization")
+EXPENSIVE = ("ai_edge_litert", "matplotlib", "sklearn", "tensorflow_datasets", "tensorflow_model_optimization", "torch")
 
 LONGEST_FILE = 400
 

@@ -40,10 +40,11 @@ from tf_repvgg import fusion, layers, quantization
 from tf_repvgg.version import __version__
 
 if TYPE_CHECKING:
-    from tf_repvgg import data, models, outliers, report, tflite
+    from tf_repvgg import checkpoints, data, models, outliers, report, tflite
 
 __all__ = [
     "__version__",
+    "checkpoints",
     "data",
     "fusion",
     "layers",

@@ -3,7 +3,7 @@
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import layers, models, runs
+from tf_repvgg import checkpoints, layers, models, runs
 from tf_repvgg.data import ClassificationData
 
 FLAGS = flags.FLAGS
@@ -39,7 +39,8 @@ class NewNetwork:
       data: Data of the training.
       seed: Seed of the initial weights.
       precision: Keras dtype policy of training; it is the global policy until `finish`.
-      init_from: Folder of a run, or a .keras file, whose weights training starts from; None for random weights.
+      init_from: Folder of a run, a .keras file, or a checkpoint of a PyTorch network, whose weights training starts
+        from; None for random weights.
 
     Attributes:
       model: Network to train. It takes images of any size, since early epochs may train on smaller ones.
@@ -53,7 +54,7 @@ class NewNetwork:
         self._final_model = _build_model(data.image_shape, data.num_classes, seed, "float32")
         self.model = _build_model((None, None, data.channels), data.num_classes, seed, precision)
         if init_from:
-            runs.copy_weights(runs.load_model(init_from), self.model)
+            _load_weights(init_from, self.model)
 
     def print_summary(self) -> None:
         """Prints the parameters and MACs of the network, layer by layer."""
@@ -68,6 +69,14 @@ class NewNetwork:
         keras.mixed_precision.set_global_policy("float32")
         self._final_model.set_weights([weight.numpy() for weight in self.model.weights])
         return self._final_model
+
+
+def _load_weights(init_from: str, model: keras.Model) -> None:
+    if not checkpoints.is_torch_file(init_from):
+        runs.copy_weights(runs.load_model(init_from), model)
+        return
+    for note in checkpoints.load_torch(init_from, model).notes:
+        print(f"--init_from: {note}")
 
 
 def _build_model(

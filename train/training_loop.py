@@ -53,7 +53,12 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
     "seed", 0, "Seed of the initial weights, shuffling and augmentation.", lower_bound=0, upper_bound=2**32 - 1
 )
-flags.DEFINE_string("init_from", None, "Workdir of a run, or its model.keras, whose weights training starts from.")
+flags.DEFINE_string(
+    "init_from",
+    None,
+    "Workdir of a run, its model.keras, or a checkpoint of a PyTorch network (.safetensors, .npz, .pth), whose weights "
+    "training starts from.",
+)
 flags.DEFINE_string(
     "distill_from", None, "Workdir of a finished run, or its model.keras, whose model becomes the teacher."
 )

@@ -104,6 +104,12 @@ BAD_COMMANDS = {
         "truncated.keras' is not a whole Keras model",
         "",
     ),
+    "weights from PyTorch with Keras's padding": (
+        TRAIN,
+        ["--workdir={new}", "--init_from=tests/reference/torch/repvgg_training.safetensors"],
+        "'stage2_block1' pads as Keras does",
+        "--padding=symmetric",
+    ),
     "unknown optimizer": (TRAIN, ["--workdir={new}", "--optimizer=adam"], "optimizer", "sgd|adamw"),
     "magnitude out of range": (TRAIN, ["--workdir={new}", "--randaugment_magnitude=31"], "randaugment_magnitude", "30"),
     "no such teacher": (TRAIN, ["--workdir={new}", "--distill_from={here}/gone"], "gone' does not exist", "workdir"),

@@ -1,0 +1,183 @@
+"""How other projects name the weights of the networks in `tf_repvgg.models`: one row for each project."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+from tf_repvgg.checkpoints.slots import HEAD, MERGED, Slot
+
+# Keras's names of the weights of a layer, and PyTorch's.
+_LEAVES = {
+    "kernel": "weight",
+    "depthwise_kernel": "weight",
+    "bias": "bias",
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+# A counter of every batch normalization that PyTorch writes and, with a momentum that is a number, never reads.
+COUNTER = "num_batches_tracked"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Names of weights in one project.
+
+    Attributes:
+      kind: Kind of blocks in training form, as in `slots.Network`.
+      deploy_kind: Kind of network in deploy form: blocks that merge to the same layers share it.
+      stem: Name of the first block.
+      stages: Name of a block in a stage, with `{stage}` counted from 1, and `{stage0}` and `{block0}` from 0.
+      head: Name of the last layer.
+      parts: {part of a block, see `slots`: its name}.
+      anchor: Part of the stem by whose name layouts are told apart.
+
+    Example:
+      >>> from tf_repvgg.checkpoints import LAYOUTS
+      >>> LAYOUTS["timm_repvgg"].module("stage2_block1", "conv3x3")
+      'stages.1.0.conv_kxk.conv'
+    """
+
+    kind: str
+    deploy_kind: str
+    stem: str
+    stages: str
+    head: str
+    parts: Mapping[str, str]
+    anchor: str
+
+    def kind_in(self, form: str) -> str:
+        """Kind of network in a form, "training" or "deploy"."""
+        return self.kind if form == "training" else self.deploy_kind
+
+    def module(self, block: str, part: str) -> str | None:
+        """Name of the layer that is a part of a block; None if the layout has no such part.
+
+        Args:
+          block: Name of the block in a network of `tf_repvgg.models`: "stem", "stage1_block1", or that of the head.
+          part: Part of the block; an empty text for the head.
+        """
+        if block == HEAD:
+            return self.head
+        if part not in self.parts:
+            return None
+        numbers = re.findall(r"\d+", block)
+        if numbers:
+            stage, index = map(int, numbers)
+            block = self.stages.format(stage=stage, stage0=stage - 1, block0=index - 1)
+        else:
+            block = self.stem
+        return f"{block}.{self.parts[part]}"
+
+    def key(self, slot: Slot) -> str:
+        """Key of a weight.
+
+        Raises:
+          ValueError: If the layout has no such part.
+        """
+        module = self.module(slot.block, slot.part)
+        if module is None:
+            raise ValueError(
+                f"block {slot.block!r} has a part {slot.part!r}, which networks of this layout do not have; their "
+                f"parts are {', '.join(self.parts)}"
+            )
+        return f"{module}.{_LEAVES[slot.leaf]}"
+
+    def anchor_key(self, form: str) -> str:
+        """Key of the weight that tells the layout in one form, "training" or "deploy"."""
+        return f"{self.module('stem', self.anchor if form == 'training' else MERGED)}.weight"
+
+
+_DING = {
+    "conv3x3": "rbr_dense.conv",
+    "norm3x3": "rbr_dense.bn",
+    MERGED: "rbr_reparam",
+}
+_DING_NAMES = {"stem": "stage0", "stages": "stage{stage}.{block0}", "head": "linear", "deploy_kind": "repvgg"}
+
+LAYOUTS = {
+    # github.com/DingXiaoH/RepVGG
+    "repvgg": Layout(
+        kind="repvgg",
+        parts=_DING
+        | {
+            "conv1x1": "rbr_1x1.conv",
+            "norm1x1": "rbr_1x1.bn",
+            "norm_identity": "rbr_identity",
+            "se_reduce": "se.down",
+            "se_expand": "se.up",
+        },
+        anchor="conv1x1",
+        **_DING_NAMES,
+    ),
+    # The authors' block (QARepVGGBlockV2), as in YOLOv6; networks as in the row above. Where it has a
+    # squeeze-and-excite, that comes before the last normalization, so that it is another network than ours.
+    "qarepvgg": Layout(
+        kind="qarepvgg",
+        parts=_DING | {"conv1x1": "rbr_1x1", "norm_sum": "bn"},
+        anchor="conv1x1",
+        **_DING_NAMES,
+    ),
+    # timm's repvgg_*
+    "timm_repvgg": Layout(
+        kind="repvgg",
+        deploy_kind="repvgg",
+        stem="stem",
+        stages="stages.{stage0}.{block0}",
+        head="head.fc",
+        parts={
+            "conv3x3": "conv_kxk.conv",
+            "norm3x3": "conv_kxk.bn",
+            "conv1x1": "conv_1x1.conv",
+            "norm1x1": "conv_1x1.bn",
+            "norm_identity": "identity",
+            "se_reduce": "attn.fc1",
+            "se_expand": "attn.fc2",
+            MERGED: "reparam_conv",
+        },
+        anchor="conv1x1",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """What the keys of a file say.
+
+    Attributes:
+      name: Name of the layout in `LAYOUTS`.
+      form: "training" or "deploy".
+      prefix: Text before every key, such as "module.".
+    """
+
+    name: str
+    form: str
+    prefix: str
+
+
+def detect(keys: Iterable[str], kind: str) -> Detected:
+    """Finds the layout of a file.
+
+    Args:
+      keys: Keys of the file.
+      kind: Kind of network that is preferred where the keys fit several: that of the model to load into.
+
+    Raises:
+      ValueError: If the keys are of no layout, or of several networks.
+    """
+    names = list(keys)
+    matches = []
+    for layout_name, layout in LAYOUTS.items():
+        for form in ("training", "deploy"):
+            anchor = layout.anchor_key(form)
+            prefixes = [key.removesuffix(anchor) for key in names if key == anchor or key.endswith(f".{anchor}")]
+            matches += [(layout.kind_in(form) != kind, Detected(layout_name, form, prefix)) for prefix in prefixes]
+    if not matches:
+        raise ValueError(
+            f"its keys ({', '.join(names[:3])}, ...) are of no known layout; known: {', '.join(LAYOUTS)}, whose stems "
+            f"are {', '.join(dict.fromkeys(layout.stem for layout in LAYOUTS.values()))}"
+        )
+    if len(networks := {match.prefix for _, match in matches}) > 1:
+        raise ValueError(f"it holds several networks, under {', '.join(sorted(map(repr, networks)))}; keep one of them")
+    return min(matches, key=lambda match: match[0])[1]
