@@ -20,9 +20,9 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 # floors below it, so from no other room on its own floor. The room "quantization" is the package without its wings.
 FLOORS = (
     ("by_name", "converter_errors", "graph", "native_output", "provenance", "storage", "version"),
-    ("converter", "data", "layers", "runs"),
+    ("converter", "data", "layers"),
     ("checkpoints", "fusion", "models", "outliers"),
-    ("quantization",),
+    ("quantization", "runs"),
     ("quantization.ptq", "quantization.qat"),
     ("tflite",),
     ("training",),

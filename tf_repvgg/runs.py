@@ -10,6 +10,7 @@ from typing import Any
 import tf_keras as keras
 
 from tf_repvgg import provenance, storage
+from tf_repvgg.checkpoints import load_keras
 
 MODEL_NAME = "model.keras"
 CONFIG_NAME = "config.flags"
@@ -203,7 +204,7 @@ def read_input(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path) -> keras.Model:
-    """Loads the final model of a run.
+    """Loads the final model of a run, or any other model of Keras 2 or Keras 3; see `checkpoints.load_keras`.
 
     Args:
       path: Folder of a run, or a .keras file.
@@ -213,7 +214,7 @@ def load_model(path: str | Path) -> keras.Model:
 
     Raises:
       FileNotFoundError: If there is no model; names the process that is training one, if any.
-      ValueError: If the file is not a whole Keras model.
+      ValueError: If the file is not a whole Keras model, or one that cannot be rebuilt in Keras 2.
 
     Example:
       >>> import tempfile
@@ -233,10 +234,7 @@ def load_model(path: str | Path) -> keras.Model:
             f"process {process} is training it" if process else f"train one with train/main.py --workdir={path.parent}"
         )
         raise FileNotFoundError(f"no model at {str(path)!r}; {advice}")
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:  # Keras passes on the errors of zipfile, json and h5py.
-        raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
+    return load_keras(path)
 
 
 def model_sha256(path: str | Path) -> str:

@@ -1,0 +1,136 @@
+"""Keras models in files: those of Keras 2, and those of Keras 3, which are rebuilt without Keras 3."""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import ml_dtypes
+import numpy as np
+import tf_keras as keras
+
+from tf_repvgg.checkpoints.keras3_graph import StoredLayer, build_model
+
+_METADATA, _CONFIG, _WEIGHTS = "metadata.json", "config.json", "model.weights.h5"
+_LARGEST_CONFIG = 64 * 1024**2
+_LARGEST_EXPANSION = 100  # Keras does not compress; more than this is made to fill the memory
+# State that only training uses, beside the weights of layers.
+_TRAINING_STATE = ("optimizer/", "seed_generator/", "loss_tracker/", "metrics/")
+
+
+def load_keras(path: str | Path) -> keras.Model:
+    """Loads a model that Keras 2 (tf_keras) or Keras 3 has saved, whichever it was.
+
+    A functional or Sequential model of Keras 3 is rebuilt from layers of Keras 2 that compute the same, in float32.
+    Nothing in its file is run: only layers of a list are built, and everything else is refused. Initializers,
+    regularizers and constraints are left out, and so are layers that augment images in training, such as RandomFlip.
+
+    Args:
+      path: A .keras file; or a file or folder in an older format of Keras 2.
+
+    Returns:
+      The model, not compiled.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: If the file is not a whole model; or if a layer of Keras 3 cannot be rebuilt: the message names it.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.checkpoints import load_keras
+      >>> keras.Sequential([keras.Input([4]), keras.layers.Dense(2, name="logits")]).save("model.keras")
+      >>> [layer.name for layer in load_keras("model.keras").layers]
+      ['logits']
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {str(path)!r}")
+    try:
+        if not _is_of_keras_3(path):
+            return keras.models.load_model(path, compile=False)
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(_read_member(archive, _CONFIG, _LARGEST_CONFIG))
+            weights = io.BytesIO(_read_member(archive, _WEIGHTS))
+    except Exception as error:  # Keras passes on the errors of zipfile, json and h5py.
+        raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
+    try:
+        model, stored = build_model(config)
+        _load_weights(weights, stored)
+    except OSError as error:  # h5py's
+        raise ValueError(f"{str(path)!r} is not a whole Keras model ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}, a model of Keras 3, cannot be read: {error}") from None
+    return model
+
+
+def _is_of_keras_3(path):
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        metadata = json.loads(_read_member(archive, _METADATA, _LARGEST_CONFIG))
+    return int(str(metadata["keras_version"]).partition(".")[0]) >= 3
+
+
+def _read_member(archive, name, largest=None):
+    member = archive.getinfo(name)
+    if member.file_size > (largest or _LARGEST_EXPANSION * max(member.compress_size, 1)):
+        raise ValueError(f"{name} would unpack to {member.file_size} bytes")
+    return archive.read(member)
+
+
+def _load_weights(content: io.BytesIO, stored: list[StoredLayer]) -> None:
+    """Sets the weights of all layers.
+
+    Raises:
+      ValueError: If weights are missing, left over, or of other shapes.
+    """
+    with h5py.File(content, "r") as file:
+        datasets = _list_datasets(file)
+        for place in stored:
+            _check_name(file, place)
+            values = []
+            for index, weight in enumerate(place.layer.weights):
+                key, shape = f"{place.path}/vars/{index}", tuple(weight.shape)
+                dataset = datasets.pop(key, None)
+                if dataset is None:
+                    raise ValueError(f"layer {place.name!r}: its weight {weight.name!r} is not in the file ({key})")
+                if dataset.shape != shape:
+                    raise ValueError(f"layer {place.name!r}: {key} has the shape {dataset.shape}, not {shape}")
+                values.append(_read_array(dataset))
+            place.layer.set_weights(values)
+            if isinstance(place.layer, keras.layers.Normalization):
+                place.layer.finalize_state()  # computes from the weights what its calls use
+    if datasets:
+        raise ValueError(f"its file has weights that no layer takes: {', '.join(list(datasets)[:3])}")
+
+
+def _list_datasets(file) -> dict[str, h5py.Dataset]:
+    """{path: dataset} of all weights. Links, also to other files, are not followed, so that they are missing."""
+    datasets: dict[str, h5py.Dataset] = {}
+
+    def add(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and not any(state in f"{name}/" for state in _TRAINING_STATE):
+            if item.external or item.is_virtual:
+                raise ValueError(f"{name} in its file of weights refers to another file")
+            datasets[name] = item
+
+    file.visititems(add)
+    return datasets
+
+
+def _check_name(file: Mapping[str, Any], place: StoredLayer) -> None:
+    """Recent versions write the layer's name beside its weights."""
+    group = file.get(f"{place.path}/vars")
+    name = None if group is None else group.attrs.get("name")
+    if name is not None and name != place.name:
+        raise ValueError(f"layer {place.name!r}: {place.path} in the file holds the weights of layer {name!r}")
+
+
+def _read_array(dataset):
+    array = dataset[()]
+    if dataset.attrs.get("dtype") == "bfloat16":
+        array = array.view(ml_dtypes.bfloat16)
+    return array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
