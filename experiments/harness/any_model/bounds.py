@@ -21,18 +21,20 @@ _MOVED_SHARE, _MOVED_CODES = 0.05, {8: 1, 16: 16}
 
 
 def round_naively(
-    model: keras.Model, inputs: list[np.ndarray], weight_bits: int, activation_bits: int
+    model: keras.Model, inputs: list[np.ndarray], weight_bits: float, activation_bits: int, stretch: float = 1.0
 ) -> list[np.ndarray]:
     """Runs a float model with rounded weights, inputs and outputs of layers.
 
-    Every kernel is rounded to a symmetric grid of its own, and every layer's output to the grid from its smallest to
-    its largest value on the images. A layer with an activation rounds before it too.
+    Every kernel, and every matrix that an operation takes as a constant, is rounded to a symmetric grid of its own, and
+    every layer's output to the grid from its smallest to its largest value on the images. A layer with an activation
+    rounds before it too.
 
     Args:
       model: Fused float model.
       inputs: One array [count, ...] for each input.
-      weight_bits: Bits of a weight.
+      weight_bits: Bits of a weight; a fraction for grids between two widths.
       activation_bits: Bits of an activation.
+      stretch: Factor on the steps of all weights: other errors of rounding, of about the same size.
 
     Returns:
       Outputs, each [count, ...], in the order of `tf.nest.flatten`.
@@ -51,16 +53,25 @@ def round_naively(
         if graph.is_functional(layer):
             return lambda tensors, **_: graph.replay(layer, tf.nest.flatten(tensors), replace)
         activation = getattr(layer, "activation", None)
-        weights = [_round_kernel(weight, weight_bits) for weight in layer.get_weights()]
+        weights = [_round_kernel(weight, weight_bits, stretch) for weight in layer.get_weights()]
         if isinstance(layer, _WITH_ACTIVATION):
             linear = _copy_layer(layer, weights, activation="linear")
             call = lambda *tensors, **keywords: activation(round_values(linear(*tensors, **keywords)))  # noqa: E731
         else:
             call = _copy_layer(layer, weights) if weights else layer
         name = getattr(activation, "__name__", type(layer).__name__.lower())
-        return lambda *tensors, **keywords: tf.nest.map_structure(
-            lambda values: round_values(tf.convert_to_tensor(values), name), call(*tensors, **keywords)
-        )
+
+        def call_and_round(*tensors, **keywords):
+            # Constants of operations are arrays; what layers compute is not.
+            tensors, keywords = tf.nest.map_structure(
+                lambda value: _round_kernel(value, weight_bits, stretch) if isinstance(value, np.ndarray) else value,
+                (tensors, keywords),
+            )
+            return tf.nest.map_structure(
+                lambda values: round_values(tf.convert_to_tensor(values), name), call(*tensors, **keywords)
+            )
+
+        return call_and_round
 
     tensors = [round_values(tf.constant(array)) for array in inputs]
     return [output.numpy() for output in tf.nest.flatten(graph.replay(model, tensors, replace))]
@@ -88,7 +99,9 @@ def disturb(model: keras.Model, inputs: list[np.ndarray], seed: int = 0) -> list
         def call(values, **_):
             signs = generator.choice([-1, 0, 1], values.shape, p=[_MOVED_SHARE, 1 - 2 * _MOVED_SHARE, _MOVED_SHARE])
             moves = signs.astype("float32") * _MOVED_CODES[layer.bits] * layer.scale()
-            return layer(layer(values) + moves)
+            rounded = layer(values)
+            # Divisors, which differ from zero, do so in runtimes too.
+            return layer(tf.where((rounded != 0) & (rounded + moves == 0), rounded, rounded + moves))
 
         return call
 
@@ -106,8 +119,8 @@ def _copy_layer(layer, weights, **changes):
     return call
 
 
-def _round_kernel(weight, bits):
+def _round_kernel(weight, bits, stretch):
     if weight.ndim < 2 or not np.any(weight):
         return weight
-    step = np.max(np.abs(weight)) / (2 ** (bits - 1) - 1)
+    step = stretch * np.max(np.abs(weight)) / (2 ** (bits - 1) - 1)
     return np.round(weight / step) * step
