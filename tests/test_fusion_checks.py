@@ -85,3 +85,10 @@ def test_comparison_runs_on_the_inputs_given():
     fuse(model)
     with pytest.raises(ArithmeticError):
         fuse(model, check_inputs=images(8, 8, 4) * 1000)
+
+
+def test_models_that_overflow_on_large_inputs_are_checked_on_smaller_ones():
+    inputs = keras.Input((8, 8, 3))
+    features = keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3)(inputs))
+    model = keras.Model(inputs, tf.exp(100.0 * features))
+    assert len(fuse(model).weights) < len(model.weights)

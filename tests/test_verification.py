@@ -120,3 +120,13 @@ def test_recurrent_layers_are_refused(recurrent):
     for quantize in (tflite.convert, lambda model, images: ptq.quantize(model, calibration=images)):
         with pytest.raises(ValueError, match=r"layer '.*loop' is a (GRU|LSTM), and integer files of recurrent layers"):
             quantize(model, np.zeros((2, 6, 4), np.float32))
+
+
+def test_divisors_that_round_to_zero_are_named():
+    """LiteRT stops at a division by the code of zero; here 1 + |x| spans a thousand times its smallest value."""
+    inputs = keras.Input((8, 8, 3))
+    outputs = keras.layers.Dense(3)(keras.layers.Conv2D(4, 3, activation="softsign")(inputs))
+    model = keras.Model(inputs, outputs)
+    model.layers[1].kernel.assign(1000 * model.layers[1].kernel)
+    with pytest.raises(tflite.WrongFileError, match="a divisor rounds to zero on its grid"):
+        tflite.convert(model, IMAGES)

@@ -214,7 +214,12 @@ class _LoadedFile:
     def run(self, sample) -> list[_Tensor]:
         for details, values in zip(self._inputs, sample, strict=True):
             self._interpreter.set_tensor(details["index"], interpreter.quantize_input(values, details))
-        self._interpreter.invoke()
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            message = " ".join(str(error).split())
+            advice = "a divisor rounds to zero on its grid" if "div.cc" in message else "an operation fails"
+            raise WrongFileError(f"the file does not run on calibration images, {advice}: {message}") from None
         tensors = []
         for details in self._interpreter.get_tensor_details():
             scale, _ = details["quantization"]
