@@ -1,5 +1,6 @@
-"""Fuses a trained RepVGG, writes integer TFLite files and runs them: python export/main.py --workdir=runs/x
+"""Fuses a trained network, writes integer TFLite files and runs them: python export/main.py --workdir=runs/x
 
+A network from elsewhere is given as --init_from=FILE --dataset=folder:PATH --normalization=NAME --output=FOLDER.
 Writes one file for each weight width and granularity to the output folder, export.json with everything measured, and
 predictions.npz: for each image its label and the class that every model and file predicts.
 """
@@ -19,43 +20,31 @@ from tf_repvgg import cli, fusion, outliers, provenance, report, runs, storage, 
 # isort: split
 import integer_files
 import numpy as np
+import sources
 import tf_keras as keras
 from absl import flags
 from evaluation import Evaluation, classify, measure_latency, measure_target
 from tabulate import tabulate
 
-from tf_repvgg.data import ClassificationData, Preprocessing
-from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS
+from tf_repvgg.data import ClassificationData
 from tf_repvgg.quantization import ptq, quantizers
 from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.tflite import targets
-from tf_repvgg.training import finished_runs
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("workdir", None, "Run folder of train/main.py, or a .keras file.", required=True)
-flags.DEFINE_string("output", None, "Folder to write to; by default 'export' in the workdir.")
-flags.DEFINE_string("dataset", None, "TFDS name, or folder:PATH; by default the dataset of the run.")
-flags.DEFINE_string(
-    "data_dir",
-    None,
-    "TFDS data directory that holds the dataset, by default TFDS's own; for a folder, the directory of PATH.",
-)
-flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with images of a folder that cannot be used.")
-flags.DEFINE_float(
-    "max_megapixels", MAX_MEGAPIXELS, "Largest size of images of a folder; larger ones are bad.", lower_bound=0
-)
 flags.DEFINE_list("targets", ["litert_int8"], f"Runtimes that each file is prepared for: {', '.join(targets.TARGETS)}.")
 flags.DEFINE_bool("report", False, "Write report.html too: one page that needs no network.")
 flags.DEFINE_enum("calibration_split", "train", ["train", "validation"], "Split of the calibration images.")
 flags.DEFINE_integer(
     "calibration_images", 512, "Number of calibration images, from the start of the split.", lower_bound=1
 )
-flags.DEFINE_enum("evaluation_split", "test", ["validation", "test"], "Split that is evaluated, whole.")
 flags.DEFINE_integer("latency_runs", 100, "Number of timed inferences, 50 or more; 0 times none.", lower_bound=0)
 flags.register_validator("latency_runs", lambda count: count == 0 or count >= 50, "must be 0, or 50 or more")
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
-flags.adopt_module_key_flags(integer_files)  # so that export.json holds them
+flags.DEFINE_bool("outliers_only", False, "Print the outliers of the network's weights; export nothing.")
+for module in (sources, integer_files):
+    flags.adopt_module_key_flags(module)  # so that export.json holds them
 
 # Keras models that are evaluated beside the files: {key in export.json: label}.
 FORMS = {
@@ -76,21 +65,6 @@ EXTRA_OPERATORS = {
     "QUANTIZE": "input or output is not of the activations' type",
     "DEQUANTIZE": "output is float",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A trained run and its data.
-
-    Attributes:
-      model: Model of the run.
-      metadata: Content of input.json: the dataset and preprocessing of the run.
-      data: Dataset of the flags, preprocessed as the model was trained.
-    """
-
-    model: keras.Model
-    metadata: dict[str, Any]
-    data: ClassificationData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +99,17 @@ class Export:
 
 def main(_):
     with cli.bad_input_exits():
+        if FLAGS.outliers_only:
+            outliers.report(sources.load_network(), print_fn=print)
+            return
         settings = read_settings()
-        source = load_source(FLAGS.workdir)
+        source = sources.load_source()
         forms = make_forms(source.model)
         request = make_request(settings, source, forms)
-        output = storage.claim_folder(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+        output = storage.claim_folder(sources.find_output())
+    for note in source.notes:
+        print(note)
+    workdir = source.write_run(output)
     finished_work = storage.FinishedWork(output / ".unfinished")
     exports = [
         Export(file, build_targets(file.name, file.content))
@@ -146,7 +126,7 @@ def main(_):
         finished_work.remove()
     print_table(record)
     if FLAGS.report:
-        report.write(output / "report.html", [report.gather("", FLAGS.workdir, [output], source.data)])
+        report.write(output / "report.html", [report.gather("", workdir, [output], source.data)])
     print(f"written to {output}")
 
 
@@ -159,29 +139,6 @@ def read_settings() -> integer_files.Settings:
         if not FLAGS.latency_runs:
             raise ValueError("--report shows latencies; leave --latency_runs=0 out")
     return settings
-
-
-def load_source(workdir: str) -> Source:
-    """Loads a run and the dataset of the flags, which must have the classes of the run."""
-    metadata = runs.read_input(workdir)
-    model = runs.load_model(workdir)
-    data = ClassificationData(
-        FLAGS.dataset or metadata["dataset"],
-        FLAGS.data_dir,
-        Preprocessing.from_metadata(metadata),
-        hold_out=metadata["validation_held_out"],
-        bad_images=FLAGS.bad_images,
-        max_megapixels=FLAGS.max_megapixels,
-    )
-    if FLAGS.dataset:
-        FLAGS.dataset = data.name  # without the path to a folder: export.json is for other machines too
-    finished_runs.check_fits(model, data)
-    for number, (label, expected) in enumerate(zip(data.labels, metadata.get("labels", data.labels), strict=True)):
-        if label != expected:
-            raise ValueError(f"class {number} of the model is {expected!r}, but that of {data.name!r} is {label!r}")
-    if FLAGS.evaluation_split == "validation" and not metadata["validation_held_out"]:
-        raise ValueError("the model was trained on the validation split too; use --evaluation_split=test")
-    return Source(model, metadata, data)
 
 
 def make_forms(model: keras.Model) -> Forms:
@@ -200,13 +157,13 @@ def make_forms(model: keras.Model) -> Forms:
     return Forms({"float_training_form": model, "float_fused": fused}, "float_fused")
 
 
-def make_request(settings: integer_files.Settings, source: Source, forms: Forms) -> integer_files.Request:
+def make_request(settings: integer_files.Settings, source: sources.Source, forms: Forms) -> integer_files.Request:
     """Describes the files to make, and checks that flags and model fit."""
     reference = forms.reference_model
     request = integer_files.Request(
         settings=settings,
         model=reference if quantizers(reference) else lower(reference),
-        model_sha256=runs.model_sha256(FLAGS.workdir),
+        model_sha256=runs.model_sha256(source.path),
         calibration=source.data.calibration(FLAGS.calibration_images, FLAGS.calibration_split),
         input_range=source.data.preprocessing.range(),
         metadata=source.metadata,
@@ -254,7 +211,9 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
     storage.write_bytes(path, content.getvalue())
 
 
-def make_record(source: Source, forms: Forms, request: integer_files.Request, evaluation: Evaluation) -> dict[str, Any]:
+def make_record(
+    source: sources.Source, forms: Forms, request: integer_files.Request, evaluation: Evaluation
+) -> dict[str, Any]:
     """Content of export.json that does not belong to a single file."""
     return {
         "input": source.metadata,

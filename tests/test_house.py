@@ -21,13 +21,14 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 FLOORS = (
     ("by_name", "converter_errors", "graph", "native_output", "provenance", "storage", "version"),
     ("converter", "data", "layers"),
-    ("checkpoints", "fusion", "models", "outliers"),
+    ("fusion", "models", "outliers"),
+    ("checkpoints",),
     ("quantization", "runs"),
     ("quantization.ptq", "quantization.qat"),
     ("tflite",),
     ("training",),
     ("report",),
-    ("cli",),
+    ("cli", "image_flags"),
 )
 
 # Packages that take long to import or are optional: whoever needs one imports it where it is used.

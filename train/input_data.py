@@ -5,9 +5,10 @@ from pathlib import Path
 
 from absl import flags
 
-from tf_repvgg.data import NORMALIZATIONS, ClassificationData, Preprocessing, rand_augment
+from tf_repvgg import image_flags
+from tf_repvgg.data import ClassificationData, rand_augment
 from tf_repvgg.data.augmentation import CROPS
-from tf_repvgg.data.image_folder import BAD_IMAGES, MAX_MEGAPIXELS, PREFIX
+from tf_repvgg.data.image_folder import PREFIX
 
 FLAGS = flags.FLAGS
 
@@ -17,32 +18,7 @@ flags.DEFINE_string(
     "TFDS name of an image classification dataset ('digits' comes with the package), or folder:PATH for images in "
     "PATH/train/<label>/ and PATH/test/<label>/.",
 )
-flags.DEFINE_string(
-    "data_dir",
-    None,
-    "TFDS data directory that holds the dataset; by default TFDS's own, with download. For a folder of images: "
-    "directory that PATH is relative to.",
-)
-flags.DEFINE_enum("bad_images", "refuse", BAD_IMAGES, "What to do with unusable images in a folder.")
-flags.DEFINE_float(
-    "max_megapixels", MAX_MEGAPIXELS, "Largest usable image of a folder, in millions of pixels.", lower_bound=0
-)
-flags.DEFINE_integer(
-    "image_size",
-    None,
-    "Height and width that images are resized to; required for datasets whose images differ in size.",
-    lower_bound=1,
-)
-flags.DEFINE_integer(
-    "evaluation_resize",
-    None,
-    "Length of an evaluation image's shorter side before its centre of --image_size is cropped; by default the whole "
-    "image is stretched to --image_size.",
-    lower_bound=1,
-)
-flags.DEFINE_enum(
-    "normalization", "symmetric", list(NORMALIZATIONS), "Mean and standard deviation that normalize pixels."
-)
+image_flags.define_image_flags("symmetric")
 flags.DEFINE_enum(
     "crop",
     "pad",
@@ -85,11 +61,10 @@ def load_data(seed: int) -> ClassificationData:
       ValueError: If the dataset is unknown, or does not fit the flags.
       FileNotFoundError: If the dataset is missing.
     """
-    size = None if FLAGS.image_size is None else (FLAGS.image_size, FLAGS.image_size)
     return ClassificationData(
         FLAGS.dataset,
         FLAGS.data_dir,
-        Preprocessing(size, *NORMALIZATIONS[FLAGS.normalization], FLAGS.evaluation_resize),
+        image_flags.read_preprocessing(),
         hold_out=FLAGS.validation,
         crop=FLAGS.crop,
         crop_padding=FLAGS.crop_padding,

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from tf_repvgg.data.class_numbers import ClassNumbers
 from tf_repvgg.data.classification import ClassificationData
 from tf_repvgg.data.image_folder import ImageFolder
 from tf_repvgg.data.preprocessing import NORMALIZATIONS, Preprocessing
@@ -9,7 +10,7 @@ from tf_repvgg.data.preprocessing import NORMALIZATIONS, Preprocessing
 if TYPE_CHECKING:
     from tf_repvgg.data.digits import Digits
 
-__all__ = ["NORMALIZATIONS", "ClassificationData", "Digits", "ImageFolder", "Preprocessing"]
+__all__ = ["NORMALIZATIONS", "ClassNumbers", "ClassificationData", "Digits", "ImageFolder", "Preprocessing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from tf_repvgg.data import image_folder
 from tf_repvgg.data.augmentation import Augmentation
+from tf_repvgg.data.class_numbers import ClassNumbers, NumberedSource
 from tf_repvgg.data.image_split import ImageSource, ImageSplit
 from tf_repvgg.data.preprocessing import Preprocessing
 from tf_repvgg.data.training_batches import TrainingBatches
@@ -40,6 +41,8 @@ class ClassificationData:
       seed: Seed of shuffling and augmentation.
       bad_images: Treatment of unusable images in a folder, see `ImageFolder`.
       max_megapixels: Largest usable image in a folder, see `ImageFolder`.
+      class_numbers: Numbers of the classes of a network that is used on the dataset, which may have only some of them,
+        and others in each split; None to number the classes of the dataset.
 
     Attributes:
       name: Name as given, but without the path to a folder.
@@ -80,12 +83,13 @@ class ClassificationData:
         seed: int = 0,
         bad_images: str = "refuse",
         max_megapixels: float = image_folder.MAX_MEGAPIXELS,
+        class_numbers: ClassNumbers | None = None,
     ) -> None:
         # Refuses bad settings before it looks at the dataset, which may take long.
         augmentation = Augmentation(
             crop, crop_padding, bool(flip), rand_augment_operations, rand_augment_magnitude, mixup_alpha
         )
-        source = _find_source(name, data_dir, bad_images, max_megapixels)
+        source = _find_source(name, data_dir, bad_images, max_megapixels, class_numbers)
         self.name = source.name
         self.labels = source.labels
         self.seed = seed
@@ -204,12 +208,16 @@ class ClassificationData:
         return self.images(split).take(count).map(lambda image, _: self.preprocessing(image))
 
 
-def _find_source(name, data_dir, bad_images, max_megapixels) -> ImageSource:
+def _find_source(name, data_dir, bad_images, max_megapixels, class_numbers) -> ImageSource:
+    source: ImageSource
     if name.startswith(image_folder.PREFIX):
-        return image_folder.ImageFolder(name, data_dir, bad_images, max_megapixels)
-    from tf_repvgg.data.sources import TfdsSource  # imports TFDS, which takes seconds
+        splits_may_differ = class_numbers is not None
+        source = image_folder.ImageFolder(name, data_dir, bad_images, max_megapixels, splits_may_differ)
+    else:
+        from tf_repvgg.data.sources import TfdsSource  # imports TFDS, which takes seconds
 
-    return TfdsSource(name, data_dir)
+        source = TfdsSource(name, data_dir)
+    return source if class_numbers is None else NumberedSource(source, class_numbers)
 
 
 def _choose_splits(source, hold_out):

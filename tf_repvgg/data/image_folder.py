@@ -33,6 +33,7 @@ class ImageFolder:
       data_dir: Folder that PATH is relative to; None for the current folder.
       bad_images: Treatment of bad images: "refuse" raises if there are any, "skip" leaves them out.
       max_megapixels: Largest usable image, in millions of pixels. Decoding and resizing takes 15 bytes per pixel.
+      splits_may_differ: Whether each split may have any number of classes, also others than "train".
 
     Attributes:
       name: "folder:" and the folder's own name, without the path to it.
@@ -43,8 +44,8 @@ class ImageFolder:
 
     Raises:
       FileNotFoundError: If the folder is missing.
-      ValueError: If it has no "train", fewer than two classes, a class without images, or a class in another split
-        that "train" lacks; or if there are bad images, and `bad_images` is "refuse".
+      ValueError: If it has no "train", a class without images, and, unless `splits_may_differ`, fewer than two classes
+        or a class in another split that "train" lacks; or if there are bad images, and `bad_images` is "refuse".
 
     Example:
       >>> import pathlib, tempfile
@@ -72,6 +73,7 @@ class ImageFolder:
         data_dir: str | None = None,
         bad_images: str = "refuse",
         max_megapixels: float = MAX_MEGAPIXELS,
+        splits_may_differ: bool = False,
     ) -> None:
         import tensorflow_datasets as tfds  # slow to import
 
@@ -85,7 +87,7 @@ class ImageFolder:
                 "PATH is relative to"
             )
         files = {split: _list_classes(folder) for split, folder in _find_split_folders(root).items()}
-        _check_classes(files, self.name)
+        _check_classes(files, self.name, splits_may_differ)
         paths = [path for classes in files.values() for paths in classes.values() for path in paths]
         bad = image_checks.report_bad_images(paths, root, max_megapixels)
         if bad and bad_images == "refuse":
@@ -97,8 +99,8 @@ class ImageFolder:
             split: {label: [path for path in paths if path not in bad] for label, paths in classes.items()}
             for split, classes in files.items()
         }
-        _check_classes(files, self.name)
-        self.labels = tuple(sorted(files["train"]))
+        _check_classes(files, self.name, splits_may_differ)
+        self.labels = tuple(sorted({label for classes in files.values() for label in classes}))
         self.splits = list(files)
         self._files = {split: self._make_examples(classes, root) for split, classes in files.items()}
         self._infos = tfds.core.splits.SplitDict(
@@ -172,17 +174,21 @@ def _list_classes(folder):
     return {path.name: _list_entries(path) for path in _list_entries(folder) if path.is_dir()}
 
 
-def _check_classes(files, name):
+def _check_classes(files, name, splits_may_differ):
     """Checks {split: {label: paths}}."""
     labels = files["train"].keys()
-    if len(labels) < 2:
+    if splits_may_differ:
+        for split, classes in files.items():
+            if not classes:
+                raise ValueError(f"{name!r} has no class in {split}; put images into {split}/<label>/")
+    elif len(labels) < 2:
         raise ValueError(
             f"{name!r} has {len(labels)} class{'es' * (len(labels) != 1)} in train; a classifier needs at least two "
             "folders train/<label>/"
         )
     for split, classes in files.items():
         for label, paths in classes.items():
-            if label not in labels:
+            if label not in labels and not splits_may_differ:
                 raise ValueError(f"{name!r} has the class {label!r} in {split} but not in train")
             if not paths:
                 raise ValueError(f"{name!r} has no usable image of the class {label!r} in {split}; add some")

@@ -6,9 +6,14 @@ from typing import Any
 
 import tensorflow as tf
 
-# Mean and standard deviation of pixels 0 to 255. "imagenet": per channel, as for RepVGG and torchvision's networks.
-NORMALIZATIONS = {
+# Mean and standard deviation of pixels 0 to 255. "imagenet": per channel, as for RepVGG and torchvision's networks;
+# "inception": -1 to 1, as mode "tf" of keras.applications; "unit": 0 to 1; "none": for networks that rescale pixels
+# themselves.
+NORMALIZATIONS: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]] = {
     "symmetric": (128.0, 128.0),
+    "inception": (127.5, 127.5),
+    "unit": (0.0, 255.0),
+    "none": (0.0, 1.0),
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 

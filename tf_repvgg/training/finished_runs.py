@@ -58,13 +58,14 @@ def fuse_if_needed(model: keras.Model, path: str | Path, role: str) -> keras.Mod
 
 
 def check_fits(model: keras.Model, data: ClassificationData) -> None:
-    """Checks that a model takes the images of `data` and distinguishes as many classes.
+    """Checks that a model takes the images of `data`, of their size or of any, and distinguishes as many classes.
 
     Raises:
       ValueError: If it does not.
     """
     expected, actual = (model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes)
-    if expected != actual:
+    differs = any(size not in (None, other) for size, other in zip(expected[0], actual[0], strict=True))
+    if differs or expected[1] != actual[1]:
         raise ValueError(
             "the model takes images of shape {} and distinguishes {} classes, ".format(*expected)
             + "but {name!r} has images of shape {} and {} classes".format(*actual, name=data.name)
