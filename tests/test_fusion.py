@@ -21,10 +21,12 @@ def assert_deploy_form(model, fused):
     assert not graph.find_layers(fused, ReparameterizedBlock)
     assert not graph.find_layers(fused, keras.layers.BatchNormalization)
     blocks = {block.name: block for block in graph.find_layers(model, ReparameterizedBlock)}
-    convs = {conv.name: conv for conv in graph.find_layers(fused, keras.layers.Conv2D)}
+    convs = {conv.name: conv for conv in graph.find_layers(fused, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D))}
     assert blocks.keys() <= convs.keys()
     for name, block in blocks.items():
-        assert convs[name].kernel_size == (3, 3)
+        assert convs[name].kernel_size == (block.kernel_size, block.kernel_size)
+        is_depthwise = 1 < block.groups == block.input_shape[-1]
+        assert isinstance(convs[name], keras.layers.DepthwiseConv2D) == is_depthwise
         assert convs[name].use_bias
         if block.squeeze_excite is None:
             assert convs[name].activation is block.activation
@@ -43,6 +45,13 @@ GEOMETRIES = [
     for stride in (1, 2)
 ] + [
     *itertools.product(["oabn, norm", "qarepvgg"], [1, 2], [2], ["same", "symmetric"]),
+    *itertools.product(["mobileone", "mobileone 5x5, oabn all"], [2], [8], ["same", "symmetric"]),
+    ("mobileone", 1, 8, "same"),
+    ("mobileone 5x5, oabn all", 3, 1, "same"),
+    ("mobileone pointwise", 1, 1, "same"),
+    ("mobileone pointwise", 2, 1, "same"),
+    ("qamobileone", 2, 8, "symmetric"),
+    ("qamobileone pointwise", 1, 1, "symmetric"),
     ("oabn, norm, SE", 2, 2, "symmetric"),
     ("qarepvgg, SE", 2, 2, "same"),
 ]

@@ -8,7 +8,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg.layers import ReparameterizedBlock
-from tf_repvgg.models import BLOCKS, Variant, build_repvgg
+from tf_repvgg.models import BLOCKS, Variant, build_network, build_repvgg
 from tf_repvgg.training import checkpoints, divergence, logs, optimization
 
 
@@ -176,15 +176,16 @@ def test_weights_spoilt_by_the_last_step_stop_training_too():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_penalty_on_merged_kernels(block):
     """The penalty is in the loss with its weight, and shrinks the channel with the largest kernel most."""
-    variant = Variant(4, (4,), (2,), stem_stride=1, strides=(1,))
-    model = build_repvgg(variant, (8, 8, 3), 10, block=block)
+    variant = Variant(4, (4,), (2,), stem_stride=1, strides=(1,), family=block.removeprefix("qa"))
+    model = build_network(variant, (8, 8, 3), 10, block=block)
     stem, *others = blocks = [layer for layer in model.layers if isinstance(layer, ReparameterizedBlock)]
     optimization.penalize_merged_kernels(model, 0.5)
-    assert len(others) == 2 and len(model.losses) == 3
+    assert len(others) == (2 if "repvgg" in block else 4) and len(model.losses) == len(blocks)
     expected = sum(np.sum(np.square(block.equivalent_kernel_and_bias()[0])) for block in blocks)
     np.testing.assert_allclose(sum(model.losses), 0.25 * expected, rtol=1e-5)
 
-    gamma = (stem.norm_sum if block == "qarepvgg" else stem.norm3x3).gamma
+    norm = {"repvgg": "norm3x3", "mobileone": "norm1"}.get(block, "norm_sum")
+    gamma = getattr(stem, norm).gamma
     gamma.assign([1.0, 1.0, -10.0, 1.0])
     with tf.GradientTape() as tape:
         penalty = tf.add_n(model.losses)

@@ -1,4 +1,4 @@
-"""Trains RepVGG: python train/main.py --flagfile=configs/digits_oabn.flags
+"""Trains RepVGG and MobileOne: python train/main.py --flagfile=configs/digits_oabn.flags
 
 A flag on the command line overrides the flagfile. The same command continues an interrupted run, and evaluates a
 finished one again. A run writes to its workdir: model.keras (the final weights, which export/main.py reads),
@@ -62,6 +62,7 @@ def main(_):
 
 def settle_flags() -> dict[str, runs.Setting]:
     """The settings of the run: all flags that change the trained weights, with their final values."""
+    new_network.settle_flags()
     fine_tuning.settle_flags(FLAGS.epochs)
     settings = cli.read_settings(__name__, NOT_SETTINGS)
     dataset = dataclasses.replace(settings["dataset"], line=f"--dataset={input_data.portable_dataset_name()}")

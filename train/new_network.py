@@ -9,7 +9,13 @@ from tf_repvgg.data import ClassificationData
 FLAGS = flags.FLAGS
 
 flags.DEFINE_enum("variant", "digits", list(models.VARIANTS), "Network to build.", case_sensitive=False)
-flags.DEFINE_enum("block", "repvgg", models.BLOCKS, "Block of the training form.")
+flags.DEFINE_enum(
+    "block",
+    None,
+    list(models.BLOCKS),
+    "Block of the training form: repvgg or qarepvgg for variants of RepVGG, mobileone or qamobileone for those of "
+    "MobileOne; by default the first.",
+)
 flags.DEFINE_enum("norm", "bn", layers.NORMS, "Normalization: plain, or outlier-aware (OABN).")
 flags.DEFINE_string(
     "oabn_k",
@@ -30,6 +36,11 @@ flags.DEFINE_float(
     "bn_epsilon", 1e-5, "Constant added to the variance in every batch normalization.", lower_bound=1e-12
 )
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is that of PyTorch.")
+
+
+def settle_flags() -> None:
+    """Gives --block its value where it depends on --variant."""
+    FLAGS.block = FLAGS.block or models.find_blocks(models.find_variant(FLAGS.variant).family)[0]
 
 
 class NewNetwork:
@@ -84,7 +95,7 @@ def _build_model(
 ) -> keras.Model:
     keras.utils.set_random_seed(seed)
     keras.mixed_precision.set_global_policy(precision)
-    return models.build_repvgg(
+    return models.build_network(
         FLAGS.variant,
         image_shape,
         num_classes,

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from helpers.random_weights import relative_error
-from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
+from tf_repvgg.layers import MobileOneBlock, QAMobileOneBlock, QARepVGGBlock, RepVGGBlock
 
 TOLERANCE = 1e-4
 
@@ -28,7 +28,17 @@ KINDS_WITH_SE = {
     "oabn, norm, SE": (RepVGGBlock, {"norm": "oabn", "oabn_k": 0.2, "se_reduction": 4}),
     "qarepvgg, SE": (QARepVGGBlock, {"se_reduction": 4}),
 }
-ALL_KINDS = KINDS | KINDS_WITH_SE
+MOBILEONE_KINDS = {
+    "mobileone": (MobileOneBlock, {"conv_branches": 3, "norm": "oabn", "oabn_k": "6std"}),
+    "mobileone 5x5, oabn all": (
+        MobileOneBlock,
+        {"kernel_size": 5, "norm": "oabn", "oabn_k": 0.2, "oabn_branches": "all", "se_reduction": 4},
+    ),
+    "mobileone pointwise": (MobileOneBlock, {"kernel_size": 1, "conv_branches": 2, "norm": "oabn"}),
+    "qamobileone": (QAMobileOneBlock, {"conv_branches": 2}),
+    "qamobileone pointwise": (QAMobileOneBlock, {"kernel_size": 1}),
+}
+ALL_KINDS = KINDS | KINDS_WITH_SE | MOBILEONE_KINDS
 
 
 def images(height, width, channels=3, count=2, seed=0):

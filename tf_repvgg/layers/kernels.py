@@ -11,12 +11,13 @@ def scale_kernel(kernel: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     return tf.cast(kernel, scale.dtype) * scale
 
 
-def place_on_centre(kernel: tf.Tensor) -> tf.Tensor:
-    """Puts a kernel [1, 1, in / groups, out] on the centre tap of a kernel [3, 3, in / groups, out] of zeros."""
-    return tf.pad(kernel, [[1, 1], [1, 1], [0, 0], [0, 0]])
+def place_on_centre(kernel: tf.Tensor, size: int) -> tf.Tensor:
+    """Surrounds a kernel of odd height and width with zeros: [height, width, in / groups, out] to [size, size, ...]."""
+    margin = (size - kernel.shape[0]) // 2
+    return tf.pad(kernel, [[margin, margin], [margin, margin], [0, 0], [0, 0]])
 
 
-def identity_kernel(channels: int, groups: int) -> tf.Tensor:
-    """The identity as a 3x3 kernel: shape [3, 3, channels / groups, channels]."""
+def identity_kernel(channels: int, groups: int, size: int) -> tf.Tensor:
+    """The identity as a kernel [size, size, channels / groups, channels]."""
     eye = tf.tile(tf.eye(channels // groups), [1, groups])
-    return place_on_centre(eye[tf.newaxis, tf.newaxis])
+    return place_on_centre(eye[tf.newaxis, tf.newaxis], size)

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg.layers.batch_norm import output_variance, scale_and_shift
-from tf_repvgg.layers.kernels import identity_kernel, place_on_centre, scale_kernel
+from tf_repvgg.layers.kernels import place_on_centre, scale_kernel
 from tf_repvgg.layers.reparameterized_block import ReparameterizedBlock
 
 
@@ -33,29 +33,40 @@ class QARepVGGBlock(ReparameterizedBlock):
 
     def __init__(self, filters: int, **kwargs: Any) -> None:
         super().__init__(filters, **kwargs)
-        self.norm3x3 = self._make_batch_norm("norm3x3")
+        for suffix, conv in zip(self._suffixes, self.convolutions.values(), strict=True):
+            if conv.kernel_size[0] == self.kernel_size:
+                setattr(self, f"norm{suffix}", self._make_batch_norm(f"norm{suffix}"))
         self.norm_sum = self._make_batch_norm("norm_sum")
 
     def build(self, input_shape: Any) -> None:
         self.has_identity = self._keeps_shape(input_shape)
         super().build(input_shape)
 
+    def _conv_norms(self):
+        """The normalizations of the convolutions, in their order; None for a 1x1 convolution beside larger ones."""
+        return [getattr(self, f"norm{suffix}", None) for suffix in self._suffixes]
+
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        outputs = self.norm3x3(self._convolve3x3(inputs), training=training) + self._convolve1x1(inputs)
+        parts = []
+        for conv, norm in zip(self.convolutions.values(), self._conv_norms(), strict=True):
+            part = self._convolve(conv, inputs)
+            parts.append(part if norm is None else norm(part, training=training))
+        outputs = sum(parts[1:], parts[0])
         if self.has_identity:
             outputs += tf.cast(inputs, outputs.dtype)
         return self._activate(self.norm_sum(outputs, training=training))
 
     def branches(self) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-        scale3x3, shift3x3 = scale_and_shift(self.norm3x3)
         scale, shift = scale_and_shift(self.norm_sum)
-        no_bias = tf.zeros([self.filters])
-        branches = {
-            "conv3x3": (scale_kernel(self.conv3x3.kernel, scale3x3 * scale), shift3x3 * scale + shift),
-            "conv1x1": (place_on_centre(scale_kernel(self.conv1x1.kernel, scale)), no_bias),
-        }
+        branches: dict[str, tuple[tf.Tensor, tf.Tensor]] = {}
+        for (name, conv), norm in zip(self.convolutions.items(), self._conv_norms(), strict=True):
+            inner_scale, inner_shift = (1.0, tf.zeros([self.filters])) if norm is None else scale_and_shift(norm)
+            kernel = scale_kernel(conv.kernel, inner_scale * scale)
+            # The first branch also has the shift of the normalization after the sum.
+            bias = inner_shift * scale + (0.0 if branches else shift)
+            branches[name] = place_on_centre(kernel, self.kernel_size), bias
         if self.has_identity:
-            branches["identity"] = identity_kernel(self.filters, self.groups) * scale, no_bias
+            branches["identity"] = self._identity_kernel() * scale, tf.zeros([self.filters])
         return branches
 
     def pre_activation_statistics(self) -> tuple[tf.Tensor, tf.Tensor]:

@@ -1,24 +1,27 @@
-"""Base of multi-branch blocks: a 3x3 convolution beside a 1x1 one, and the merged convolution that they become.
+"""Base of multi-branch blocks: convolutions side by side, and the merged convolution that they become.
 
 Kernels are HWIO, activations NHWC. With t = gamma / sqrt(variance + epsilon) of a branch, per output channel:
 
     kernel = sum over branches of t * place(branch kernel)        bias = sum over branches of beta - mean * t
 
-where `place` puts a 1x1 kernel or the identity on the centre tap of a 3x3 kernel.
+where `place` puts a 1x1 kernel or the identity on the centre tap of a larger kernel.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg.layers.kernels import identity_kernel
 from tf_repvgg.layers.squeeze_excite import SqueezeExcite
 
 PADDINGS = ("same", "symmetric")
 
-_KERNEL_SIZE = 3
+# Those of RepVGG.
+_CONVOLUTIONS = MappingProxyType({"3x3": 3, "1x1": 1})
 
 
 def check_choice(owner: str, argument: str, value: Any, choices: Collection[str]) -> None:
@@ -28,25 +31,31 @@ def check_choice(owner: str, argument: str, value: Any, choices: Collection[str]
 
 
 class ReparameterizedBlock(keras.layers.Layer):
-    """Base of the blocks: a 3x3 convolution beside a 1x1 one that reads the pixel under the centre tap.
+    """Base of the blocks: convolutions side by side, of which the smaller read the pixel under the centre tap.
 
     A block is ``activation(squeeze_excite(sum of branches))``, where the squeeze-and-excite is optional. Subclasses
     add their normalizations, compute the sum in `call`, and give the part of each branch in the merged kernel in
-    `branches`.
+    `branches`. A convolution and its normalization are the attributes `conv3x3` and `norm3x3`, `conv1x1` and `norm1x1`,
+    or with other suffixes in place of 3x3 and 1x1.
 
     Args:
       filters: Number of output channels.
       strides: Stride, the same in height and width.
       padding: "same" as in Keras, or "symmetric": one row and column of zeros (times the dilation) on every side, as
         weights trained in PyTorch assume. They differ for strides above 1 only.
-      dilation_rate: Spacing of the 3x3 taps; only with strides=1.
-      groups: Number of groups that the channels of both convolutions are split into.
+      dilation_rate: Spacing of the taps; only with strides=1.
+      groups: Number of groups that the channels of all convolutions are split into. With one input channel in each, the
+        merged convolution is a DepthwiseConv2D.
       activation: Activation, anything that `keras.activations.get` accepts.
       se_reduction: Reduction of a squeeze-and-excite between the sum and the activation; None for no such layer.
       momentum: Momentum of the running statistics of every batch normalization in the block.
       epsilon: Epsilon of every batch normalization in the block.
-      kernel_initializer: Initializer of both convolutions, anything that `keras.initializers.get` accepts.
+      kernel_initializer: Initializer of all convolutions, anything that `keras.initializers.get` accepts.
+      convolutions: Kernel sizes of the convolutions by suffix, given by the subclass: odd numbers, the largest first.
       **kwargs: Arguments of `keras.layers.Layer`.
+
+    Attributes:
+      kernel_size: Height and width of the merged kernel.
 
     Raises:
       ValueError: If the branches could not be merged exactly.
@@ -74,6 +83,7 @@ class ReparameterizedBlock(keras.layers.Layer):
         momentum: float = 0.9,
         epsilon: float = 1e-5,
         kernel_initializer: Any = "he_normal",
+        convolutions: Mapping[str, int] = _CONVOLUTIONS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -99,8 +109,10 @@ class ReparameterizedBlock(keras.layers.Layer):
         self.momentum = momentum
         self.epsilon = epsilon
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.conv3x3 = self._make_conv(_KERNEL_SIZE, name="conv3x3")
-        self.conv1x1 = self._make_conv(1, name="conv1x1")
+        self.kernel_size = max(convolutions.values())
+        self._suffixes = tuple(convolutions)
+        for suffix, size in convolutions.items():
+            setattr(self, f"conv{suffix}", self._make_conv(size, name=f"conv{suffix}"))
         self.squeeze_excite = self._make_squeeze_excite(self.dtype_policy)
 
     @property
@@ -108,7 +120,7 @@ class ReparameterizedBlock(keras.layers.Layer):
         return type(self).__name__
 
     def _make_conv(self, size, name):
-        spatial = self._spatial_arguments() if size == _KERNEL_SIZE else {}
+        spatial = self._spatial_arguments() if size > 1 else {}
         return keras.layers.Conv2D(
             self.filters,
             size,
@@ -127,14 +139,14 @@ class ReparameterizedBlock(keras.layers.Layer):
         return SqueezeExcite(self.filters, self.se_reduction, name=f"{name or self.name}_se", dtype=dtype)
 
     def _spatial_arguments(self):
-        """Stride, dilation and padding of the 3x3 convolution, in training and in deploy form."""
+        """Stride, dilation and padding of the largest convolution, in training and in deploy form."""
         padding = "valid" if self.needs_explicit_padding else "same"
         return {"strides": self.strides, "dilation_rate": self.dilation_rate, "padding": padding}
 
     @property
     def needs_explicit_padding(self) -> bool:
         """Whether "symmetric" padding differs from Keras's "same"; it costs a PAD operation in the exported file."""
-        return self.padding == "symmetric" and self.strides > 1
+        return self.padding == "symmetric" and self.strides > 1 and self.kernel_size > 1
 
     def _make_batch_norm(self, name):
         return keras.layers.BatchNormalization(
@@ -152,34 +164,49 @@ class ReparameterizedBlock(keras.layers.Layer):
     def _keeps_shape(self, input_shape):
         return self.strides == 1 and input_shape[-1] == self.filters
 
-    def _pad(self, inputs):
-        return tf.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]]) if self.needs_explicit_padding else inputs
+    @property
+    def convolutions(self) -> dict[str, keras.layers.Conv2D]:
+        """The convolutions by branch, as "conv3x3": one of the size of the merged kernel first."""
+        return {f"conv{suffix}": getattr(self, f"conv{suffix}") for suffix in self._suffixes}
 
-    def _convolve3x3(self, inputs):
-        return self.conv3x3(self._pad(inputs))
+    @property
+    def may_have_identity(self) -> bool:
+        """Whether the block keeps the shape of its input, so that an identity branch is possible."""
+        return self._keeps_shape([self._main_convolution.kernel.shape[2] * self.groups])
 
-    def _convolve1x1(self, inputs):
-        """The 1x1 convolution on the pixels under the 3x3 convolution's centre tap.
+    @property
+    def _main_convolution(self):
+        return next(iter(self.convolutions.values()))
+
+    def _prepare(self, inputs, kernel_size):
+        """The input of a convolution: padded, or for a 1x1 convolution the pixels under the largest one's centre tap.
 
         A slice, then stride 1: a stride-2 1x1 convolution would read pixel 2i where "same" padding on an even input
         centres the 3x3 taps on 2i+1, and merging would be silently wrong. (It also keeps clear of a heap corruption
         in TensorFlow 2.21's gradient of strided 1x1 convolutions.)
         """
-        if self.strides > 1:
+        if kernel_size == 1 and self.strides > 1:
             row, column = (self._centre_offset(inputs, axis) for axis in (1, 2))
-            inputs = inputs[:, row :: self.strides, column :: self.strides]
-        return self.conv1x1(inputs)
+            return inputs[:, row :: self.strides, column :: self.strides]
+        if self.needs_explicit_padding and kernel_size > 1:
+            margin = [self.kernel_size // 2] * 2
+            return tf.pad(inputs, [[0, 0], margin, margin, [0, 0]])
+        return inputs
+
+    def _convolve(self, conv, inputs):
+        return conv(self._prepare(inputs, conv.kernel_size[0]))
 
     def _centre_offset(self, inputs, axis):
-        """Input pixel under the centre tap of output 0: 0 or 1, as the size at run time decides ("same" padding)."""
+        """Input pixel under the centre tap of output 0, as the size at run time decides ("same" padding)."""
         if self.padding == "symmetric":
             return 0
         size = inputs.shape[axis]
         if size is None:
             size = tf.shape(inputs)[axis]
-        # TensorFlow pads max((ceil(n / s) - 1) * s + 3 - n, 0) in total, the smaller half in front: one row in
-        # front when n % s == 1 (or s = 1), and none otherwise.
-        return tf.where(size % self.strides == 1, 0, 1) if tf.is_tensor(size) else int(size % self.strides != 1)
+        # TensorFlow pads max((ceil(n / s) - 1) * s + k - n, 0) in total, the smaller half in front. With r the pixels
+        # of the last window, n % s or s, this puts the centre on min(r, k) // 2.
+        last = (size - 1) % self.strides + 1
+        return tf.minimum(last, self.kernel_size) // 2 if tf.is_tensor(last) else min(last, self.kernel_size) // 2
 
     def _activate(self, outputs):
         """Squeeze-and-excite, if there is one, and activation of the sum of the branches."""
@@ -187,16 +214,21 @@ class ReparameterizedBlock(keras.layers.Layer):
             outputs = self.squeeze_excite(outputs)
         return self.activation(outputs)
 
+    def _identity_kernel(self):
+        return identity_kernel(self.filters, self.groups, self.kernel_size)
+
     def branches(self) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
         """The part of each branch in the merged convolution, on running statistics.
 
         Returns:
-          {name: (kernel [3, 3, in / groups, out], bias [out])}.
+          {name: (kernel [kernel_size, kernel_size, in / groups, out], bias [out])}.
         """
         raise NotImplementedError
 
     def equivalent_kernel_and_bias(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The merged kernel [3, 3, in / groups, out] and bias [out], float32; differentiable in every weight.
+        """The merged kernel [kernel_size, kernel_size, in / groups, out] and bias [out], float32.
+
+        Differentiable in every weight.
 
         Example:
           >>> import tf_keras as keras
@@ -222,29 +254,35 @@ class ReparameterizedBlock(keras.layers.Layer):
 
         Args:
           inputs: Images [batch, height, width, in].
-          kernel: Kernel [3, 3, in / groups, out].
+          kernel: Kernel [kernel_size, kernel_size, in / groups, out].
           bias: Bias [out].
         """
-        outputs = self.conv3x3.convolution_op(self._pad(inputs), kernel=kernel)
+        outputs = self._main_convolution.convolution_op(self._prepare(inputs, self.kernel_size), kernel=kernel)
         return self._activate(tf.nn.bias_add(outputs, bias))
 
-    def make_merged_convolution(self, name: str | None = None) -> keras.layers.Conv2D:
+    def make_merged_convolution(self, name: str | None = None) -> keras.layers.Conv2D | keras.layers.DepthwiseConv2D:
         """Makes the convolution of the deploy form, without weights.
 
-        It ends in the block's activation, unless a squeeze-and-excite comes first.
+        It ends in the block's activation, unless a squeeze-and-excite comes first. It is a DepthwiseConv2D where each
+        group has one input channel.
 
         Args:
           name: Name of the convolution; by default that of the block.
         """
-        return keras.layers.Conv2D(
-            self.filters,
-            _KERNEL_SIZE,
-            groups=self.groups,
-            activation=self.activation if self.squeeze_excite is None else None,
-            name=name or self.name,
-            dtype=self.variable_dtype,
+        arguments = {
+            "kernel_size": self.kernel_size,
+            "activation": self.activation if self.squeeze_excite is None else None,
+            "name": name or self.name,
+            "dtype": self.variable_dtype,
             **self._spatial_arguments(),
-        )
+        }
+        if self._is_depthwise:
+            return keras.layers.DepthwiseConv2D(depth_multiplier=self.filters // self.groups, **arguments)
+        return keras.layers.Conv2D(self.filters, groups=self.groups, **arguments)
+
+    @property
+    def _is_depthwise(self):
+        return self.groups > 1 and self._main_convolution.kernel.shape[2] == 1
 
     def make_deploy_padding(self, name: str | None = None) -> keras.layers.ZeroPadding2D | None:
         """Makes the layer before the merged convolution; None if the block needs none.
@@ -254,7 +292,8 @@ class ReparameterizedBlock(keras.layers.Layer):
         """
         if not self.needs_explicit_padding:
             return None
-        return keras.layers.ZeroPadding2D(1, name=f"{name or self.name}_padding", dtype=self.variable_dtype)
+        margin = self.kernel_size // 2
+        return keras.layers.ZeroPadding2D(margin, name=f"{name or self.name}_padding", dtype=self.variable_dtype)
 
     def make_deploy_form(self, name: str | None = None) -> Callable[[tf.Tensor], tf.Tensor]:
         """Makes plain layers that compute the same function and hold the merged weights, as a callable on tensors.
@@ -269,7 +308,7 @@ class ReparameterizedBlock(keras.layers.Layer):
         conv = self.make_merged_convolution(name)
         kernel, bias = self.equivalent_kernel_and_bias()
         conv.build((None, None, None, kernel.shape[2] * self.groups))
-        conv.set_weights([kernel.numpy(), bias.numpy()])
+        conv.set_weights([np.reshape(kernel, conv.weights[0].shape), bias.numpy()])
         layers = [conv]
         if (padding := self.make_deploy_padding(name)) is not None:
             layers.insert(0, padding)

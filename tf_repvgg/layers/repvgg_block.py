@@ -7,7 +7,7 @@ import tf_keras as keras
 
 from tf_repvgg.layers.batch_norm import OutlierAwareBatchNormalization, output_variance, scale_and_shift
 from tf_repvgg.layers.clip_limit import ClipLimit
-from tf_repvgg.layers.kernels import identity_kernel, place_on_centre, scale_kernel
+from tf_repvgg.layers.kernels import place_on_centre, scale_kernel
 from tf_repvgg.layers.reparameterized_block import ReparameterizedBlock, check_choice
 
 NORMS = ("bn", "oabn")
@@ -80,8 +80,8 @@ class RepVGGBlock(ReparameterizedBlock):
         self.clip_mode = clip_mode
         self.identity = identity
         self.identity_gain = identity_gain
-        self.norm3x3 = self._make_branch_norm("norm3x3")
-        self.norm1x1 = self._make_branch_norm("norm1x1")
+        for suffix in self._suffixes:
+            setattr(self, f"norm{suffix}", self._make_branch_norm(f"norm{suffix}"))
         self.norm_identity = None
 
     def _make_branch_norm(self, name):
@@ -101,7 +101,7 @@ class RepVGGBlock(ReparameterizedBlock):
 
     def _conv_kernel_spread(self):
         """Standard deviation of the merged kernel without its identity branch: the scale of the other weights."""
-        return tf.math.reduce_std(self._conv_branch(self.conv3x3, self.norm3x3)[0] + self._conv1x1_branch()[0])
+        return tf.math.reduce_std(tf.add_n([kernel for kernel, _ in self._conv_branches().values()]))
 
     def build(self, input_shape: Any) -> None:
         if self.identity == "norm" and self._keeps_shape(input_shape):
@@ -110,31 +110,35 @@ class RepVGGBlock(ReparameterizedBlock):
         super().build(input_shape)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        outputs = self.norm3x3(self._convolve3x3(inputs), training=training)
-        outputs += self.norm1x1(self._convolve1x1(inputs), training=training)
+        first, *others = (
+            norm(self._convolve(conv, inputs), training=training)
+            for conv, norm in zip(self.convolutions.values(), self._conv_norms(), strict=True)
+        )
+        outputs = sum(others, first)
         if self.norm_identity is not None:
             outputs += self.norm_identity(inputs, training=training)
         elif self.has_constant_identity:
             outputs += self.identity_gain * tf.cast(inputs, outputs.dtype)
         return self._activate(outputs)
 
-    @staticmethod
-    def _conv_branch(conv, norm):
-        scale, shift = scale_and_shift(norm)
-        return scale_kernel(conv.kernel, scale), shift
+    def _conv_norms(self):
+        """The normalizations of the convolutions, in their order."""
+        return [getattr(self, f"norm{suffix}") for suffix in self._suffixes]
 
-    def _conv1x1_branch(self):
-        kernel, bias = self._conv_branch(self.conv1x1, self.norm1x1)
-        return place_on_centre(kernel), bias
+    def _conv_branches(self):
+        branches = {}
+        for (name, conv), norm in zip(self.convolutions.items(), self._conv_norms(), strict=True):
+            scale, shift = scale_and_shift(norm)
+            branches[name] = place_on_centre(scale_kernel(conv.kernel, scale), self.kernel_size), shift
+        return branches
 
     def branches(self) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-        branches = {"conv3x3": self._conv_branch(self.conv3x3, self.norm3x3), "conv1x1": self._conv1x1_branch()}
+        branches = self._conv_branches()
         if self.norm_identity is not None:
             scale, shift = scale_and_shift(self.norm_identity)
-            branches["identity"] = identity_kernel(self.filters, self.groups) * scale, shift
+            branches["identity"] = self._identity_kernel() * scale, shift
         elif self.has_constant_identity:
-            kernel = identity_kernel(self.filters, self.groups) * self.identity_gain
-            branches["identity"] = kernel, tf.zeros([self.filters])
+            branches["identity"] = self._identity_kernel() * self.identity_gain, tf.zeros([self.filters])
         return branches
 
     def pre_activation_statistics(self) -> tuple[tf.Tensor, tf.Tensor] | None:
@@ -144,7 +148,7 @@ class RepVGGBlock(ReparameterizedBlock):
         """
         if self.has_constant_identity:
             return None
-        norms = [norm for norm in (self.norm3x3, self.norm1x1, self.norm_identity) if norm is not None]
+        norms = self._conv_norms() + ([] if self.norm_identity is None else [self.norm_identity])
         return tf.add_n([norm.beta for norm in norms]), tf.add_n([output_variance(norm) for norm in norms])
 
     def get_config(self) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def _layer_complexity(layer) -> Complexity:
     if isinstance(layer, keras.Model):
         return complexity(layer)
     if isinstance(layer, ReparameterizedBlock):
-        conv3x3, conv1x1 = layer.conv3x3.count_params(), layer.conv1x1.count_params()
+        largest, *others = (conv.count_params() for conv in layer.convolutions.values())
         pixels = _count_pixels(layer)
-        merged = Complexity(parameters, conv3x3 + layer.filters, pixels * (conv3x3 + conv1x1), pixels * conv3x3)
+        merged = Complexity(parameters, largest + layer.filters, pixels * (largest + sum(others)), pixels * largest)
         return merged if layer.squeeze_excite is None else merged + _squeeze_excite_complexity(layer.squeeze_excite)
     macs = 0
     if isinstance(layer, keras.layers.Conv2DTranspose):  # a Conv2D to Keras, but its kernel moves over the input

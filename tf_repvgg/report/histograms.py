@@ -24,7 +24,7 @@ def make_histograms(model: keras.Model, codebooks: Mapping[str, list[float]]) ->
     names = graph.unique_names(model)
     blocks = graph.find_layers(model, ReparameterizedBlock)
     # Also blocks without the branch: other runs of the architecture have it in the same layers.
-    keep_channels = [block for block in blocks if block.conv3x3.kernel.shape[2] * block.groups == block.filters]
+    keep_channels = [block for block in blocks if block.may_have_identity]
     layers = keep_channels or blocks or graph.find_layers(model, WEIGHTED_LAYERS)
     picks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _SHOWN_LAYERS)).round().astype(int))
     shown = [(layers[pick], names.get(id(layers[pick]), layers[pick].name)) for pick in picks]
