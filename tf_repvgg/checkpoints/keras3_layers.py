@@ -163,7 +163,7 @@ def _translate_argument(rule, key, value):
 
 
 def _check_dtype(value):
-    name = value["config"].get("name") if isinstance(value, Mapping) else value
+    name = value["config"].get("name", value["class_name"]) if isinstance(value, Mapping) else value
     if name not in _FLOAT_POLICIES:
         raise ValueError(f"it computes in {name!r}; known: {', '.join(_FLOAT_POLICIES)}")
 
