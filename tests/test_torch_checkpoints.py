@@ -169,7 +169,7 @@ def make_hostile_file(case, folder):
                         np.lib.format.write_array_header_1_0(file, header)
                     else:
                         np.lib.format.write_array(file, array)
-        return path, "is not a whole file of weights"
+        return path, f"'{kernel}.npy' in|is damaged: its header states another size than the file has"
     contents = {"empty": b"", "truncated": whole[:-1], "header of 2 GiB": (2**31).to_bytes(8, "little") + whole}
     if case in contents:
         path.write_bytes(contents[case])
@@ -205,7 +205,7 @@ def make_hostile_file(case, folder):
         "scalar for a head": (replace("linear.weight", 1), "linear.weight has the shape []"),
         "unknown names": (
             {"features.0.weight": np.ones(3)},
-            "keys (features.0.weight, ...) are of no known layout",
+            "(features.0.weight, ...) are of no known layout",
         ),
         "two networks": (
             {f"{prefix}.{key}": array for prefix in ("student", "teacher") for key, array in REPVGG.items()},
@@ -258,7 +258,7 @@ def test_other_networks_are_refused(training_model, deploy_model):
 def test_saving_refuses_what_the_other_project_could_not_load(training_model, tmp_path):
     path = tmp_path / "x.safetensors"
     refusals = [
-        (training_model, path, "nfnet", "layout is 'nfnet'; known: repvgg, qarepvgg, timm_repvgg"),
+        (training_model, path, "nfnet", "layout is 'nfnet'; known: repvgg, qarepvgg, timm_repvgg, mobileone"),
         (training_model, path, "qarepvgg", "of blocks of the kind 'qarepvgg', but the model has 'repvgg'"),
         (training_model, tmp_path / "x.h5", None, "must end in .safetensors"),
         (torch_references.build("repvgg", identity="none"), path, None, "'stage1_block2' has no identity branch"),

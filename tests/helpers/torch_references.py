@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from tf_repvgg.models import Variant, build_repvgg
+from tf_repvgg.models import Variant, build_network
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference" / "torch"
 
-_PLAIN = Variant(8, widths=(8, 16, 16), depths=(2, 2, 1), strides=(2, 2, 2), groups=2)
+_PLAIN = Variant(8, widths=(8, 16), depths=(2, 1), strides=(2, 2), groups=2)
 _WITH_SE = Variant(16, widths=(16, 32), depths=(2, 1), strides=(2, 2), se_reduction=16)
+_MOBILEONE = Variant(
+    16, (16, 32), (2, 1), strides=(2, 2), conv_branches=2, se_reduction=16, se_depths=(0, 1), family="mobileone"
+)
 
 # {name of a reference: its variant, its block, its layout in deploy form}
 REFERENCES = {
@@ -20,13 +23,15 @@ REFERENCES = {
     "qarepvgg": (_PLAIN, "qarepvgg", "repvgg"),
     "timm_repvgg": (_PLAIN, "repvgg", "timm_repvgg"),
     "timm_repvgg_se": (_WITH_SE, "repvgg", "timm_repvgg"),
+    "mobileone": (_MOBILEONE, "mobileone", "mobileone"),
+    "timm_mobileone": (_MOBILEONE, "mobileone", "timm_mobileone"),
 }
 
 
 def build(name, num_classes=5, shape=(None, None, 3), **options):
     """A model in training form for the weights of a reference, with random ones."""
     variant, block, _ = REFERENCES[name]
-    return build_repvgg(variant, shape, num_classes, block=block, **{"padding": "symmetric"} | options)
+    return build_network(variant, shape, num_classes, block=block, **{"padding": "symmetric"} | options)
 
 
 def path_of(name, form="training"):

@@ -3,12 +3,18 @@
     pip install torch==2.14.1 timm==1.0.31 safetensors==0.8.0
     python tests/reference/make_torch_references.py
 
+With a folder and a network as arguments, it writes that network alone, such as one of full width, to the folder:
+
+    python tests/reference/make_torch_references.py /tmp/a0 timm.create_model '{"model_name": "repvgg_a0"}'
+
 Weights and running statistics are random. timm's networks are timm's own. The networks of the two original repositories
 (github.com/DingXiaoH/RepVGG with QARepVGG's block, and github.com/apple/ml-mobileone) are written down here from the
 papers (arXiv:2101.03697, 2212.01593, 2206.04040), with the names that the repositories give to the layers.
 """
 
 import itertools
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +30,7 @@ FOLDER = Path(__file__).parent / "torch"
 CLASSES = 5
 IMAGE_SIZES = ((33, 40), (46, 29))  # height and width, odd and even
 # timm rounds widths to multiples of 8, and with these depths groups the same blocks as the original.
-STEM, WIDTHS, DEPTHS = 8, (8, 16, 16), (2, 2, 1)
+STEM, WIDTHS, DEPTHS = 8, (8, 16), (2, 1)
 SE_STEM, SE_WIDTHS, SE_DEPTHS = 16, (16, 32), (2, 1)
 
 
@@ -188,7 +194,7 @@ def build_mobileone(stem, widths, depths, branches, se_blocks):
             stages[-1].append(MobileOneBlock(inputs, inputs, 3, 1 if index else 2, groups=inputs, **options))
             stages[-1].append(MobileOneBlock(inputs, width, 1, 1, **options))
             inputs = width
-    return Network(MobileOneBlock(3, stem, 3, 2, branches=branches), stages, inputs)
+    return Network(MobileOneBlock(3, stem, 3, 2), stages, inputs)
 
 
 def build_timm(stem, blocks, kind, **options):
@@ -220,7 +226,7 @@ def build_timm_mobileone(stem, widths, depths, branches, se_blocks):
 SE_OPTIONS = {"rd_ratio": 1 / 16, "rd_divisor": 1}
 NARROW = {"stem": STEM, "widths": WIDTHS, "depths": DEPTHS}
 NARROW_SE = {"stem": SE_STEM, "widths": SE_WIDTHS, "depths": SE_DEPTHS}
-MOBILEONE = {"stem": 16, "widths": (16, 24), "depths": (2, 1), "branches": 2, "se_blocks": (0, 1)}
+MOBILEONE = {"stem": 16, "widths": (16, 32), "depths": (2, 1), "branches": 2, "se_blocks": (0, 1)}
 
 # {name of the file: a network in training form}; each also gives a file of its deploy form.
 NETWORKS = {
@@ -231,6 +237,13 @@ NETWORKS = {
     "timm_repvgg_se": lambda: build_timm_repvgg(**NARROW_SE, attn_layer="se", attn_kwargs=SE_OPTIONS),
     "mobileone": lambda: build_mobileone(**MOBILEONE),
     "timm_mobileone": lambda: build_timm_mobileone(**MOBILEONE),
+}
+
+
+BUILDERS = {
+    "timm.create_model": timm.create_model,
+    "repvgg": lambda **arguments: build_repvgg(RepVGGBlock, **arguments),
+    "mobileone": build_mobileone,
 }
 
 
@@ -257,7 +270,43 @@ def merge(network):
     return network
 
 
+def randomize_deep(network):
+    """Running statistics of random images, disturbed, so that activations keep their size in deep networks."""
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.weight.uniform_(0.3, 1).mul_(torch.where(torch.rand_like(norm.weight) < 0.2, -1.0, 1.0))
+            norm.bias.normal_(0, 0.2)
+        network.train()(torch.randn(4, 3, 64, 64))
+        network.eval()
+        for norm in norms:
+            norm.running_mean += 0.2 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+            norm.running_var *= 0.5 + torch.rand_like(norm.running_var)
+
+
+def write_network(folder, build, randomize_network, forms=("training", "deploy")):
+    """Writes weights, images and logits of one network in the given forms."""
+    torch.manual_seed(0)
+    network = build().eval()
+    randomize_network(network)
+    images = [torch.randn(2, 3, *size) for size in IMAGE_SIZES]
+    for form in forms:
+        network = merge(network) if form == "deploy" else network
+        save_file({key: value.clone() for key, value in network.state_dict().items()}, folder / f"{form}.safetensors")
+        with torch.no_grad():
+            logits = {f"logits_{number}": network(image) for number, image in enumerate(images)}
+        inputs = {f"images_{number}": image for number, image in enumerate(images)}
+        save_file(logits | inputs, folder / f"{form}_results.safetensors")
+
+
 def main():
+    if len(sys.argv) > 1:
+        folder, builder, arguments = sys.argv[1:]
+        # Merging in float64 by one-hot images is for narrow networks.
+        forms = ("training", "deploy") if builder.startswith("timm") else ("training",)
+        write_network(Path(folder), lambda: BUILDERS[builder](**json.loads(arguments)), randomize_deep, forms)
+        return
     FOLDER.mkdir(exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
     torch.manual_seed(0)

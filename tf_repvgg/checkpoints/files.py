@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
-import io
+import math
 import pickle
 import re
 import types
@@ -125,19 +125,21 @@ def _list_npz(path, stack):
 
     def read_member(name):
         with archive.open(name) as member:
-            # In memory: NumPy allocates an array before it looks whether the member is long enough.
-            return np.lib.format.read_array(io.BytesIO(member.read()), allow_pickle=False)
+            return np.lib.format.read_array(member, allow_pickle=False)
 
     def describe(name):
         with archive.open(name) as member:
             version = np.lib.format.read_magic(member)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = header(member)
+            size = member.tell() + math.prod(shape) * dtype.itemsize
         if dtype.hasobject:
             raise _Refusal(
                 f"{name!r} in {str(path)!r} is pickled objects, which could run any code, so the file is refused; save "
                 "arrays of numbers"
             )
+        if size != archive.getinfo(name).file_size:  # before NumPy makes an array of an invented size
+            raise _Refusal(f"{name!r} in {str(path)!r} is damaged: its header states another size than the file has")
         return StoredArray(shape, dtype.name, lambda: _read(path, read_member, name))
 
     return {name.removesuffix(".npy"): describe(name) for name in archive.namelist()}

@@ -46,12 +46,9 @@ def inspect_torch(path: str | Path) -> TorchNetwork:
       TorchNetwork(layout='repvgg', form='training', kind='repvgg', num_classes=10)
     """
     with files.open_weights(path) as (arrays, _):
-        try:
-            detected = layouts.detect(arrays, kind="")
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no checkpoint that can be loaded: {error}") from None
+        detected = layouts.detect(path, arrays)
         layout = layouts.LAYOUTS[detected.name]
         head = f"{detected.prefix}{layout.head}.weight"
-        if head not in arrays:
+        if head not in arrays or len(arrays[head].shape) != 2:
             raise ValueError(f"{str(path)!r} has no head ({head}), so it classifies nothing")
         return TorchNetwork(detected.name, detected.form, layout.kind_in(detected.form), arrays[head].shape[0])

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from tf_repvgg.checkpoints.slots import HEAD, MERGED, Slot
 
@@ -25,12 +26,14 @@ class Layout:
     """Names of weights in one project.
 
     Attributes:
-      kind: Kind of blocks in training form, as in `slots.Network`.
-      deploy_kind: Kind of network in deploy form: blocks that merge to the same layers share it.
+      kind: Kind of blocks, in `models.BLOCKS`.
+      family: Family of the networks, in `models.FAMILIES`. Blocks of a family have the same layers in deploy form.
       stem: Name of the first block.
-      stages: Name of a block in a stage, with `{stage}` counted from 1, and `{stage0}` and `{block0}` from 0.
+      stages: Name of a block in a stage, with `{stage}` counted from 1, and `{stage0}` and `{block0}` from 0. The two
+        blocks of a pair of MobileOne count as two.
       head: Name of the last layer.
-      parts: {part of a block, see `slots`: its name}.
+      parts: {part of a block, see `slots`: its name}. "conv" and "norm" stand for conv1, conv2 and so on, with `{0}`
+        counted from 0.
       anchor: Part of the stem by whose name layouts are told apart.
 
     Example:
@@ -40,7 +43,7 @@ class Layout:
     """
 
     kind: str
-    deploy_kind: str
+    family: str
     stem: str
     stages: str
     head: str
@@ -49,7 +52,7 @@ class Layout:
 
     def kind_in(self, form: str) -> str:
         """Kind of network in a form, "training" or "deploy"."""
-        return self.kind if form == "training" else self.deploy_kind
+        return self.kind if form == "training" else self.family
 
     def module(self, block: str, part: str) -> str | None:
         """Name of the layer that is a part of a block; None if the layout has no such part.
@@ -60,15 +63,22 @@ class Layout:
         """
         if block == HEAD:
             return self.head
+        if number := re.fullmatch(r"(conv|norm)(\d+)", part):
+            part, index = number[1], int(number[2]) - 1
+        else:
+            index = 0
         if part not in self.parts:
             return None
-        numbers = re.findall(r"\d+", block)
-        if numbers:
-            stage, index = map(int, numbers)
-            block = self.stages.format(stage=stage, stage0=stage - 1, block0=index - 1)
-        else:
-            block = self.stem
-        return f"{block}.{self.parts[part]}"
+        return f"{self._name_block(block)}.{self.parts[part].format(index)}"
+
+    def _name_block(self, block):
+        numbers = re.fullmatch(r"stage(\d+)_block(\d+)(?:_(depthwise|pointwise))?", block)
+        if not numbers:
+            return self.stem
+        stage, position = int(numbers[1]), int(numbers[2]) - 1
+        if numbers[3]:
+            position = 2 * position + (numbers[3] == "pointwise")
+        return self.stages.format(stage=stage, stage0=stage - 1, block0=position)
 
     def key(self, slot: Slot) -> str:
         """Key of a weight.
@@ -89,18 +99,22 @@ class Layout:
         return f"{self.module('stem', self.anchor if form == 'training' else MERGED)}.weight"
 
 
-_DING = {
-    "conv3x3": "rbr_dense.conv",
-    "norm3x3": "rbr_dense.bn",
-    MERGED: "rbr_reparam",
+_ORIGINAL = {"stem": "stage0", "stages": "stage{stage}.{block0}", "head": "linear"}
+_ORIGINAL_PARTS = {"conv3x3": "rbr_dense.conv", "norm3x3": "rbr_dense.bn", MERGED: "rbr_reparam"}
+_TIMM = {"stem": "stem", "stages": "stages.{stage0}.{block0}", "head": "head.fc"}
+_TIMM_PARTS = {
+    "norm_identity": "identity",
+    "se_reduce": "attn.fc1",
+    "se_expand": "attn.fc2",
+    MERGED: "reparam_conv",
 }
-_DING_NAMES = {"stem": "stage0", "stages": "stage{stage}.{block0}", "head": "linear", "deploy_kind": "repvgg"}
 
 LAYOUTS = {
     # github.com/DingXiaoH/RepVGG
     "repvgg": Layout(
         kind="repvgg",
-        parts=_DING
+        family="repvgg",
+        parts=_ORIGINAL_PARTS
         | {
             "conv1x1": "rbr_1x1.conv",
             "norm1x1": "rbr_1x1.bn",
@@ -109,34 +123,61 @@ LAYOUTS = {
             "se_expand": "se.up",
         },
         anchor="conv1x1",
-        **_DING_NAMES,
+        **_ORIGINAL,
     ),
     # The authors' block (QARepVGGBlockV2), as in YOLOv6; networks as in the row above. Where it has a
     # squeeze-and-excite, that comes before the last normalization, so that it is another network than ours.
     "qarepvgg": Layout(
         kind="qarepvgg",
-        parts=_DING | {"conv1x1": "rbr_1x1", "norm_sum": "bn"},
+        family="repvgg",
+        parts=_ORIGINAL_PARTS | {"conv1x1": "rbr_1x1", "norm_sum": "bn"},
         anchor="conv1x1",
-        **_DING_NAMES,
+        **_ORIGINAL,
     ),
     # timm's repvgg_*
     "timm_repvgg": Layout(
         kind="repvgg",
-        deploy_kind="repvgg",
-        stem="stem",
-        stages="stages.{stage0}.{block0}",
-        head="head.fc",
-        parts={
+        family="repvgg",
+        parts=_TIMM_PARTS
+        | {
             "conv3x3": "conv_kxk.conv",
             "norm3x3": "conv_kxk.bn",
             "conv1x1": "conv_1x1.conv",
             "norm1x1": "conv_1x1.bn",
-            "norm_identity": "identity",
-            "se_reduce": "attn.fc1",
-            "se_expand": "attn.fc2",
-            MERGED: "reparam_conv",
         },
         anchor="conv1x1",
+        **_TIMM,
+    ),
+    # github.com/apple/ml-mobileone
+    "mobileone": Layout(
+        kind="mobileone",
+        family="mobileone",
+        parts={
+            "conv": "rbr_conv.{0}.conv",
+            "norm": "rbr_conv.{0}.bn",
+            "conv_scale": "rbr_scale.conv",
+            "norm_scale": "rbr_scale.bn",
+            "norm_identity": "rbr_skip",
+            "se_reduce": "se.reduce",
+            "se_expand": "se.expand",
+            MERGED: "reparam_conv",
+        },
+        anchor="conv_scale",
+        **_ORIGINAL,
+    ),
+    # timm's mobileone_*
+    "timm_mobileone": Layout(
+        kind="mobileone",
+        family="mobileone",
+        parts=_TIMM_PARTS
+        | {
+            "conv": "conv_kxk.{0}.conv",
+            "norm": "conv_kxk.{0}.bn",
+            "conv_scale": "conv_scale.conv",
+            "norm_scale": "conv_scale.bn",
+        },
+        anchor="conv_scale",
+        **_TIMM,
     ),
 }
 
@@ -156,10 +197,11 @@ class Detected:
     prefix: str
 
 
-def detect(keys: Iterable[str], kind: str) -> Detected:
+def detect(path: str | Path, keys: Iterable[str], kind: str | None = None) -> Detected:
     """Finds the layout of a file.
 
     Args:
+      path: File, for messages.
       keys: Keys of the file.
       kind: Kind of network that is preferred where the keys fit several: that of the model to load into.
 
@@ -175,9 +217,10 @@ def detect(keys: Iterable[str], kind: str) -> Detected:
             matches += [(layout.kind_in(form) != kind, Detected(layout_name, form, prefix)) for prefix in prefixes]
     if not matches:
         raise ValueError(
-            f"its keys ({', '.join(names[:3])}, ...) are of no known layout; known: {', '.join(LAYOUTS)}, whose stems "
-            f"are {', '.join(dict.fromkeys(layout.stem for layout in LAYOUTS.values()))}"
+            f"the keys of {str(path)!r} ({', '.join(names[:3])[:200]}, ...) are of no known layout; known: "
+            f"{', '.join(LAYOUTS)}, whose stems are {', '.join(dict.fromkeys(row.stem for row in LAYOUTS.values()))}"
         )
     if len(networks := {match.prefix for _, match in matches}) > 1:
-        raise ValueError(f"it holds several networks, under {', '.join(sorted(map(repr, networks)))}; keep one of them")
+        names = sorted(map(repr, networks))
+        raise ValueError(f"{str(path)!r} holds several networks, under {', '.join(names)}; keep one of them")
     return min(matches, key=lambda match: match[0])[1]

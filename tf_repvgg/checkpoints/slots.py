@@ -1,7 +1,7 @@
 """Where the weights of a network are, by block and part, in training and in deploy form; and whether PyTorch agrees.
 
-A part is a layer of a block: "conv3x3", "norm3x3" and so on in training form, `MERGED` for the merged convolution of
-the deploy form, "se_reduce" and "se_expand" in both.
+A part is a layer of a block: "conv3x3", "norm3x3" and so on in training form, where it has the name of the block's
+attribute, `MERGED` for the merged convolution of the deploy form, "se_reduce" and "se_expand" in both.
 """
 
 import dataclasses
@@ -13,20 +13,17 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
-from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
+from tf_repvgg.layers import OutlierAwareBatchNormalization, ReparameterizedBlock
+from tf_repvgg.models import BLOCKS
 
 HEAD = "logits"
 MERGED = "merged"
 TORCH_EPSILON = 1e-5
 
-_BLOCK_NAME = re.compile(r"stem|stage\d+_block\d+")
+_PAIR = "_depthwise", "_pointwise"  # the two blocks of a pair of MobileOne
+_BLOCK_NAME = re.compile(rf"stem|stage\d+_block\d+({'|'.join(_PAIR)})?")
 _SQUEEZE_EXCITE = ("se_reduce", "se_expand")
 _NORM_LEAVES = ("gamma", "beta", "moving_mean", "moving_variance")
-# {class of a block: (its kind, its parts)}; a part is the name of the attribute.
-_BLOCK_PARTS = {
-    RepVGGBlock: ("repvgg", ("conv3x3", "norm3x3", "conv1x1", "norm1x1", "norm_identity")),
-    QARepVGGBlock: ("qarepvgg", ("conv3x3", "norm3x3", "conv1x1", "norm_sum")),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +50,24 @@ class Slot:
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Shape of the weight in PyTorch."""
-        return _to_torch(np.broadcast_to(np.float32(0), tuple(self.variable.shape))).shape
+        return self._to_torch(np.broadcast_to(np.float32(0), tuple(self.variable.shape))).shape
 
     def read(self) -> np.ndarray:
         """The weight in PyTorch's order of axes. Of OABN, gamma is the clipped one that is in force."""
         if self.leaf == "gamma" and isinstance(self.layer, OutlierAwareBatchNormalization):
             return self.layer.effective_gamma().numpy()
-        return _to_torch(self.variable.numpy())
+        return self._to_torch(self.variable.numpy())
 
     def write(self, array: np.ndarray) -> None:
         """Sets the weight from an array in PyTorch's order of axes."""
-        self.variable.assign(_from_torch(array))
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        self.variable.assign(array.reshape(self.variable.shape))
 
-
-def _to_torch(array):
-    """HWIO to OIHW for convolutions; [in, out] to [out, in] for dense layers."""
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def _from_torch(array):
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    def _to_torch(self, array):
+        """HWIO to OIHW for convolutions, where I is 1 for depthwise ones; [in, out] to [out, in] for dense layers."""
+        if self.leaf == "depthwise_kernel":
+            array = array.reshape(*array.shape[:2], 1, -1)
+        return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Network:
     """The weights of a model, in order of execution.
 
     Attributes:
-      kind: Kind of the blocks: "repvgg" or "qarepvgg" in training form, "repvgg" in deploy form.
+      kind: Kind of the blocks, in `models.BLOCKS`; in deploy form the family of the network, in `models.FAMILIES`.
       form: "training" or "deploy".
       slots: All weights that a checkpoint holds.
       strides: {name of a block: its stride}.
@@ -119,7 +114,14 @@ def find_slots(model: keras.Model) -> Network:
     return dataclasses.replace(network, slots=tuple(slots), other_layers=others)
 
 
+def _list_parts(block):
+    for name in block.convolutions:
+        yield from (name, name.replace("conv", "norm"))
+    yield from ("norm_identity", "norm_sum")
+
+
 def _read_training_form(blocks):
+    names = {block_class: name for name, block_class in BLOCKS.items()}
     kinds = set()
     slots: list[Slot] = []
     for block in blocks:
@@ -128,11 +130,10 @@ def _read_training_form(blocks):
                 f"block {block.name!r} has no counterpart in a PyTorch checkpoint; name blocks as build_repvgg does: "
                 "stem, stage1_block1, stage1_block2 and so on"
             )
-        if type(block) not in _BLOCK_PARTS:
+        if type(block) not in names:
             raise ValueError(f"block {block.name!r} is a {type(block).__name__}, which no known layout has")
-        kind, parts = _BLOCK_PARTS[type(block)]
-        kinds.add(kind)
-        layers = {part: getattr(block, part) for part in parts}
+        kinds.add(names[type(block)])
+        layers = {part: getattr(block, part, None) for part in _list_parts(block)}
         if block.squeeze_excite is not None:
             layers |= zip(_SQUEEZE_EXCITE, (block.squeeze_excite.reduce, block.squeeze_excite.expand), strict=True)
         _check_block(block)
@@ -146,7 +147,7 @@ def _read_training_form(blocks):
 
 def _check_block(block):
     """Refuses a block that computes something else than PyTorch does with the same weights."""
-    if block.padding != "symmetric" and not _centres_like_torch(block, block.strides):
+    if block.padding != "symmetric" and not _centres_like_torch(block, block.strides, block.kernel_size):
         raise ValueError(_explain_padding(block.name))
     _check_activation(block.name, block.activation)
     if block.dilation_rate != 1:
@@ -161,10 +162,16 @@ def _check_block(block):
             )
 
 
-def _centres_like_torch(layer, stride):
-    """Whether "same" padding puts one row in front, as PyTorch does: with stride 1, or at certain fixed input sizes."""
+def _centres_like_torch(layer, stride, kernel_size):
+    """Whether "same" padding puts as many rows in front as PyTorch: with stride 1, or at certain fixed input sizes."""
+
+    def count_rows_in_front(size):  # as TensorFlow does
+        return max((-(-size // stride) - 1) * stride + kernel_size - size, 0) // 2
+
     sizes = layer.input_shape[1:3]
-    return stride == 1 or all(size is not None and size % stride == 1 for size in sizes)
+    return 1 in (stride, kernel_size) or all(
+        size is not None and count_rows_in_front(size) == kernel_size // 2 for size in sizes
+    )
 
 
 def _explain_padding(name):
@@ -193,7 +200,7 @@ def _read_deploy_form(model, leaves):
     slots: list[Slot] = []
     for conv in convolutions:
         name = conv.name
-        if type(conv) is not keras.layers.Conv2D:
+        if type(conv) not in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D):
             raise ValueError(
                 f"layer {name!r} is a {type(conv).__name__}; weights of PyTorch belong in the float network, before it "
                 "is quantized"
@@ -203,14 +210,17 @@ def _read_deploy_form(model, leaves):
         for part in _SQUEEZE_EXCITE:
             if (layer := by_name.get(f"{name}_{part}")) is not None:
                 slots += _list_slots(name, part, layer)
-    return Network("repvgg", "deploy", tuple(slots), {conv.name: conv.strides[0] for conv in convolutions})
+    kind = "mobileone" if any(conv.name.endswith(_PAIR) for conv in convolutions) else "repvgg"
+    return Network(kind, "deploy", tuple(slots), {conv.name: conv.strides[0] for conv in convolutions})
 
 
 def _check_convolution(conv, by_name):
     """Refuses a merged convolution that computes something else than PyTorch's does with the same weights."""
     padding = by_name.get(f"{conv.name}_padding")
-    is_padded = padding is not None and padding.padding == ((1, 1), (1, 1)) and conv.padding == "valid"
-    if not is_padded and not (conv.padding == "same" and _centres_like_torch(conv, conv.strides[0])):
+    (kernel_size, _), (stride, _) = conv.kernel_size, conv.strides
+    margin = (kernel_size // 2,) * 2
+    is_padded = padding is not None and padding.padding == (margin, margin) and conv.padding == "valid"
+    if not is_padded and not (conv.padding == "same" and _centres_like_torch(conv, stride, kernel_size)):
         raise ValueError(_explain_padding(conv.name))
     activation = by_name.get(f"{conv.name}_activation", conv)
     _check_activation(activation.name, activation.activation)
@@ -222,6 +232,8 @@ def _list_slots(block: str, part: str, layer: keras.layers.Layer) -> Iterator[Sl
     leaves: tuple[str, ...] = ("kernel", "bias")
     if isinstance(layer, keras.layers.BatchNormalization):
         leaves = _NORM_LEAVES
+    elif isinstance(layer, keras.layers.DepthwiseConv2D):
+        leaves = ("depthwise_kernel", "bias")
     elif not layer.use_bias:
         leaves = ("kernel",)
     return (Slot(block, part, leaf, layer) for leaf in leaves)

@@ -1,6 +1,7 @@
 """Weights of PyTorch networks into models of this package, and back, exactly."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,10 +73,7 @@ def load_torch(path: str | Path, model: keras.Model) -> LoadedWeights:
     """
     network = find_slots(model)
     with files.open_weights(path) as (arrays, average):
-        try:
-            detected = layouts.detect(arrays, network.kind)
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no checkpoint that can be loaded: {error}") from None
+        detected = layouts.detect(path, arrays, network.kind)
         _check_kind(path, detected, network)
         slots = _match_slots(path, arrays, detected, network)
         notes = [f"the file's moving average {average!r} was taken"] if average else []
@@ -180,7 +178,7 @@ def _note_strides(network: Network) -> list[str]:
     others = [
         name
         for name, stride in network.strides.items()
-        if stride != (2 if name == "stem" or name.endswith("_block1") else 1)
+        if stride != (2 if re.fullmatch(r"stem|stage\d+_block1(_depthwise)?", name) else 1)
     ]
     if not others:
         return []
@@ -248,6 +246,6 @@ def save_torch(model: keras.Model, path: str | Path, layout: str | None = None) 
 def _find_missing_identity(model: keras.Model) -> str | None:
     """Name of a block that keeps the shape of its input and yet has no identity branch."""
     for block in graph.find_layers(model, RepVGGBlock):
-        if block.norm_identity is None and block.strides == 1 and block.input_shape[-1] == block.filters:
+        if block.norm_identity is None and block.may_have_identity:
             return block.name
     return None
