@@ -19,6 +19,7 @@ import tf_keras as keras
 from absl import flags
 
 from tf_repvgg.quantization import ptq, quantizers
+from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.quantization.uniform import GRANULARITIES
 from tf_repvgg.tflite.weights import describe_wide_weights
 
@@ -125,6 +126,11 @@ class Request:
         """Whether the model has been trained with quantization."""
         return bool(quantizers(self.model))
 
+    @functools.cached_property
+    def lowered(self) -> keras.Model:
+        """The model as it is in the files. Layers such as Rescaling, which tell the scale of images, are gone there."""
+        return self.model if self.is_quantized else lower(self.model)
+
     @property
     def is_resumable(self) -> bool:
         """Whether the files take so long that they are kept for the case that the run is interrupted."""
@@ -201,8 +207,8 @@ def check_request(request: Request) -> None:
                 )
     tflite.resolve_inference_type(request.settings.inference_type, request.activation_bits)
     if not request.is_quantized:
-        ptq.bits_by_layer(request.model, request.settings.bits_by_pattern(request.settings.weight_bits[0]))
-        ptq.check_data_free(request.model, request.settings.ptq)
+        ptq.bits_by_layer(request.lowered, request.settings.bits_by_pattern(request.settings.weight_bits[0]))
+        ptq.check_data_free(request.lowered, request.settings.ptq)
 
 
 def make_files(request: Request, finished_work: storage.FinishedWork) -> Iterator[IntegerFile]:
@@ -242,7 +248,7 @@ def round_weights(request: Request) -> Iterator[IntegerFile]:
         record = _describe(request, bits, granularity, started)
         if wide := tflite.find_wide_weights(content, bits):
             record["notes"] = [describe_wide_weights(wide)]
-        record["layers"] = _compare_layers(content, request.model, request)
+        record["layers"] = _compare_layers(content, request.lowered, request)
         yield IntegerFile(f"{request.inference_type}_w{bits}_{granularity}.tflite", record, content)
 
 

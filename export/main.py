@@ -28,7 +28,6 @@ from tabulate import tabulate
 
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.quantization import ptq, quantizers
-from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.tflite import targets
 
 FLAGS = flags.FLAGS
@@ -162,7 +161,7 @@ def make_request(settings: integer_files.Settings, source: sources.Source, forms
     reference = forms.reference_model
     request = integer_files.Request(
         settings=settings,
-        model=reference if quantizers(reference) else lower(reference),
+        model=reference,
         model_sha256=runs.model_sha256(source.path),
         calibration=source.data.calibration(FLAGS.calibration_images, FLAGS.calibration_split),
         input_range=source.data.preprocessing.range(),
