@@ -269,3 +269,30 @@ def test_saving_refuses_what_the_other_project_could_not_load(training_model, tm
             save_torch(model, target, layout)
         assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+FINE_TUNING = """
+import sys
+import numpy as np
+import new_network
+from absl import flags
+from tf_repvgg import checkpoints, fusion, models
+from tf_repvgg.data import ClassificationData
+
+flags.FLAGS(["train", "--padding=symmetric", "--variant=digits"])
+data, path = ClassificationData("digits"), sys.argv[1]
+source = models.build_network("digits", data.image_shape, data.num_classes, padding="symmetric")
+images = np.random.default_rng(0).standard_normal((2, *data.image_shape)).astype("float32")
+for model in (source, fusion.fuse(source)):
+    checkpoints.save_torch(model, path)
+    loaded = new_network.load_torch_network(path, data, seed=1)
+    assert loaded.count_params() == model.count_params()
+    np.testing.assert_allclose(loaded(images), source(images), rtol=1e-3, atol=1e-4)
+print("both forms")
+"""
+
+
+def test_train_takes_both_forms_to_fine_tune_with_quantization(run_forked, tmp_path):
+    (tmp_path / "script.py").write_text(FINE_TUNING)
+    outcome = run_forked(tmp_path / "script.py", tmp_path / "weights.safetensors", import_from="train")
+    assert outcome.stdout.endswith("both forms\n"), outcome.stderr

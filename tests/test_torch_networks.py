@@ -31,7 +31,8 @@ if not importlib.util.find_spec("timm"):
 
 SCRIPT = torch_references.FOLDER.parent / "make_torch_references.py"
 TIMM_NAMES = [f"repvgg_{name}" for name in ["a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se"]]
-ORIGINAL_NAMES = [name for name, variant in VARIANTS.items() if len(variant.widths) == 4 and name[0] in "ABD"]
+TIMM_NAMES += [f"mobileone_s{number}" for number in range(5)]
+ORIGINAL_NAMES = [name for name in VARIANTS if name[0] in "ABDS"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,10 @@
 """Fine-tuning with quantization: its flags, and the network that they describe."""
 
+import new_network
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import fusion, models, quantization, runs
+from tf_repvgg import checkpoints, fusion, models, quantization, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.quantization import GRANULARITIES, QuantizedLayer
 from tf_repvgg.training import finished_runs
@@ -152,7 +153,8 @@ class FineTuning:
 
     Args:
       data: Data of the training.
-      init_from: Folder of the finished run, or its model file.
+      init_from: Folder of the finished run, its model file, or a checkpoint of the PyTorch network that the flags
+        describe.
       epochs: Number of epochs of the training.
       steps_per_epoch: Number of steps in an epoch.
       seed: Seed of --ptq_start.
@@ -218,7 +220,10 @@ class FineTuning:
     def _load_base(self, init_from):
         """The network to fine-tune in float: fused, unless its branches are to train."""
         _check_flags(init_from)
-        model = finished_runs.load_matching(init_from, self._data, "run")
+        if checkpoints.is_torch_file(init_from):
+            model = new_network.load_torch_network(init_from, self._data, self._seed)
+        else:
+            model = finished_runs.load_matching(init_from, self._data, "run")
         if quantization.quantizers(model):
             raise ValueError(f"--init_from={init_from} is quantized already; give the float run that it was made from")
         if FLAGS.batch_norm_statistics is None:

@@ -3,7 +3,7 @@
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import checkpoints, layers, models, runs
+from tf_repvgg import checkpoints, fusion, layers, models, runs
 from tf_repvgg.data import ClassificationData
 
 FLAGS = flags.FLAGS
@@ -65,7 +65,10 @@ class NewNetwork:
         self._final_model = _build_model(data.image_shape, data.num_classes, seed, "float32")
         self.model = _build_model((None, None, data.channels), data.num_classes, seed, precision)
         if init_from:
-            _load_weights(init_from, self.model)
+            if checkpoints.is_torch_file(init_from):
+                _load_torch(init_from, self.model)
+            else:
+                runs.copy_weights(runs.load_model(init_from), self.model)
 
     def print_summary(self) -> None:
         """Prints the parameters and MACs of the network, layer by layer."""
@@ -82,11 +85,28 @@ class NewNetwork:
         return self._final_model
 
 
-def _load_weights(init_from: str, model: keras.Model) -> None:
-    if not checkpoints.is_torch_file(init_from):
-        runs.copy_weights(runs.load_model(init_from), model)
-        return
-    for note in checkpoints.load_torch(init_from, model).notes:
+def load_torch_network(path: str, data: ClassificationData, seed: int) -> keras.Model:
+    """The network that the flags describe with the weights of a PyTorch network, in the form that the file has.
+
+    Args:
+      path: Checkpoint of a PyTorch network.
+      data: Data of the training.
+      seed: Seed of layers that the file has no weights for, such as a head for other classes.
+
+    Raises:
+      ValueError: If the file is damaged, or of another network than the flags describe.
+      FileNotFoundError: If there is no such file.
+    """
+    form = checkpoints.inspect_torch(path).form
+    model = _build_model(data.image_shape, data.num_classes, seed, "float32")
+    if form == "deploy":
+        model = fusion.fuse(model)
+    _load_torch(path, model)
+    return model
+
+
+def _load_torch(path: str, model: keras.Model) -> None:
+    for note in checkpoints.load_torch(path, model).notes:
         print(f"--init_from: {note}")
 
 
