@@ -46,7 +46,7 @@ def test_dfq_without_data():
     """Shifts of the mean are taken out, and calibration images change nothing but the notes."""
     model = build_measured_repvgg()
     free = ptq.quantize(model, "dfq_data_free", 3)
-    calibrated = ptq.quantize(model, "equalize+dfq_data_free", 3, calibration=random_images(64))
+    calibrated = ptq.quantize(model, "dfq_data_free", 3, calibration=random_images(64))
     for without, with_images in zip(free.get_weights(), calibrated.get_weights(), strict=True):
         np.testing.assert_allclose(without, with_images, rtol=1e-3, atol=1e-5)
     assert free.quantization_notes == ("layers without statistics, predicted from their inputs: logits",)

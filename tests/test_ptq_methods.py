@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tf_repvgg import tflite
 from tf_repvgg.quantization import ptq, quantize_min_max
 from tf_repvgg.quantization.ptq import METHODS
-from tf_repvgg.quantization.ptq.methods.dfq import absorb_high_biases
-from tf_repvgg.quantization.ptq.methods.equalize import find_pairs
+from tf_repvgg.quantization.ptq.absorption import absorb_high_biases
 from tf_repvgg.quantization.ptq.methods.mse import search_grid, search_range
 from tf_repvgg.quantization.ptq.methods.octav import find_optimal_clip
 from tf_repvgg.quantization.ptq.methods.percentile import find_central_range
@@ -26,23 +25,6 @@ from tf_repvgg.quantization.ptq.reconstruction import compute_layer_error
 def model():
     keras.utils.set_random_seed(0)
     return small_repvgg()
-
-
-def test_equalized_model_is_the_same_function(model):
-    network = network_of(model)
-    before = {name: network.kernel(name) for name in network.layers}
-    METHODS["equalize"].function(network)
-    batch = random_images(8, seed=2)
-    expected = model(batch).numpy()
-    assert np.max(np.abs(network.float(batch) - expected)) < 1e-4 * np.max(np.abs(expected))
-    for first, second in (("first", "second"), ("second", "logits")):
-        r1 = np.max(np.abs(network.kernel(first)), axis=(0, 1, 2))
-        after = network.kernel(second)
-        r2 = np.max(np.abs(after), axis=(*range(after.ndim - 2), after.ndim - 1))
-        alive = (r1 > 0) & (r2 > 0)
-        np.testing.assert_allclose(r1[alive], r2[alive], rtol=0.02)
-        assert not np.allclose(network.kernel(first), before[first], rtol=0.1)
-    assert network.notes == []
 
 
 @pytest.mark.parametrize("size", [0, 1e-30])
@@ -60,48 +42,6 @@ def test_channels_that_training_has_emptied_are_not_equalized(size):
     expected = model(batch).numpy()
     for predicted in (quantized(batch).numpy(), tflite.predict(tflite.convert(quantized), batch)):
         assert np.max(np.abs(predicted - expected)) < 0.05 * np.max(np.abs(expected))
-
-
-def test_only_what_is_safe_is_equalized():
-    """A branch, groups, and an activation that no factor passes."""
-    inputs = keras.Input((8, 8, 4), name="image")
-    conv = lambda name, **options: keras.layers.Conv2D(4, 3, padding="same", name=name, **options)  # noqa: E731
-    split = conv("split", activation="relu")(inputs)
-    both = keras.layers.Add()([conv("left", activation="relu6")(split), conv("right")(split)])
-    features = conv("grouped", groups=2)(conv("before_groups")(both))
-    features = keras.layers.MaxPooling2D()(keras.layers.ReLU()(features))
-    outputs = keras.layers.Dense(3, name="dense")(keras.layers.GlobalAveragePooling2D()(features))
-    model = keras.Model(inputs, outputs)
-    network = network_of(model)
-    batch = random_images(8, (8, 8, 4), seed=2)
-    before = {name: network.kernel(name) for name in network.layers}
-    METHODS["equalize"].function(network)
-    expected = model(batch).numpy()
-    assert np.max(np.abs(network.float(batch) - expected)) < 1e-4 * np.max(np.abs(expected))
-    changed = {name for name, kernel in before.items() if not np.allclose(kernel, network.kernel(name))}
-    assert changed == {"grouped", "dense"}
-    (note,) = network.notes
-    assert note.startswith("layers not equalized with the next one: ")
-    assert set(note.partition(": ")[2].split(", ")) == {"split", "left", "right", "before_groups"}
-
-
-@pytest.mark.parametrize("options, passes", [({"negative_slope": 0.25}, True), ({"threshold": 0.5}, False)])
-def test_factors_pass_a_relu_only_where_it_is_homogeneous(options, passes):
-    inputs = keras.Input((8, 8, 4), name="image")
-    features = keras.layers.ReLU(**options)(keras.layers.Conv2D(4, 3, name="first")(inputs))
-    model = keras.Model(inputs, keras.layers.Conv2D(2, 1, name="second")(features))
-    network = network_of(model)
-    METHODS["equalize"].function(network)
-    batch = random_images(8, (8, 8, 4), seed=2)
-    np.testing.assert_allclose(network.float(batch), model(batch), rtol=1e-4, atol=1e-5)
-    assert bool(network.notes) is not passes
-
-
-def test_looking_at_a_network_does_not_break_its_chain(model):
-    network = network_of(model)
-    before = [(first.name, second.name) for first, second in find_pairs(network)]
-    network.compute_linear_outputs("first")
-    assert [(first.name, second.name) for first, second in find_pairs(network)] == before != []
 
 
 def test_bias_correction_restores_means(model):

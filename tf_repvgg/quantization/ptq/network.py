@@ -1,6 +1,7 @@
 """The network that a method of post-training quantization works on: float and quantized form, side by side."""
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,6 @@ class Network:
       divisors: {name: factors by which equalization has divided the float layer's output channels}.
       notes: Lines for the user on what methods left out or undid.
       calibration: Calibration images; runs models on them.
-      reference_outputs: Outputs of the float form before any change, on the calibration images.
 
     Raises:
       ValueError: If weights hold infinities or NaN, or for bad numbers of clusters.
@@ -79,6 +79,8 @@ class Network:
     ) -> None:
         self.per_channel, self.options, self.bits = per_channel, options, bits
         self.calibration = Calibration(images)
+        self._model = model
+        self._range_rule: Callable[[Network], None] | None = None
         self.float = copy_without_rounding(model)
         self.quantized = quantize_activations(
             model,
@@ -97,9 +99,15 @@ class Network:
         self.statistics = fusion.pre_activation_statistics(model)
         self.divisors = {name: np.ones_like(self.bias(name)) for name in self.layers}
         self.notes: list[str] = []
-        self.reference_outputs = [] if self.calibration.is_empty else self.compute_float_outputs()
         for layer in self.layers.values():
             check_finite(layer)
+
+    @functools.cached_property
+    def reference_outputs(self) -> list[np.ndarray]:
+        """Outputs of the float form before any change, on the calibration images; none if there are no images."""
+        if self.calibration.is_empty:
+            return []
+        return self.calibration.compute(self._model, self._model.outputs)
 
     @property
     def free_ranges(self) -> list[str]:
@@ -115,6 +123,17 @@ class Network:
     def is_complete(self) -> bool:
         """Whether all ranges and kernels are set."""
         return self.has_ranges and self.kernels.keys() == self.layers.keys()
+
+    def set_ranges(self, rule: Callable[["Network"], None]) -> None:
+        """Sets all ranges of activations for the float network as it is now, by the rule that was given first.
+
+        So a method before others decides on ranges, and theirs are defaults.
+
+        Args:
+          rule: Function that sets the range of every quantizer in `free_ranges`.
+        """
+        self._range_rule = self._range_rule or rule
+        self._range_rule(self)
 
     def is_shared(self, name: str) -> bool:
         """Whether the layer is called more than once, so that it has no single input."""
@@ -172,9 +191,14 @@ class Network:
         """Outputs of the float network as it is now."""
         return self.calibration.compute(self.float, self.float.outputs)
 
-    def compute_error(self) -> float:
-        """Mean squared error of the quantized network's outputs against `reference_outputs`."""
-        actual = self.calibration.compute(self.quantized, self.quantized.outputs)
+    def compute_error(self, actual: Sequence[np.ndarray] | None = None) -> float:
+        """Mean squared error of the quantized network's outputs against `reference_outputs`.
+
+        Args:
+          actual: Outputs of the quantized network on the calibration images; computed by default.
+        """
+        if actual is None:
+            actual = self.calibration.compute(self.quantized, self.quantized.outputs)
         pairs = zip(self.reference_outputs, actual, strict=True)
         return float(np.mean([np.mean(np.square(expected - outputs)) for expected, outputs in pairs]))
 
@@ -209,10 +233,14 @@ class Network:
         layer, kernel = self.quantized.get_layer(name), self.kernels[name].dequantize()
         return _compute_linear(layer, self.compute_quantized_inputs(name), kernel)
 
-    def compute_mean_quantized_linear_output(self, name: str) -> np.ndarray:
-        """Mean of `compute_quantized_linear_outputs` over images and pixels, per channel."""
+    def apply_to_mean_input(self, name: str, mean: np.ndarray) -> np.ndarray:
+        """Mean of `compute_quantized_linear_outputs` over images and pixels, per channel.
+
+        Args:
+          name: Name of the layer.
+          mean: Mean [1, ...] over images of its inputs in the quantized network.
+        """
         layer, kernel = self.quantized.get_layer(name), self.kernels[name].dequantize()
-        (mean,) = self.calibration.compute_means(self.quantized, [layer.input])
         return _average_channels(_compute_linear(layer, mean, kernel))
 
     def show_progress(self, steps: Collection, description: str, unit: str = "layer") -> Any:

@@ -2,6 +2,7 @@
 
 from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.network import Network
+from tf_repvgg.quantization.ptq.walk import Walk
 
 
 def bias_correct(network: Network) -> None:
@@ -13,11 +14,26 @@ def bias_correct(network: Network) -> None:
     if not network.is_complete:
         min_max(network)
     error, biases = network.compute_error(), network.get_quantized_biases()
-    names = [name for name, layer in network.layers.items() if layer.use_bias and not network.is_shared(name)]
-    expected = network.compute_mean_linear_outputs(names)
-    for name in network.show_progress(names, "bias correction"):
-        network.set_bias(name, expected[name] - network.compute_mean_quantized_linear_output(name))
-    if not network.compute_error() < error:
+    if not correct_biases(network) < error:
         network.notes.append("bias correction was undone: it did not reduce the error of the outputs")
         for name, bias in biases.items():
             network.set_bias(name, bias)
+
+
+def correct_biases(network: Network) -> float:
+    """Corrects the biases of all layers that are called once, whether or not the network's outputs become better.
+
+    Args:
+      network: Network with ranges and kernels set.
+
+    Returns:
+      Error of the network's outputs afterwards; see `Network.compute_error`.
+    """
+    names = [name for name, layer in network.layers.items() if layer.use_bias and not network.is_shared(name)]
+    expected = network.compute_mean_linear_outputs(names)
+    inputs = {name: network.quantized.get_layer(name).input for name in names}
+    walk = Walk(network.calibration, network.quantized, [*inputs.values(), *network.quantized.outputs])
+    for name in network.show_progress(names, "bias correction"):
+        shifted = network.apply_to_mean_input(name, walk.compute_mean(inputs[name]))
+        network.set_bias(name, expected[name] - shifted)
+    return network.compute_error([walk.compute(tensor) for tensor in network.quantized.outputs])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tf_repvgg.fusion import PreActivationStatistics
-from tf_repvgg.quantization.ptq.methods.dfq import absorb_high_biases
+from tf_repvgg.quantization.ptq.absorption import absorb_high_biases
 from tf_repvgg.quantization.ptq.methods.equalize import equalize
 from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
 from tf_repvgg.quantization.ptq.statistics import predict
@@ -31,15 +31,14 @@ def dfq_data_free(network: Network) -> None:
         `statistics.predict` does not know.
     """
     check_statistics(network.statistics)
-    equalize(network)
+    equalize(network, look_at_images=False)
     prediction = predict(network)
     _note_approximation(network, prediction)
 
-    def moments(name):
-        distribution = prediction.linear[name]
-        return distribution.mean, distribution.deviation
+    def find_moments(names):
+        return {name: (prediction.linear[name].mean, prediction.linear[name].deviation) for name in names}
 
-    absorbed = absorb_high_biases(network, moments, into_padding=False)
+    absorbed = absorb_high_biases(network, find_moments, into_padding=False)
     final = predict(network, absorbed)
     for name in network.free_ranges:
         activations = final.activations[name]

@@ -1,105 +1,193 @@
 """Cross-layer equalization (Nagel 2019, arXiv:1906.04721, section 4.1): matching ranges, same function."""
 
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import tensorflow as tf
-import tf_keras as keras
 
 from tf_repvgg import graph
-from tf_repvgg.quantization.ptq.network import Network
-from tf_repvgg.quantization.quantized_layers import kernel_of, restore_kernel
+from tf_repvgg.quantization.ptq.calibration import Calibration
+from tf_repvgg.quantization.ptq.channel_groups import FIXED, ChannelGroups, find_channel_groups, scale_channels
+from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
 
-_SWEEPS = 30
+_SWEEPS = 200
 _CONVERGED = 1e-3
 # Training can shrink all weights of a channel to nothing, and leave its bias. Equalizing such a channel would scale its
 # bias without bound. As a share of the layer's largest weight: smaller weights vanish beside it in float32.
 _NEGLIGIBLE = np.finfo(np.float32).eps
-# Layers that pass a positive factor of a channel: relu(s x) = s relu(x), and likewise for maxima, means and zeros.
-_HOMOGENEOUS = (
-    keras.layers.AveragePooling2D,
-    keras.layers.Dropout,
-    keras.layers.GlobalAveragePooling2D,
-    keras.layers.GlobalMaxPooling2D,
-    keras.layers.MaxPooling2D,
-    keras.layers.UpSampling2D,
-    keras.layers.ZeroPadding2D,
-)
-_HOMOGENEOUS_ACTIVATIONS = ("linear", "relu")
+# Images on which the function is compared before and after, and the change that rounding of float32 explains.
+_PROBES, _TOLERANCE = 8, 1e-3
 
 
-def equalize(network: Network) -> None:
-    """Moves a factor of every channel from each layer to the next one, until their ranges match.
+def equalize(network: Network, look_at_images: bool = True) -> None:
+    """Divides the channels of each group by one factor, so that the ranges which they meet on their way match.
 
-    With r1 and r2 the largest magnitudes of channel i in the kernels before and after it, s = sqrt(r1 / r2) divides the
-    first and multiplies the second (equation 11). A layer stays as it is, and is named in the network's notes, where
-    more than one layer reads its channels, or where anything but ReLU, pooling and zero padding stands before the next
-    layer. Channels whose weights are all zero or negligible stay as they are.
+    Layers write channels and read them; a depthwise convolution does both at once, and where tensors are added, all of
+    them share their factors (see `find_channel_groups`). With r the largest magnitude of a channel's weights in a
+    layer, divided by the geometric mean over the channels of that layer, the factors minimize the sum of (log r)^2 over
+    all layers that write or read channels. Between two layers that is equation 11, s = sqrt(r1 / r2); with a depthwise
+    layer in between, the first factor is r1 / cbrt(r1 r2 r3), the second cbrt(r1 r2 r3) / r3.
+
+    With calibration images, ranges of activations are matched as well, which is our addition: the sum then includes
+    their (log r)^2, and every term counts by the noise of its grid, 4^-bits. So activations of 8 bits count as much as
+    weights of 8 bits, and hardly at all beside weights of 4 bits.
+
+    ReLU6 keeps its limit: a channel that reaches it on the calibration images has a factor of 1, and others get none
+    that would take them there; without images no factor passes ReLU6. Channels whose weights are all zero or negligible
+    stay as they are. The notes name the layers with a next layer none of whose channels can be scaled.
+
+    Args:
+      network: Network whose float form is changed.
+      look_at_images: Whether to use calibration images, if there are any.
     """
-    pairs = find_pairs(network)
+    images = network.calibration if look_at_images else Calibration(None)
+    groups, smallest = _respect_limits(network, find_channel_groups(network), images)
+    activations = _measure_activations(network, groups, images)
+    weights = {name: layer.get_weights() for name, layer in network.layers.items()}
+    divisors, before = dict(network.divisors), _compute_probes(network)
+    scale_channels(network, groups, np.exp(_balance(network, groups, smallest, activations)))
+    if not measure_change(before, _compute_probes(network)) <= _TOLERANCE:
+        network.notes.append("equalization was undone: it changed the outputs of the float network")
+        network.divisors.update(divisors)
+        for name, layer in network.layers.items():
+            layer.set_weights(weights[name])
+        return
+    untouched = [name for name in _find_layers_with_next(network) if np.all(groups.outputs[name] == FIXED)]
+    if untouched:
+        network.notes.append(f"layers not equalized with the next one: {', '.join(untouched)}")
+
+
+def measure_change(before: Collection[np.ndarray], after: Collection[np.ndarray]) -> float:
+    """Largest change of any output, relative to that output's largest magnitude; 0 if there are no outputs."""
+    pairs = zip(before, after, strict=True)
+    return max((float(np.max(np.abs(old - new)) / max(np.max(np.abs(old)), 1e-30)) for old, new in pairs), default=0.0)
+
+
+def _compute_probes(network):
+    """Outputs of the float network on a few calibration images; none if there are no images."""
+    if network.calibration.is_empty:
+        return []
+    count = network.float.inputs[0].shape[0] or _PROBES
+    images = [tf.constant(values[:count]) for values in network.calibration.inputs]
+    return [output.numpy() for output in tf.nest.flatten(network.float(graph.pack_inputs(network.float, images)))]
+
+
+def _respect_limits(network, groups, images):
+    """The groups, with channels fixed where ReLU6 clips, and the logarithm of the smallest factor of each group."""
+    smallest = np.full(groups.number_of_groups, -np.inf)
+    if not groups.clips:
+        return groups, smallest
+    shares = np.zeros(groups.number_of_groups)
+    clipped = []
+    for clip, largest in zip(groups.clips, _measure_largest(network, groups.clips, images), strict=True):
+        np.maximum.at(shares, clip.groups, largest / clip.limit)
+        if count := np.count_nonzero((largest >= clip.limit) & (clip.groups != FIXED)):
+            clipped.append(f"{clip.layer} {count} of {len(largest)}")
+    if clipped:
+        network.notes.append(f"channels not equalized, since they reach the limit of ReLU6: {', '.join(clipped)}")
+    with np.errstate(divide="ignore"):
+        smallest = np.log(shares)
+    return groups.fix(np.flatnonzero(shares >= 1)), smallest
+
+
+def _measure_largest(network, clips, images):
+    """The largest output of each channel of the layers with a limit; the limit itself if there are no images."""
+    if images.is_empty:
+        return [np.full(len(clip.groups), clip.limit) for clip in clips]
+    largest = [np.zeros(len(clip.groups)) for clip in clips]
+    for batch in images.compute_batches(network.float, [clip.tensor for clip in clips]):
+        for extremes, values in zip(largest, batch, strict=True):
+            np.maximum(extremes, values.max(axis=tuple(range(values.ndim - 1))), out=extremes)
+    return largest
+
+
+def _measure_activations(network, groups, images):
+    """{name of a quantizer: largest magnitude of each channel that it rounds}; empty if there are no images."""
+    names = [name for name, channels in groups.activations.items() if np.any(channels != FIXED)]
+    ranges = {name: np.zeros(len(groups.activations[name])) for name in names}
+    if images.is_empty or not names:
+        return {}
+    for batch in images.compute_layers(network.float, names):
+        for name, values in batch.items():
+            np.maximum(ranges[name], np.max(np.abs(values), axis=tuple(range(values.ndim - 1))), out=ranges[name])
+    return ranges
+
+
+def _balance(
+    network: Network, groups: ChannelGroups, smallest: np.ndarray, activations: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """The logarithm of the factor of each group, [groups]."""
+    magnitudes = {name: _measure_magnitudes(network.kernel(name)) for name in network.layers}
+    factors = np.zeros(groups.number_of_groups)
     for _ in range(_SWEEPS):
-        largest = 0.0
-        for first, second in pairs:
-            factor = _equalize_pair(first, second)
-            network.divisors[first.name] *= factor
-            largest = max(largest, float(np.max(np.abs(np.log(factor)))))
-        if largest < _CONVERGED:
+        written, read, rounded = (_Deviations(groups.number_of_groups) for _ in range(3))
+        for name, magnitude in magnitudes.items():
+            inputs, outputs, share = groups.inputs[name], groups.outputs[name], 4.0 ** -network.bits[name]
+            scaled = magnitude * np.exp(spread_over_kernel(factors[inputs], magnitude.shape) - factors[outputs])
+            written.add(outputs, scaled.max(axis=0), share)
+            read.add(inputs, _reduce_to_inputs(scaled, len(inputs)), share)
+        for name, ranges in activations.items():
+            channels = groups.activations[name]
+            rounded.add(channels, ranges / np.exp(factors[channels]), 4.0**-network.options.activation_bits)
+        is_free = (written.shares > 0) & (read.shares > 0) & (np.arange(groups.number_of_groups) != FIXED)
+        shares = written.shares + read.shares + rounded.shares
+        steps = (written.sums - read.sums + rounded.sums) / np.where(is_free, shares, 1)
+        updated = np.where(is_free, np.maximum(factors + steps, smallest), 0)
+        change, factors = float(np.max(np.abs(updated - factors))), updated
+        if change < _CONVERGED:
             break
-    equalized = {first.name for first, _ in pairs}
-    if skipped := [name for name in list(network.layers)[:-1] if name not in equalized]:
-        network.notes.append(f"layers not equalized with the next one: {', '.join(skipped)}")
+    return factors
 
 
-def find_pairs(network: Network) -> list[tuple[Any, Any]]:
-    """(layer, next layer) wherever a channel's factor can move from the first to the second."""
-    # By the nodes of the model alone: methods attach more readers to its layers when they run parts of it.
-    readers: dict[str, list] = {}
-    for node in graph.nodes(network.float):
-        for key in node.flat_input_ids:
-            readers.setdefault(key, []).append(node.layer)
-    for tensor in tf.nest.flatten(network.float.outputs):
-        readers.setdefault(str(id(tensor)), []).append(None)
-    pairs = [(layer, _next_layer(layer, network.layers, readers)) for layer in network.layers.values()]
-    return [(first, second) for first, second in pairs if second is not None]
+class _Deviations:
+    """Weighted sums of log r for each group, and the sums of the weights.
+
+    Args:
+      count: Number of groups.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.sums, self.shares = np.zeros(count), np.zeros(count)
+
+    def add(self, channels: np.ndarray, ranges: np.ndarray, share: float) -> None:
+        """Adds the ranges of a tensor, or of one side of a kernel.
+
+        Args:
+          channels: Group of each channel, [channels].
+          ranges: Range of each channel, [channels]. Negligible ones do not count.
+          share: Weight in the sums.
+        """
+        is_alive = ranges > _NEGLIGIBLE * np.max(ranges)
+        if not np.any(is_alive):
+            return
+        channels, logarithms = channels[is_alive], np.log(ranges[is_alive])
+        largest = np.full(len(self.sums), -np.inf)
+        np.maximum.at(largest, channels, logarithms)
+        is_present = np.isfinite(largest)
+        is_present[FIXED] = False
+        # Fixed channels are not of one group in truth.
+        mean = np.mean(np.append(largest[is_present], logarithms[channels == FIXED]))
+        self.sums[is_present] += share * (largest[is_present] - mean)
+        self.shares[is_present] += share
 
 
-def _next_layer(first, weighted, readers):
-    layer = first
-    while _passes_factors(layer, is_first=layer is first) and len(layer.inbound_nodes) == 1:
-        output_readers = readers.get(str(id(layer.output)), [])
-        if len(output_readers) != 1 or output_readers[0] is None:
-            return None
-        (layer,) = output_readers
-        if layer.name in weighted:
-            return layer if _takes_factors(layer) else None
-    return None
+def _measure_magnitudes(kernel):
+    """The largest magnitude at any position of the kernel, [channels read, output channels]."""
+    return np.max(np.abs(kernel), axis=tuple(range(kernel.ndim - 2))).astype(np.float64)
 
 
-def _passes_factors(layer, is_first):
-    if is_first or isinstance(layer, keras.layers.Activation):
-        is_plain = not isinstance(layer, keras.layers.DepthwiseConv2D)
-        return is_plain and layer.activation.__name__ in _HOMOGENEOUS_ACTIVATIONS
-    if isinstance(layer, keras.layers.ReLU):
-        return layer.max_value is None and not np.any(layer.threshold)  # a slope below zero scales along
-    return isinstance(layer, _HOMOGENEOUS)
+def _reduce_to_inputs(magnitudes, count):
+    """The largest magnitude of each input channel: that of the outputs of its group of a grouped convolution."""
+    reads = len(magnitudes)
+    return magnitudes.reshape(reads, count // reads, -1).max(axis=2).T.ravel()
 
 
-def _takes_factors(layer):
-    """Whether every output channel reads all input channels: no groups, and the layer is called once."""
-    is_plain = type(layer) in (keras.layers.Dense, keras.layers.Conv2DTranspose)
-    is_plain |= type(layer) is keras.layers.Conv2D and layer.groups == 1
-    return is_plain and len(layer.inbound_nodes) == 1
-
-
-def _equalize_pair(first, second):
-    """Equalizes one pair; returns the factor of each channel."""
-    before, after = kernel_of(first), kernel_of(second)
-    _, *bias = first.get_weights()
-    _, *rest = second.get_weights()
-    r1 = np.max(np.abs(before), axis=tuple(range(before.ndim - 1)))
-    r2 = np.max(np.abs(after), axis=(*range(after.ndim - 2), after.ndim - 1))
-    is_alive = (r1 > _NEGLIGIBLE * np.max(r1)) & (r2 > _NEGLIGIBLE * np.max(r2))
-    factor = np.sqrt(np.where(is_alive, r1, 1) / np.where(is_alive, r2, 1)).astype(np.float32)
-    first.set_weights([restore_kernel(first, before / factor), *(values / factor for values in bias)])
-    second.set_weights([restore_kernel(second, after * factor[:, np.newaxis]), *rest])
-    return factor
+def _find_layers_with_next(network):
+    """Names of the layers whose outputs reach another layer with weights."""
+    nodes = graph.nodes(network.float)
+    reached: set[str] = set()
+    for node in reversed(nodes):
+        if node.layer.name in network.layers or not reached.isdisjoint(node.flat_output_ids):
+            reached.update(node.flat_input_ids)
+    before = {node.layer.name for node in nodes if not reached.isdisjoint(node.flat_output_ids)}
+    return [name for name in network.layers if name in before]
