@@ -161,6 +161,37 @@ class ActivationQuantizer(keras.layers.Layer):
         }
 
 
+def round_to_codes(
+    values: np.ndarray, low: np.ndarray | float, high: np.ndarray | float, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds values as an `ActivationQuantizer` does, in NumPy and for many ranges at once.
+
+    Args:
+      values: Values; broadcast against the ends of the ranges.
+      low: Smallest value that is not clipped, zero or below.
+      high: Largest value that is not clipped, zero or above.
+      bits: Bits of a code, 8 or 16.
+
+    Returns:
+      The rounded values, and the step of each grid in the shape of `low` and `high`.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg.quantization.activation_quantizer import round_to_codes
+      >>> rounded, scale = round_to_codes(np.array([-3.0, 0.4, 1.7, 300.0]), 0.0, 255.0, bits=8)
+      >>> rounded.tolist(), float(scale)
+      ([0.0, 0.0, 2.0, 255.0], 1.0)
+    """
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    if bits == 16:
+        high = np.maximum(-low, high)
+        low = -high
+    scale = np.maximum(high - low, _DEAD_WIDTH) / _STEPS[bits]
+    smallest = np.round(low / scale)
+    codes = np.clip(np.round(values / scale), smallest, smallest + _STEPS[bits])
+    return codes * scale, scale
+
+
 def _straight_through(outputs, values, minimum, maximum):
     """The outputs, with a gradient to the values that is 1 inside the range and 0 outside.
 

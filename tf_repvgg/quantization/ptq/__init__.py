@@ -240,17 +240,25 @@ def parse_method(text: str) -> list[Method]:
     """The methods of a text such as "min_max" or "equalize+adaquant".
 
     Raises:
-      ValueError: If a name is not in `METHODS`.
+      ValueError: If a name is not in `METHODS`, or a method that changes only the float network, such as `equalize`,
+        comes after one that quantizes it.
 
     Example:
       >>> from tf_repvgg.quantization import ptq
       >>> [method.source for method in ptq.parse_method("equalize+adaquant")]
       ['1906.04721', '2006.10518']
     """
-    for name in text.split("+"):
+    names = text.split("+")
+    for name in names:
         if name not in METHODS:
             raise ValueError(f"PTQ method is {name!r}; known: {', '.join(METHODS)}, and several joined by '+'")
-    return [METHODS[name] for name in text.split("+")]
+    # What is quantized already would stay as it was.
+    in_order = sorted(names, key=lambda name: METHODS[name].sets_ranges)
+    if names != in_order:
+        raise ValueError(
+            f"PTQ method is {text!r}; methods that change the float network come first: {'+'.join(in_order)!r}"
+        )
+    return [METHODS[name] for name in names]
 
 
 def needs_calibration(method: str) -> bool:

@@ -1,6 +1,7 @@
 """Calibration images, and running models on them batch by batch."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-_BATCH = 64
+# Images of a batch: fewer if they are large, since memory that is mapped and unmapped for every tensor takes more time
+# than its values.
+_BATCH, _SMALLEST_BATCH, _VALUES = 64, 8, 2**21
 
 
 class Calibration:
@@ -73,7 +76,8 @@ class Calibration:
 
     def split_inputs(self, model: keras.Model) -> list[list[np.ndarray]]:
         """The batches of each input in which a model computes all images."""
-        size = model.inputs[0].shape[0] or _BATCH
+        largest = max(math.prod(values.shape[1:]) for values in self.inputs)
+        size = model.inputs[0].shape[0] or min(max(_VALUES // max(largest, 1), _SMALLEST_BATCH), _BATCH)
         starts = range(0, self.count, size)
         return [[values[start : start + size] for start in starts] for values in self.inputs]
 

@@ -5,7 +5,8 @@ same function (`equalize`); ranges of activations (`network.quantizers[name].set
 (`network.set_kernel`). To add a method:
 
 1. Write it in a file of its name here, with the source of the formula in the docstring.
-2. Start from what is set, or from another method (`if not network.is_complete: mse(network)`).
+2. Start from what is set, or from another method (`if not network.is_complete: mse(network)`). Set ranges by
+   `network.set_ranges(rule)`, which keeps the rule of a method before.
 3. Take settings from `network.options`, seed random draws with `options.seed`, and loop over
    `network.show_progress(...)`.
 4. Report in `network.notes` what was left out.
@@ -28,6 +29,7 @@ from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.methods.octav import octav
 from tf_repvgg.quantization.ptq.methods.percentile import percentile
+from tf_repvgg.quantization.ptq.methods.relative import relative
 from tf_repvgg.quantization.ptq.network import Network
 
 
@@ -62,6 +64,11 @@ METHODS = {
         percentile, "Ranges that hold 99.99 % of the values (`Options.percentile`); the rest is clipped."
     ),
     "mse": Method(mse, "Ranges with the smallest mean squared error of clipping and rounding together.", "1902.06822"),
+    "relative": Method(
+        relative,
+        "Activation ranges with the smallest error relative to each image's values, so that no single image decides "
+        "them; weights of `mse`.",
+    ),
     "octav": Method(
         octav,
         "Weights clipped where the noise of clipping and rounding together is smallest; activation ranges of `mse`.",

@@ -15,7 +15,7 @@ def codebook(network: Network) -> None:
     If a weight multiplies x, its error e costs e^2 E[x^2]: squared errors are weighted by E[x^2] per input channel.
     """
     if not network.has_ranges:
-        set_ranges_min_max(network)
+        network.set_ranges(set_ranges_min_max)
     layers = [network.quantized.get_layer(name) for name in network.layers if not network.is_shared(name)]
     walk = Walk(network.calibration, network.quantized, [layer.input for layer in layers])
     for name in network.show_progress(network.layers, "codebooks"):

@@ -6,8 +6,8 @@ from tf_repvgg.quantization.uniform import quantize_min_max
 
 
 def min_max(network: Network) -> None:
-    """Sets all activation ranges and all kernels."""
-    set_ranges_min_max(network)
+    """Sets all activation ranges, unless a method before has a rule for them, and all kernels."""
+    network.set_ranges(set_ranges_min_max)
     for name in network.layers:
         network.set_kernel(
             name,

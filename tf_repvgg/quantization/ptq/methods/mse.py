@@ -11,8 +11,13 @@ _ACTIVATION_SHARES = np.linspace(1, 0.3, 36)
 
 
 def mse(network: Network) -> None:
-    """Sets all activation ranges and all kernels, each range and each scale by a search of its own."""
-    set_ranges_mse(network)
+    """Sets all activation ranges, unless a method before has a rule for them, and all kernels, each by a search."""
+    network.set_ranges(set_ranges_mse)
+    set_kernels_mse(network)
+
+
+def set_kernels_mse(network: Network) -> None:
+    """Sets all kernels, each scale by a search of its own."""
     for name in network.layers:
         network.set_kernel(
             name,

@@ -10,12 +10,12 @@ _ITERATIONS = 100
 
 
 def octav(network: Network) -> None:
-    """Sets all kernels, clipped by `find_optimal_clip`, and all activation ranges, as `mse` does.
+    """Sets all kernels, clipped by `find_optimal_clip`, and all activation ranges, by default as `mse` does.
 
     Unlike the search of `mse`, the formula models rounding as the noise of a grid of 2^bits levels. The actual grid has
     two fewer levels and a little more noise, so that outliers keep a little more of their size.
     """
-    set_ranges_mse(network)
+    network.set_ranges(set_ranges_mse)
     for name in network.layers:
         kernel, bits = network.kernel(name), network.bits[name]
         largest = find_optimal_clip(kernel, bits, network.per_channel)

@@ -11,16 +11,21 @@ def percentile(network: Network) -> None:
     """Sets all activation ranges and all kernels to hold `Options.percentile` of the values.
 
     An activation range leaves out half of the remaining values at either end; a kernel's grid, those of the largest
-    magnitude.
+    magnitude. Ranges stay those of a method before that has a rule for them.
     """
+    network.set_ranges(set_ranges_percentile)
     share = network.options.percentile / 100
-    for name, histogram in collect_histograms(network).items():
-        network.quantizers[name].set_range(*find_central_range(histogram, share))
     for name in network.layers:
         kernel = network.kernel(name)
         axes = tuple(range(kernel.ndim - 1)) if network.per_channel else None
         largest = np.quantile(np.abs(kernel), share, axis=axes).reshape(-1)
         network.set_kernel(name, round_to_grid(kernel, largest, network.bits[name], network.min_scale(name)))
+
+
+def set_ranges_percentile(network: Network) -> None:
+    """Sets all activation ranges to hold `Options.percentile` of the values."""
+    for name, histogram in collect_histograms(network).items():
+        network.quantizers[name].set_range(*find_central_range(histogram, network.options.percentile / 100))
 
 
 def find_central_range(histogram: Histogram, share: float) -> tuple[float, float]:
