@@ -172,6 +172,17 @@ def test_files_of_keras_2_and_truncated_ones(tmp_path):
     for name in ("network.keras", "network.h5"):
         source.save(tmp_path / name)
         np.testing.assert_array_equal(load_keras(tmp_path / name).get_weights()[0], source.get_weights()[0])
+    source.add(keras.layers.Lambda(lambda inputs: 2 * inputs))
+    source.save(tmp_path / "lambda.keras")
+    with pytest.raises(
+        ValueError, match=r"lambda\.keras' cannot be loaded as a model of Keras 2 .* Lambda layer"
+    ) as error:
+        load_keras(tmp_path / "lambda.keras")
+    assert "safe_mode" not in str(error.value)
+    with h5py.File(tmp_path / "network.h5", "a") as file:
+        file.attrs["keras_version"] = "3.15.1"
+    with pytest.raises(ValueError, match=r"network\.h5' is an HDF5 file of Keras 3; save the model there as a \.keras"):
+        load_keras(tmp_path / "network.h5")
     content = (FOLDER / "classifier.keras").read_bytes()
     (tmp_path / "truncated.keras").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"truncated\.keras' is not a whole Keras model"):

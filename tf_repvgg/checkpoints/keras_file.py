@@ -1,9 +1,10 @@
 """Keras models in files: those of Keras 2, and those of Keras 3, which are rebuilt without Keras 3."""
 
+import contextlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,17 @@ def load_keras(path: str | Path) -> keras.Model:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no model at {str(path)!r}")
-    try:
-        if not _is_of_keras_3(path):
+    with _name_damaged_file(path):
+        version = _read_version(path)
+        if version < 3 and not zipfile.is_zipfile(path):
             return keras.models.load_model(path, compile=False)
-        with zipfile.ZipFile(path) as archive:
-            config = json.loads(_read_member(archive, _CONFIG, _LARGEST_CONFIG))
-            weights = io.BytesIO(_read_member(archive, _WEIGHTS))
-    except Exception as error:  # Keras passes on the errors of zipfile, json and h5py.
-        raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
+    if version < 3:
+        return _load_keras_2(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{str(path)!r} is an HDF5 file of Keras {version}; save the model there as a .keras file")
+    with _name_damaged_file(path), zipfile.ZipFile(path) as archive:
+        config = json.loads(_read_member(archive, _CONFIG, _LARGEST_CONFIG))
+        weights = io.BytesIO(_read_member(archive, _WEIGHTS))
     try:
         model, stored = build_model(config)
         _load_weights(weights, stored)
@@ -66,12 +70,37 @@ def load_keras(path: str | Path) -> keras.Model:
     return model
 
 
-def _is_of_keras_3(path):
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        metadata = json.loads(_read_member(archive, _METADATA, _LARGEST_CONFIG))
-    return int(str(metadata["keras_version"]).partition(".")[0]) >= 3
+def _load_keras_2(path):
+    """Loads a .keras file that is whole, as far as its metadata go."""
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:
+        # One sentence: Keras's next ones may advise to load the file without its protection.
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(
+            f"{str(path)!r} cannot be loaded as a model of Keras 2 ({type(error).__name__}: {reason})"
+        ) from None
+
+
+@contextlib.contextmanager
+def _name_damaged_file(path: Path) -> Iterator[None]:
+    """Turns the errors about a damaged file that Keras passes on from zipfile, json and h5py into one."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} is not a whole Keras model ({type(error).__name__}: {error})") from None
+
+
+def _read_version(path):
+    """The first number of the version of Keras that has written a file; 2 for formats that only Keras 2 writes."""
+    version = "2"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            version = json.loads(_read_member(archive, _METADATA, _LARGEST_CONFIG))["keras_version"]
+    elif path.is_file() and h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            version = file.attrs.get("keras_version", version)
+    return int(str(version).partition(".")[0])
 
 
 def _read_member(archive, name, largest=None):

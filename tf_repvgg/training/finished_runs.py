@@ -64,8 +64,8 @@ def check_fits(model: keras.Model, data: ClassificationData) -> None:
       ValueError: If it does not.
     """
     expected, actual = (model.input_shape[1:], model.output_shape[-1]), (data.image_shape, data.num_classes)
-    differs = any(size not in (None, other) for size, other in zip(expected[0], actual[0], strict=True))
-    if differs or expected[1] != actual[1]:
+    taken_sizes = [other if size is None else size for size, other in zip(expected[0], actual[0], strict=False)]
+    if len(expected[0]) != len(actual[0]) or taken_sizes != list(actual[0]) or expected[1] != actual[1]:
         raise ValueError(
             "the model takes images of shape {} and distinguishes {} classes, ".format(*expected)
             + "but {name!r} has images of shape {} and {} classes".format(*actual, name=data.name)
