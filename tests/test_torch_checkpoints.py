@@ -255,6 +255,13 @@ def test_other_networks_are_refused(training_model, deploy_model):
         assert message in str(caught.value)
 
 
+def test_the_refusal_of_another_variant_names_it(training_model, tmp_path):
+    """From the widths, depths, groups and branches in the file."""
+    save_torch(build_repvgg("digits", (8, 8, 3), 10, padding="symmetric"), tmp_path / "x.safetensors", "timm_repvgg")
+    with pytest.raises(ValueError, match=r"of another network .its blocks are those of variant digits.: stem.conv_kxk"):
+        load_torch(tmp_path / "x.safetensors", training_model)
+
+
 def test_saving_refuses_what_the_other_project_could_not_load(training_model, tmp_path):
     path = tmp_path / "x.safetensors"
     refusals = [

@@ -11,6 +11,7 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.checkpoints import files, layouts
 from tf_repvgg.checkpoints.slots import HEAD, Network, Slot, find_slots
+from tf_repvgg.checkpoints.variants import list_variants
 from tf_repvgg.layers import OutlierAwareBatchNormalization, RepVGGBlock
 
 _FORM_NAMES = {"training": "in training form", "deploy": "in deploy form (merged)"}
@@ -117,7 +118,9 @@ def _match_slots(path, arrays, detected, network) -> dict[str, Slot]:
         remaining = {key: array for key, array in remaining.items() if key not in head_keys}
 
     def refuse(reason) -> NoReturn:
-        raise ValueError(f"{str(path)!r} is of another network: {reason}")
+        variants = list_variants(arrays, detected)
+        hint = f" (its blocks are those of variant {' or '.join(variants)})" if variants else ""
+        raise ValueError(f"{str(path)!r} is of another network{hint}: {reason}")
 
     for key, slot in slots.items():
         place = f"layer {HEAD!r}" if slot.block == HEAD else f"block {slot.block!r}"
