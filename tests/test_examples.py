@@ -15,6 +15,7 @@ from tf_repvgg import native_output
 
 # What programs outside rely on, whatever else moves: see also `__all__` of the packages.
 PUBLIC_NAMES = (
+    "checkpoints.load_keras",
     "checkpoints.load_torch",
     "checkpoints.save_torch",
     "fusion.fuse",

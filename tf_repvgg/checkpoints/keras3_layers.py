@@ -150,14 +150,14 @@ class Chain:
 
 def _translate_argument(rule, key, value):
     """{argument in Keras 2: value}; empty for one that changes nothing."""
+    if key == "seed":  # of training alone
+        return {}
     if key in rule.without_effect:
         if value not in rule.without_effect[key]:
             raise ValueError(f"its {key}={value!r} has no counterpart in Keras 2")
         return {}
     name = rule.renames.get(key, key)
     if name not in rule.arguments:
-        if key == "seed":
-            return {}
         raise ValueError(f"its argument {key}={value!r} has no counterpart in Keras 2")
     return {name: read_constant(value)}
 
