@@ -141,6 +141,20 @@ def test_activations_count_by_their_step(per_channel):
     assert spreads[0] < 0.9 * spreads[1] and spreads[1] == pytest.approx(measure_spread(network), rel=0.02)
 
 
+def test_a_channel_that_is_small_in_one_place_does_not_grow_elsewhere():
+    """Training has shrunk its weights, and left its bias: an activation as large as others, which would explode."""
+    model = build(residual)
+    kernel, bias = model.get_layer("depthwise").get_weights()
+    kernel[:, :, 0] *= 1e-6
+    bias[:] = 0.5
+    model.get_layer("depthwise").set_weights([kernel, bias])
+    network = network_of(model, 8, batch=random_images(32, SIZE))
+    equalize(network, model)
+    (activations,) = network.compute_activations()
+    ranges = np.max(activations["depthwise_quantizer"], axis=(0, 1, 2))
+    assert ranges[0] < 6 * np.median(ranges)
+
+
 class Shifting(layers.MaxPooling2D):
     """A subclass of a layer that passes factors; it does not."""
 

@@ -15,6 +15,9 @@ _CONVERGED = 1e-3
 # Training can shrink all weights of a channel to nothing, and leave its bias. Equalizing such a channel would scale its
 # bias without bound. As a share of the layer's largest weight: smaller weights vanish beside it in float32.
 _NEGLIGIBLE = np.finfo(np.float32).eps
+# A channel with a small range in one place and large ones in others, such as one that hardly ever is above zero, must
+# not become the largest where it meets the others: below this, log r counts no further.
+_SMALLEST_DEVIATION = -np.log(8.0)
 # Images on which the function is compared before and after, and the change that rounding of float32 explains.
 _PROBES, _TOLERANCE = 8, 1e-3
 
@@ -31,6 +34,9 @@ def equalize(network: Network, look_at_images: bool = True) -> None:
     With calibration images, ranges of activations are matched as well, which is our addition: the sum then includes
     their (log r)^2, and every term counts by the noise of its grid, 4^-bits. So activations of 8 bits count as much as
     weights of 8 bits, and hardly at all beside weights of 4 bits.
+
+    Ranges below an eighth of the mean count as an eighth, so that a channel which is small in one place alone does not
+    become the largest in the others.
 
     ReLU6 keeps its limit: a channel that reaches it on the calibration images has a factor of 1, and others get none
     that would take them there; without images no factor passes ReLU6. Channels whose weights are all zero or negligible
@@ -167,7 +173,7 @@ class _Deviations:
         is_present[FIXED] = False
         # Fixed channels are not of one group in truth.
         mean = np.mean(np.append(largest[is_present], logarithms[channels == FIXED]))
-        self.sums[is_present] += share * (largest[is_present] - mean)
+        self.sums[is_present] += share * np.maximum(largest[is_present] - mean, _SMALLEST_DEVIATION)
         self.shares[is_present] += share
 
 
