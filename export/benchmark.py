@@ -7,7 +7,6 @@ runs in a process of its own. Writes benchmark.json and benchmark.csv to --outpu
 import contextlib
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import cli, provenance, storage
+from tf_repvgg import cli, json_records, provenance, regular_files, runs, storage
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.tflite import METADATA_NAME
 from tf_repvgg.tflite.isolated import Isolated, time_by_turns
@@ -28,13 +27,13 @@ flags.DEFINE_list("files", None, "TFLite files.", required=True)
 flags.DEFINE_integer("runs", 200, "Timed inferences of each file.", lower_bound=10)
 flags.DEFINE_integer("warmup_runs", 20, "Inferences of each file before the timed ones.", lower_bound=0)
 flags.DEFINE_integer("runs_per_turn", 10, "Inferences of a file before the turn of the next file.", lower_bound=1)
-flags.DEFINE_integer("threads", 1, "Interpreter threads.", lower_bound=1)
+flags.DEFINE_integer("threads", 1, "Interpreter threads.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_integer("batch", 8, "Images in a batch when throughput is measured, of files with batch 1.", lower_bound=1)
 flags.DEFINE_string("dataset", None, "Dataset on which accuracy is measured too: TFDS name, or folder:PATH.")
 flags.DEFINE_string(
     "data_dir", None, "TFDS data directory that holds the dataset; for a folder, the directory of PATH."
 )
-flags.DEFINE_string("split", "test", "Split on which accuracy is measured, whole.")
+flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split on which accuracy is measured, whole.")
 flags.DEFINE_string("output", None, "Folder to write to.")
 
 # {key in benchmark.json: header of the printed table}
@@ -60,9 +59,7 @@ THROUGHPUT_RUNS = 10
 def main(_):
     with cli.bad_input_exits(), contextlib.ExitStack() as stack:
         paths = [Path(name) for name in FLAGS.files]
-        files = {
-            str(path): stack.enter_context(Isolated(path.name, path.read_bytes(), FLAGS.threads)) for path in paths
-        }
+        files = {str(path): stack.enter_context(Isolated(path.name, _read_file(path), FLAGS.threads)) for path in paths}
         times = time_by_turns(files, FLAGS.runs, FLAGS.warmup_runs, FLAGS.runs_per_turn)
         rows = [measure(path, files[str(path)], times[str(path)], FLAGS.batch) for path in paths]
         if FLAGS.dataset:
@@ -72,6 +69,10 @@ def main(_):
     print_table(rows)
     if output:
         write_results(output, rows)
+
+
+def _read_file(path):
+    return regular_files.read_bytes(path, regular_files.MAX_INTEGER_FILE_BYTES)
 
 
 def measure(path: Path, file: Isolated, times: Sequence[float], batch: int) -> dict[str, Any]:
@@ -114,7 +115,8 @@ def measure_accuracy(name: str, file: Isolated) -> float:
             f"{name}: no metadata block {METADATA_NAME}, which describes how images are preprocessed; --dataset is for "
             "files of export/main.py"
         )
-    data = ClassificationData(FLAGS.dataset, FLAGS.data_dir, Preprocessing.from_metadata(json.loads(content)))
+    metadata = json_records.parse(content, runs.PreprocessingRecord, f"{name}, metadata block {METADATA_NAME}")
+    data = ClassificationData(FLAGS.dataset, FLAGS.data_dir, Preprocessing.from_metadata(metadata))
     correct, total = 0, data.num_examples(FLAGS.split)
     with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
         for images, labels in data.evaluation(FLAGS.split).as_numpy_iterator():

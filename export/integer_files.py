@@ -47,7 +47,7 @@ flags.DEFINE_integer(
     lower_bound=2,
     upper_bound=256,
 )
-flags.DEFINE_integer("ptq_seed", 0, "Seed of methods that learn.")
+flags.DEFINE_integer("ptq_seed", 0, "Seed of methods that learn.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_enum("activation_bits", "8", ["8", "16"], "Bits of activations, the input included.")
 flags.DEFINE_enum(
     "inference_type",
@@ -179,6 +179,8 @@ def read_settings() -> Settings:
     weight_bits = tuple(int(text) if text.isdigit() else 0 for text in FLAGS.weight_bits)
     if not weight_bits or not all(2 <= bits <= 8 for bits in weight_bits):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
+    if FLAGS.layer_bits and not all("=" in part for part in FLAGS.layer_bits.split(",")):
+        raise ValueError(f"--layer_bits is {FLAGS.layer_bits!r}; use pattern=bits, as in stem=8,logits=8")
     ptq.parse_method(FLAGS.ptq)
     return Settings(
         weight_bits=weight_bits,

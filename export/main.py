@@ -40,7 +40,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("latency_runs", 100, "Number of timed inferences, 50 or more; 0 times none.", lower_bound=0)
 flags.register_validator("latency_runs", lambda count: count == 0 or count >= 50, "must be 0, or 50 or more")
-flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1)
+flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_bool("outliers_only", False, "Print the outliers of the network's weights; export nothing.")
 for module in (sources, integer_files):
     flags.adopt_module_key_flags(module)  # so that export.json holds them
@@ -103,13 +103,15 @@ def main(_):
             return
         settings = read_settings()
         source = sources.load_source()
+        if FLAGS.report and source.is_run:
+            report.check_history(source.path)
         forms = make_forms(source.model)
         request = make_request(settings, source, forms)
         output = storage.claim_folder(sources.find_output())
+        finished_work = storage.FinishedWork(output / ".unfinished", is_sealed=True)
     for note in source.notes:
         print(note)
     workdir = source.write_run(output)
-    finished_work = storage.FinishedWork(output / ".unfinished")
     exports = [
         Export(file, build_targets(file.name, file.content))
         for file in integer_files.make_files(request, finished_work)

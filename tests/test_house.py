@@ -19,7 +19,9 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 # The rooms of tf_repvgg/, each a module or a package, from the ground floor up. A room imports from itself and from the
 # floors below it, so from no other room on its own floor. The room "quantization" is the package without its wings.
 FLOORS = (
-    ("by_name", "converter_errors", "graph", "native_output", "provenance", "storage", "version"),
+    ("regular_files",),
+    ("json_records",),
+    ("by_name", "converter_errors", "graph", "interruption", "native_output", "provenance", "storage", "version"),
     ("converter", "data", "layers"),
     ("fusion", "models", "outliers"),
     ("checkpoints",),

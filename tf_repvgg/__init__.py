@@ -15,7 +15,11 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from tf_repvgg import native_output
+from tf_repvgg import interruption, native_output
+
+# The imports below take seconds.
+if interruption.is_in_program():
+    interruption.end_at_signals()
 
 # The one place that selects Keras 2: TensorFlow reads this when ``tf.keras`` is first touched.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")

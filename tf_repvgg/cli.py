@@ -2,26 +2,32 @@
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tensorflow as tf
 from absl import app, flags, logging
 
-from tf_repvgg import runs
+from tf_repvgg import interruption, regular_files, runs
 
 FAILED, BAD_INPUT, DIVERGED = 1, 2, 3
-INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+
+# Beyond these, numbers overflow somewhere in TensorFlow; a flag with an upper bound of its own has that one.
+_LARGEST_INTEGER = 2**31 - 1
+_LARGEST_FLOAT = 1e9
+_LONGEST_CHAIN_OF_FLAGFILES = 10
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
     """Parses the flags of an absl program, runs it and exits.
 
     A program that fails prints one line. Its exit status is 1 after failures such as a full disk, 2 after malformed
-    flags, 3 if training has diverged, and 130 after Control-C.
+    flags, 3 if training has diverged, 130 after Control-C, and 143 after SIGTERM.
 
     Args:
       main: Function that takes the command line without its flags.
@@ -32,9 +38,11 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
 
 def _run(main, argv):
     try:
-        main(argv)
-    except KeyboardInterrupt:
-        _exit("interrupted; files written earlier are intact", INTERRUPTED)
+        with interruption.raise_signals():
+            main(argv)
+    except (KeyboardInterrupt, interruption.Terminated) as error:
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        _exit(interruption.describe(number), interruption.status_of(number))
     except FloatingPointError as error:
         _exit(error, DIVERGED)
     except OSError as error:
@@ -45,12 +53,71 @@ def _run(main, argv):
 
 def _parse_flags(argv):
     try:
+        _check_flagfiles(argv)
         program, *arguments = flags.FLAGS(argv)
-    except (flags.Error, OSError) as error:
+        check_values(flags.FLAGS)
+    except (flags.Error, OSError, ValueError) as error:
         _exit(error)
     if arguments:
         _exit(f"{arguments[0]!r} is not a flag; write flags as --name=value, and switches as --name or --noname")
     return [program]
+
+
+def _check_flagfiles(arguments, chain=()):
+    """Checks the files of --flagfile, which absl would read however long they are; a file may name others."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name not in ("--flagfile", "-flagfile"):
+            continue
+        path = str(Path(value if equals else following).expanduser())
+        if len(chain) >= _LONGEST_CHAIN_OF_FLAGFILES:
+            raise ValueError(
+                f"flagfile {chain[0]!r} leads to a chain of more than {_LONGEST_CHAIN_OF_FLAGFILES} flagfiles"
+            )
+        if path not in chain:  # absl leaves out a file that it is reading
+            lines = (line.strip() for line in regular_files.read_text(path).splitlines())
+            _check_flagfiles(list(lines), (*chain, path))
+
+
+def check_values(flag_values: flags.FlagValues) -> None:
+    """Checks what the types of absl's flags leave open: numbers are finite and not too large, and text is not empty.
+
+    Args:
+      flag_values: Parsed flags.
+
+    Raises:
+      ValueError: If a flag that was given has another value; names the flag.
+
+    Example:
+      >>> from absl import flags
+      >>> from tf_repvgg import cli
+      >>> values = flags.FlagValues()
+      >>> _ = flags.DEFINE_float("learning_rate", 0.1, "", lower_bound=0, flag_values=values)
+      >>> _ = values(["program", "--learning_rate=nan"])
+      >>> try:
+      ...     cli.check_values(values)
+      ... except ValueError as error:
+      ...     print(error)
+      --learning_rate is nan; give a finite number
+    """
+    for name in flag_values:
+        flag = flag_values[name]
+        if flag.present:
+            _check_value(name, flag)
+
+
+def _check_value(name, flag):
+    value = flag.value
+    if value == "":  # from an unset variable of the shell, perhaps
+        raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"--{name} is {value}; give a finite number")
+    upper_bound = getattr(flag.parser, "upper_bound", None)
+    largest = _LARGEST_INTEGER if isinstance(value, int) else _LARGEST_FLOAT
+    if upper_bound is None and abs(value) > largest:
+        raise ValueError(f"--{name} is {value}; give a number up to {largest:.10g}")
 
 
 def key_flags(program: str, flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, str]:

@@ -12,6 +12,8 @@ flags.disclaim_key_flags()
 
 # Flags that describe the preprocessing, which a finished run has decided on.
 PREPROCESSING_FLAGS = ("image_size", "evaluation_resize", "normalization")
+# An image of this height and width takes 3 GiB in float32.
+_LARGEST_SIDE = 2**14
 
 
 def define_image_flags(default_normalization: str | None) -> None:
@@ -43,6 +45,7 @@ def define_image_flags(default_normalization: str | None) -> None:
         None,
         "Height and width that images are resized to; required for datasets whose images differ in size.",
         lower_bound=1,
+        upper_bound=_LARGEST_SIDE,
     )
     flags.DEFINE_integer(
         "evaluation_resize",
@@ -50,6 +53,7 @@ def define_image_flags(default_normalization: str | None) -> None:
         "Length of an evaluation image's shorter side before its centre of --image_size is cropped; by default the "
         "whole image is stretched to --image_size.",
         lower_bound=1,
+        upper_bound=_LARGEST_SIDE,
     )
     flags.DEFINE_enum(
         "normalization",

@@ -1,21 +1,65 @@
 """Training runs: the folder of a run, the files in it, and how they are read back."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import tf_keras as keras
+from msgspec import Meta
 
-from tf_repvgg import provenance, storage
+from tf_repvgg import json_records, provenance, regular_files, storage
 from tf_repvgg.checkpoints import load_keras
 
 MODEL_NAME = "model.keras"
 CONFIG_NAME = "config.flags"
 INPUT_NAME = "input.json"
+METRICS_NAME = "metrics.jsonl"
 RESULT_NAME = "result.json"
+
+_Name = Annotated[str, Meta(min_length=1)]
+_Side = Annotated[int, Meta(ge=1, le=2**15)]
+_Pixel = Annotated[float, Meta(ge=-1e6, le=1e6)]
+_Deviation = Annotated[float, Meta(ge=1e-6, le=1e6)]
+_Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+
+
+class PreprocessingRecord(TypedDict):
+    """How images are preprocessed, in input.json and in the metadata block of integer files.
+
+    Older versions did not write all keys; see `tf_repvgg.data.Preprocessing.from_metadata`.
+    """
+
+    size: NotRequired[tuple[_Side, _Side] | None]
+    mean: NotRequired[_Pixel | Annotated[list[_Pixel], Meta(min_length=1, max_length=4)]]
+    std: NotRequired[_Deviation | Annotated[list[_Deviation], Meta(min_length=1, max_length=4)]]
+    resize_shorter_side: NotRequired[_Side | None]
+
+
+class InputRecord(PreprocessingRecord):
+    """Content of input.json."""
+
+    dataset: _Name
+    validation_held_out: NotRequired[bool]
+    labels: NotRequired[Annotated[list[str], Meta(min_length=1)]]
+
+
+class EpochRecord(TypedDict):
+    """A line of metrics.jsonl, without the metrics, whose names depend on the run."""
+
+    epoch: _Count
+    seconds: _Seconds
+
+
+class ResultRecord(TypedDict):
+    """Content of result.json."""
+
+    split: NotRequired[_Name]
+    images: NotRequired[_Count]
+    top1_percent: NotRequired[Annotated[float, Meta(ge=0, le=100)]]
+    training_seconds: NotRequired[_Seconds]
+    machine: NotRequired[dict[str, str | int | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +111,7 @@ class Run:
             raise ValueError("the name of the workdir is empty; give a folder")
         self.path = Path(workdir)
         self.model_path = self.path / MODEL_NAME
-        self.metrics_path = self.path / "metrics.jsonl"
+        self.metrics_path = self.path / METRICS_NAME
         self.checkpoints_path = self.path / "checkpoints"
         self.tensorboard_path = self.path / "tensorboard"
 
@@ -95,12 +139,13 @@ class Run:
           may_differ: Names of flags that may have other values.
 
         Raises:
-          ValueError: If settings differ; names their flags.
+          OSError: If config.flags cannot be read.
+          ValueError: If settings differ; names their flags. Or if config.flags is not text.
         """
         path = self.path / CONFIG_NAME
         if not path.exists():
             return
-        lines_before = {_flag_name(line): line for line in path.read_text(encoding="utf-8").splitlines()}
+        lines_before = {_flag_name(line): line for line in regular_files.read_text(path).splitlines()}
         lines = {
             name: setting.line for name, setting in settings.items() if name in lines_before or not setting.is_default
         }
@@ -141,10 +186,7 @@ class Run:
         Args:
           result: What was measured, JSON-serializable.
         """
-        # A model that was trained elsewhere comes without the metrics of its epochs.
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
-        records = [json.loads(line) for line in lines]
-        seconds = {record["epoch"]: record["seconds"] for record in records}
+        seconds = {record["epoch"]: record["seconds"] for record in read_epochs(self.metrics_path)}
         storage.write_json(
             self.path / RESULT_NAME,
             {**result, "training_seconds": round(sum(seconds.values()), 1), "machine": provenance.machine()},
@@ -155,6 +197,55 @@ def _flag_name(line):
     """The flag that a line of a flagfile sets: --name=value, --name or --noname."""
     name, equals, _ = line.lstrip("-").partition("=")
     return name if equals else name.removeprefix("no")
+
+
+def read_epochs(path: str | Path, count: int | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none if there is no such file, as beside a model that was trained elsewhere.
+
+    Args:
+      path: Path of metrics.jsonl.
+      count: Number of lines to read, from the first; None for all.
+
+    Raises:
+      OSError: If the file cannot be read.
+      ValueError: If a line is not the record of an epoch; names the line.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     path = pathlib.Path(workdir, "metrics.jsonl")
+      ...     length = path.write_text('{"epoch": 1, "seconds": 2.5, "top1_percent": 50.0}')
+      ...     runs.read_epochs(path)
+      [{'epoch': 1, 'seconds': 2.5, 'top1_percent': 50.0}]
+    """
+    if not Path(path).exists():
+        return []
+    records = []
+    for number, line in enumerate(regular_files.read_text(path).splitlines()[:count], start=1):
+        name = f"{path}, line {number}"
+        record = json_records.parse(line, dict[str, float], name)
+        json_records.check(record, EpochRecord, name)
+        records.append(record)
+    return records
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """The content of result.json; empty if there is no such file.
+
+    Raises:
+      OSError: If the file cannot be read.
+      ValueError: If the file is damaged; names the key.
+
+    Example:
+      >>> import tempfile
+      >>> from tf_repvgg import runs
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     runs.Run(workdir).write_result({"split": "test", "images": 360})
+      ...     runs.read_result(f"{workdir}/result.json")["images"]
+      360
+    """
+    return json_records.read(path, ResultRecord) if Path(path).exists() else {}
 
 
 def folder_of(path: str | Path) -> Path:
@@ -187,7 +278,8 @@ def read_input(path: str | Path) -> dict[str, Any]:
       path: Folder of a run, or its model file.
 
     Raises:
-      FileNotFoundError: If there is no such run, or no such file.
+      OSError: If there is no such run, or no such file, or it cannot be read.
+      ValueError: If the file is damaged; names the key, what was found, and what is expected.
 
     Example:
       >>> import tempfile
@@ -200,7 +292,7 @@ def read_input(path: str | Path) -> dict[str, Any]:
     path = folder_of(path) / INPUT_NAME
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; it says which dataset and image size the model expects")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json_records.read(path, InputRecord)
 
 
 def load_model(path: str | Path) -> keras.Model:
@@ -234,6 +326,7 @@ def load_model(path: str | Path) -> keras.Model:
             f"process {process} is training it" if process else f"train one with train/main.py --workdir={path.parent}"
         )
         raise FileNotFoundError(f"no model at {str(path)!r}; {advice}")
+    regular_files.open_to_read(path, regular_files.MAX_MODEL_BYTES).close()
     return load_keras(path)
 
 
@@ -252,7 +345,7 @@ def model_sha256(path: str | Path) -> str:
       'e3b0c442'
     """
     path = Path(path)
-    return hashlib.sha256((path / MODEL_NAME if path.is_dir() else path).read_bytes()).hexdigest()
+    return regular_files.hash_file(path / MODEL_NAME if path.is_dir() else path)
 
 
 def copy_weights(source: keras.Model, target: keras.Model) -> None:

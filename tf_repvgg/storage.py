@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,12 @@ from typing import Any, TextIO
 
 import tensorflow as tf
 
+from tf_repvgg import json_records, regular_files
+
 _LOCK_NAME = ".lock"
 _PARTIAL = ".partial"
 _CONTENT_SHA256 = "content_sha256"
+_LONGEST_PROCESS_ID = 20
 
 # Open lock files by folder: a lock lasts until its process ends, however that ends.
 _claims: dict[Path, TextIO] = {}
@@ -54,7 +58,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     folder = path.with_name(f".{path.name}{_PARTIAL}")
     temporary = folder / path.name
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         folder.mkdir()
         yield temporary
         for file in (temporary, *temporary.rglob("*")):
@@ -65,6 +69,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise OSError(f"cannot write {str(path)!r} ({_reason(error)}); files written earlier are intact") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(path):
+    """Removes a file, a folder or a link, if there is one; never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _reason(error):
@@ -86,7 +98,7 @@ def _flush_to_disk(path):
 def remove_partial_files(folder: str | Path) -> None:
     """Removes what a killed process was writing to a folder; only for the one process that writes there."""
     for path in Path(folder).glob(f".*{_PARTIAL}"):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -132,8 +144,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Appends a line to a text file, and waits until it is on the disk."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Appends a line to a text file, and waits until it is on the disk.
+
+    Raises:
+      OSError: If the file cannot be written, or is a link or no regular file.
+    """
+    with open(regular_files.open_to_write(path, os.O_APPEND), "a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -171,6 +187,7 @@ def claim_folder(path: str | Path) -> Path:
       BlockingIOError: If another process has claimed the folder; names that process.
       NotADirectoryError: If `path` is a file.
       PermissionError: If nothing can be written there.
+      OSError: If `.lock` in it is not a file that this function has made.
 
     Example:
       >>> import os, tempfile
@@ -183,17 +200,18 @@ def claim_folder(path: str | Path) -> Path:
     path = make_writable_folder(path)
     if path.resolve() in _claims:
         return path
-    file = open(path / _LOCK_NAME, "a+", encoding="ascii")  # noqa: SIM115  (the lock lasts while the file is open)
+    descriptor = regular_files.open_to_write(path / _LOCK_NAME, 0)
+    file = open(descriptor, "r+", encoding="utf-8", errors="replace")  # noqa: SIM115  (the lock lasts while it is open)
+    process = _read_process_id(file, path / _LOCK_NAME)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        with file:
-            file.seek(0)
-            process = file.read().strip()
+        file.close()
         raise BlockingIOError(
             f"{str(path)!r} is in use by process {process}; wait until it has ended, or use another folder"
         ) from None
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     file.write(f"{os.getpid()}\n")
     file.flush()
     _claims[path.resolve()] = file
@@ -201,17 +219,53 @@ def claim_folder(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def wait_for_lock(path: str | Path) -> Iterator[None]:
+    """A context that one process at a time is in; the others wait.
+
+    Args:
+      path: File of the lock; made, with its folder, unless it exists.
+
+    Raises:
+      OSError: If the file cannot be made, or is a link or no regular file.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from tf_repvgg import storage
+      >>> with tempfile.TemporaryDirectory() as folder, storage.wait_for_lock(f"{folder}/.digits.lock"):
+      ...     print(pathlib.Path(folder, ".digits.lock").exists())
+      True
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = regular_files.open_to_write(path, 0)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def lock_holder(folder: str | Path) -> str | None:
     """The ID of the running process that has claimed a folder; None if there is none."""
+    path = Path(folder) / _LOCK_NAME
     try:
-        with open(Path(folder) / _LOCK_NAME, encoding="ascii") as file:
+        with regular_files.open_to_read(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read().strip()
+                return _read_process_id(file, path)
     except FileNotFoundError:
         pass
     return None
+
+
+def _read_process_id(file, path):
+    """The ID in a lock file, empty in a new one; another content is somebody's, under a second name of that file."""
+    content = file.read(_LONGEST_PROCESS_ID + 1)
+    text = content.decode(errors="replace") if isinstance(content, bytes) else content
+    if not re.fullmatch(r"(\d{1,20}\n?)?", text):
+        raise OSError(f"{str(path)!r} should hold the ID of a process, but holds something else; remove it")
+    return text.strip()
 
 
 class FinishedWork:
@@ -222,6 +276,11 @@ class FinishedWork:
 
     Args:
       folder: Folder of the results; made when the first result is kept.
+      is_sealed: Whether each result holds a checksum of itself, so that `find` returns no result that was changed.
+        Results that people read, and may correct, go without.
+
+    Raises:
+      NotADirectoryError: If the folder is a link or no folder.
 
     Example:
       >>> import tempfile
@@ -233,8 +292,11 @@ class FinishedWork:
       {'bits': 4, 'images': 360} None
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, is_sealed: bool = False) -> None:
         self._folder = Path(folder)
+        self._is_sealed = is_sealed
+        if self._folder.is_symlink() or (self._folder.exists() and not self._folder.is_dir()):
+            raise NotADirectoryError(f"{str(self._folder)!r} is a link or no folder; results are kept there: remove it")
 
     def find(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Looks up a result.
@@ -244,22 +306,27 @@ class FinishedWork:
           inputs: Everything that the result depends on, JSON-serializable.
 
         Returns:
-          The inputs and the result as one dictionary; None if nothing is kept under that name, or with other inputs.
+          The inputs and the result as one dictionary; None if nothing is kept under that name, or with other inputs,
+          or what is kept is damaged.
         """
-        path = self._folder / f"{name}.json"
-        if not path.exists():
+        try:
+            record = json_records.read(self._folder / f"{name}.json", dict[str, Any])
+            if self._is_sealed and not json_records.is_whole(record):
+                return None
+            record = json_records.unseal(record)
+            # Compared as JSON keeps them: there tuples are lists.
+            if not json.loads(json.dumps(dict(inputs))).items() <= record.items():
+                return None
+            if expected := record.get(_CONTENT_SHA256):
+                is_whole = hashlib.sha256(self.read_content(name)).hexdigest() == expected
+                return record if is_whole else None
+            return record
+        except (OSError, ValueError):
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        # Compared as JSON keeps them: there tuples are lists.
-        if not json.loads(json.dumps(dict(inputs))).items() <= record.items():
-            return None
-        if (expected := record.get(_CONTENT_SHA256)) and self._content_sha256(name) != expected:
-            return None
-        return record
 
     def read_content(self, name: str) -> bytes:
         """The binary file of a result that `find` has returned."""
-        return self._content_path(name).read_bytes()
+        return regular_files.read_bytes(self._content_path(name), regular_files.MAX_INTEGER_FILE_BYTES)
 
     def keep(
         self, name: str, inputs: Mapping[str, Any], result: Mapping[str, Any], content: bytes | None = None
@@ -281,11 +348,14 @@ class FinishedWork:
         record = {**inputs, **result}
         path = self._folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        for damaged in (path, self._content_path(name)):
+            if damaged.is_dir():
+                _remove(damaged)
         if content is not None:
             # First, so that no result is found without its file.
             write_bytes(self._content_path(name), content)
             record[_CONTENT_SHA256] = hashlib.sha256(content).hexdigest()
-        write_json(path, record)
+        write_json(path, json_records.seal(record) if self._is_sealed else record)
         return record
 
     def remove(self) -> None:
@@ -294,7 +364,3 @@ class FinishedWork:
 
     def _content_path(self, name):
         return self._folder / f"{name}.bin"
-
-    def _content_sha256(self, name):
-        path = self._content_path(name)
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

@@ -79,6 +79,8 @@ def open_run(
     run.check_settings(settings, may_differ)
     if not evaluates_only:
         run.claim()
+        if run.is_trained:
+            runs.read_epochs(run.metrics_path)  # for result.json, at the end
     return run
 
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import runs
+from tf_repvgg import interruption, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.training import averages, checkpoints, distillation, divergence, logs, optimization
 
@@ -15,7 +15,9 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("epochs", 10, "Number of passes over the training data.", lower_bound=1)
 flags.DEFINE_integer("steps_per_epoch", None, "Steps in an epoch; by default one pass over the data.", lower_bound=1)
 flags.DEFINE_integer("early_epochs", 0, "Number of epochs at the start that train on smaller crops.", lower_bound=0)
-flags.DEFINE_integer("early_crop", 24, "Height and width of the crops of --early_epochs.", lower_bound=1)
+flags.DEFINE_integer(
+    "early_crop", 24, "Height and width of the crops of --early_epochs.", lower_bound=1, upper_bound=2**14
+)
 flags.DEFINE_integer("batch_size", 128, "Images per training step.", lower_bound=1)
 flags.DEFINE_enum("optimizer", "sgd", optimization.OPTIMIZERS, "SGD, or AdamW with the decay rates of Keras.")
 flags.DEFINE_float(
@@ -156,7 +158,7 @@ class TrainingLoop:
       checkpoint_minutes: Minutes between checkpoints within an epoch; 0 for none.
 
     Raises:
-      ValueError: If the last checkpoint is damaged or of another network.
+      ValueError: If the last checkpoint, or the log of earlier epochs, is damaged or of another network.
     """
 
     def __init__(self, run: runs.Run, trainer: keras.Model, steps_per_epoch: int, checkpoint_minutes: float) -> None:
@@ -166,6 +168,8 @@ class TrainingLoop:
         self._average = averages.MovingAverage(trainer, FLAGS.ema) if FLAGS.ema else None
         variables = {"averages": self._average.averages} if self._average else {}
         self._checkpoints = checkpoints.Checkpoints(run.checkpoints_path, trainer, checkpoint_minutes, **variables)
+        self._check_position()
+        self._log = logs.MetricsLog(run.metrics_path, self._checkpoints.first_epoch, self._checkpoints.seconds_before)
 
     def fit(
         self,
@@ -184,11 +188,24 @@ class TrainingLoop:
           FloatingPointError: If training diverges.
         """
         try:
-            self._fit(data, validation_split, extra_callbacks)
+            with interruption.allow_deferral():
+                self._fit(data, validation_split, extra_callbacks)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {self._advise()}") from None
         if self._average:
             self._average.replace_weights()
+
+    def _check_position(self):
+        """Checks that the checkpoint is one of this run: its optimizer has made as many steps as its position says."""
+        epoch, step = self._checkpoints.first_epoch, self._checkpoints.first_step
+        steps = int(self._trainer.optimizer.iterations.numpy())
+        is_within = (epoch < FLAGS.epochs and step < self._steps_per_epoch) or (epoch, step) == (FLAGS.epochs, 0)
+        if not is_within or epoch * self._steps_per_epoch + step != steps:
+            raise ValueError(
+                f"checkpoint {str(self._checkpoints.latest)!r} is damaged: it is at epoch {epoch}, step {step}, after "
+                f"{steps} steps, but the run has {FLAGS.epochs} epochs of {self._steps_per_epoch} steps; delete it to "
+                "continue from the one before"
+            )
 
     def _fit(self, data, validation_split, extra_callbacks):
         """First the epochs on small crops, then those on whole images."""
@@ -199,7 +216,7 @@ class TrainingLoop:
         callbacks = [
             divergence.StopOnNaN(),
             *([self._average] if self._average else []),
-            logs.MetricsLog(self._run.metrics_path, first_epoch, self._checkpoints.seconds_before),
+            self._log,
             keras.callbacks.TensorBoard(str(self._run.tensorboard_path), write_graph=False),
             *extra_callbacks,
             self._checkpoints,

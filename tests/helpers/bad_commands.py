@@ -12,7 +12,7 @@ BAD_COMMANDS = {
     "flag out of range": (TRAIN, ["--workdir={new}", "--epochs=0"], "epochs", "0"),
     "seed of more than 32 bits": (TRAIN, ["--workdir={new}", "--seed=4294967296"], "seed", "4294967295"),
     "images of size zero": (TRAIN, ["--workdir={new}", "--image_size=0"], "image_size", "0"),
-    "empty workdir": (TRAIN, ["--workdir="], "name of the workdir is empty", "folder"),
+    "empty workdir": (TRAIN, ["--workdir="], "--workdir is empty; give a value", ""),
     "no workdir": (TRAIN, [], "workdir", "required|None"),
     "no such flagfile": (TRAIN, ["--flagfile={new}/x.flags"], "x.flags", ""),
     "unknown dataset": (TRAIN, ["--workdir={new}", "--dataset=digitz"], "'digitz' is not in TFDS", "digits, cifar10"),

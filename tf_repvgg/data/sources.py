@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from tf_repvgg import storage
 from tf_repvgg.data.digits import Digits
 
 _SHUFFLE_IMAGES = 50_000
@@ -39,7 +41,8 @@ class TfdsSource:
         self.name = name
         self._builder = _make_builder(name, data_dir)
         _check_features(self._builder.info.features, name)  # before a download that may take hours
-        _prepare(self._builder, name, data_dir)
+        if not self._builder.is_prepared():
+            self._builder = _prepare(self._builder, name, data_dir)
         info = self._builder.info
         self.labels = tuple(info.features["label"].names)
         self.image_shape = info.features["image"].shape
@@ -97,10 +100,20 @@ def _check_features(features, name):
         raise ValueError(f"the label of dataset {name!r} is {features['label']}; it must be a tfds.features.ClassLabel")
 
 
+def _lock_preparation(builder):
+    """A context that one process at a time is in, unless the data are on another machine."""
+    folder = str(builder.data_path)
+    if "://" in folder:
+        return contextlib.nullcontext()
+    return storage.wait_for_lock(Path(folder).parents[1] / f".{builder.name}.lock")
+
+
 def _prepare(builder, name, data_dir):
-    """Downloads a missing dataset, unless the user has said where it should be; generates digits in either case."""
-    if builder.is_prepared():
-        return
+    """Downloads a missing dataset, unless the user has said where it should be; generates digits in either case.
+
+    Returns:
+      Builder of the dataset; another process may have prepared it in the meantime.
+    """
     if data_dir is not None and name != Digits.name:
         raise FileNotFoundError(
             f"data_dir {data_dir!r} does not contain the dataset {name!r} (looked for {builder.data_path}); "
@@ -109,7 +122,11 @@ def _prepare(builder, name, data_dir):
     # TFDS announces a download on stdout, also for digits, which need none.
     announcement = contextlib.redirect_stdout(io.StringIO()) if name == Digits.name else contextlib.nullcontext()
     try:
-        with announcement:
-            builder.download_and_prepare()
+        # TFDS draws the names of temporary folders from Python's random numbers, which all our programs seed alike.
+        with _lock_preparation(builder), announcement:
+            builder = _make_builder(name, data_dir)
+            if not builder.is_prepared():
+                builder.download_and_prepare()
+        return builder
     except Exception as error:  # of many kinds: a dataset to be fetched by hand, such as ImageNet; no network
         raise FileNotFoundError(f"TFDS cannot download and prepare the dataset {name!r} by itself: {error}") from None

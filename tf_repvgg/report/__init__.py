@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tf_repvgg import storage
-from tf_repvgg.report.gather import gather
+from tf_repvgg.report.gather import check_history, gather
 from tf_repvgg.report.records import Run
 
-__all__ = ["Run", "check_installed", "gather", "write"]
+__all__ = ["Run", "check_history", "check_installed", "gather", "write"]
 
 _REQUIRED_PACKAGES = ("matplotlib", "jinja2")
 

@@ -1,18 +1,53 @@
 """Reads what train/main.py and export/main.py have left of a run."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
-from tf_repvgg import runs
+from tf_repvgg import json_records, regular_files, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.report.histograms import make_histograms
 from tf_repvgg.report.records import File, Run, choose_smallest_good
 
 _FLOAT_FORMS = ("float_fused", "trained_model")
+_LARGEST_PREDICTIONS = 2**30
+
+
+class _ExportRecord(TypedDict):
+    """The parts of export.json that every report needs."""
+
+    files: list[dict[str, Any]]
+    evaluation_split: str
+
+
+def check_history(workdir: str | Path) -> None:
+    """Checks that a report can read what train/main.py has written to a run, before the export takes its time.
+
+    Args:
+      workdir: Folder of a run, or a model file.
+
+    Raises:
+      OSError: If a file cannot be read.
+      ValueError: If a file is damaged; names it.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from tf_repvgg import report
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     length = pathlib.Path(folder, "result.json").write_text('{"images": "many"}')
+      ...     try:
+      ...         report.check_history(folder)
+      ...     except ValueError as error:
+      ...         print(str(error).partition("result.json")[2])
+      : images is 'many', but `int` is expected
+    """
+    folder = runs.folder_of(workdir)
+    _read_settings(folder / runs.CONFIG_NAME)
+    runs.read_result(folder / runs.RESULT_NAME)
+    runs.read_epochs(folder / runs.METRICS_NAME)
 
 
 def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data: ClassificationData) -> Run:
@@ -25,7 +60,8 @@ def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data:
       data: Dataset that the files were evaluated on.
 
     Raises:
-      FileNotFoundError: If the model or an export is missing.
+      OSError: If the model or an export is missing, or a file cannot be read.
+      ValueError: If a file is damaged; names it.
 
     Example:
       >>> import json, pathlib, tempfile
@@ -43,10 +79,13 @@ def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data:
       (50.0, 4)
     """
     folder = runs.folder_of(workdir)
-    records = [json.loads(Path(export, "export.json").read_text(encoding="utf-8")) for export in exports]
+    records = [json_records.read(Path(export, "export.json"), _ExportRecord) for export in exports]
     classes: dict[str, np.ndarray] = {}
     for export in exports:
-        with np.load(Path(export, "predictions.npz")) as predictions:
+        with (
+            regular_files.open_to_read(Path(export, "predictions.npz"), _LARGEST_PREDICTIONS) as file,
+            np.load(file) as predictions,
+        ):
             classes |= dict(predictions)
     files = [_make_file(title, entry) for record in records for entry in record["files"]]
     clustered = [file for file in files if any(layer["codebook"] for layer in file.record["layers"])]
@@ -64,8 +103,8 @@ def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data:
     return Run(
         title=title,
         settings=_read_settings(folder / runs.CONFIG_NAME),
-        result=_read_json(folder / "result.json"),
-        epochs=_read_epochs(folder / "metrics.jsonl"),
+        result=runs.read_result(folder / runs.RESULT_NAME),
+        epochs=_read_epochs(folder / runs.METRICS_NAME),
         exports=records,
         files=files,
         histograms=make_histograms(runs.load_model(workdir), codebooks),
@@ -97,16 +136,11 @@ def _make_file(run, entry):
 
 
 def _read_settings(path):
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = regular_files.read_text(path).splitlines() if path.exists() else []
     pairs = (line.lstrip("-").partition("=") for line in lines)
     return {name: value if equals else "yes" for name, equals, value in pairs}
 
 
-def _read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def _read_epochs(path):
     """The last entry of each epoch: an epoch that was interrupted and repeated has two."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return list({entry["epoch"]: entry for entry in map(json.loads, lines)}.values())
+    return list({entry["epoch"]: entry for entry in runs.read_epochs(path)}.values())

@@ -1,5 +1,7 @@
 """Files of unknown origin in LiteRT, each in a process of its own: a crash or a hang stays in that process."""
 
+import os
+import re
 import resource
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,7 +15,11 @@ from tf_repvgg.tflite import complexity, interpreter, reader, timing
 from tf_repvgg.tflite.clean_process import ProcessEnded, RemoteError, RemoteObject
 
 SECONDS = 120
-_BYTES_OF_MEMORY = 16 * 2**30
+_LARGEST_MEMORY = 16 * 2**30
+
+
+# Python, and the C++ library, without memory.
+_OUT_OF_MEMORY = re.compile("MemoryError|bad_alloc|Cannot allocate memory|failed to allocate", re.IGNORECASE)
 
 
 class Throughput(NamedTuple):
@@ -129,9 +135,11 @@ class Isolated:
         except TimeoutError:
             reason = f"LiteRT did not answer within {SECONDS} s; the file may be damaged"
         except ProcessEnded as error:
-            reason = f"LiteRT {error}; the file may be damaged"
+            reason = f"LiteRT {error}; the file may be damaged, or need more memory than {_describe_limit()}"
         except RemoteError as error:
             reason = converter_errors.explain_run(str(error))
+            if _OUT_OF_MEMORY.search(str(error)):
+                reason = f"it needs more memory than {_describe_limit()}"
         except ValueError as error:
             reason = str(error)
         raise ValueError(f"{self._name}: {reason}")
@@ -161,11 +169,23 @@ def time_by_turns(
     return times
 
 
+def memory_limit() -> int:
+    """Bytes of address space that a file may use: the memory of the machine, 16 GiB, or the limit of this process."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min(memory, _LARGEST_MEMORY, *limits)
+
+
+def _describe_limit():
+    return f"the {memory_limit() / 2**30:.1f} GiB that this process may use (the machine's memory, or ulimit -v)"
+
+
 class _LoadedFile:
     """The file in its own process, where LiteRT has loaded it."""
 
     def __init__(self, file, threads):
-        resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_MEMORY, _BYTES_OF_MEMORY))
+        limit = memory_limit()
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         self._memory_at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._file = file
         reader.operators(file)  # refuses bytes that are not a TFLite file, before native code reads them

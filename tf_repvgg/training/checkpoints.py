@@ -1,27 +1,42 @@
 """Checkpoints of a run in training, and continuing from them."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
+from msgspec import Meta
 
-from tf_repvgg import storage
+from tf_repvgg import interruption, json_records, regular_files, storage
 from tf_repvgg.training.divergence import check_finite
 
 _KEPT = 2
+_POSITION_NAME = "position.json"
+_Number = Annotated[int, Meta(ge=0, le=2**53)]
+
+
+class _Position(TypedDict):
+    """Content of position.json. Older versions wrote no checksums."""
+
+    epoch: _Number
+    step: _Number
+    seconds: Annotated[float, Meta(ge=0, le=1e12)]
+    metrics: list[list[float]]
+    files: NotRequired[dict[str, str]]
 
 
 class Checkpoints(keras.callbacks.Callback):
     """Saves weights, optimizer and position in the data; restores the last checkpoint when constructed.
 
-    A checkpoint is written after every epoch and, within an epoch, whenever `minutes` have passed since the last. It
-    is a folder `ckpt-<step>` that appears whole or not at all; the two latest are kept. It also holds the metrics of
-    the epoch so far, so that an interrupted epoch is logged like any other.
+    A checkpoint is written after every epoch and, within an epoch, whenever `minutes` have passed since the last, or
+    a signal that `tf_repvgg.interruption` has deferred asks the program to end. It is a folder `ckpt-<step>` that
+    appears whole or not at all; the two latest are kept. It also holds the metrics of the epoch so far, so that an
+    interrupted epoch is logged like any other, and checksums.
 
     Args:
       folder: Folder of the checkpoints; made unless it exists.
@@ -60,6 +75,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._minutes = minutes
         # The optimizer's slots must exist before they can be restored.
         trainer.optimizer.build(trainer.trainable_variables)
+        self._optimizer = trainer.optimizer
         self._state = tf.train.Checkpoint(model=trainer, optimizer=trainer.optimizer, **others)
         self.first_epoch, self.first_step, self.seconds_before = 0, 0, 0.0
         self._metrics_before: list[list[float]] = []
@@ -89,10 +105,11 @@ class Checkpoints(keras.callbacks.Callback):
             for metric, sums_before in zip(self.model.metrics, self._metrics_before, strict=True):
                 sums = zip(metric.get_weights(), sums_before, strict=True)
                 metric.set_weights([value + np.float32(before) for value, before in sums])
+        interruption.defer_signals()
         # After the first step of a continued epoch the sums above are added; in the last step Keras computes what it
         # logs for the epoch. So at least two steps must remain.
         is_due = self._minutes and time.monotonic() - self._saved >= 60 * self._minutes
-        if is_due and batch + 2 < self.params["steps"]:
+        if (is_due or interruption.is_requested()) and batch + 2 < self.params["steps"]:
             check_finite(self.model)
             self._save(
                 epoch=self._epoch,
@@ -100,28 +117,39 @@ class Checkpoints(keras.callbacks.Callback):
                 seconds=time.monotonic() - self._started,
                 metrics=[[float(value) for value in metric.get_weights()] for metric in self.model.metrics],
             )
+            self._end_if_requested()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Saves a checkpoint."""
         self._save(epoch=epoch + 1, step=0, seconds=0.0, metrics=[])
+        self._end_if_requested()
+
+    def _end_if_requested(self):
+        """After a checkpoint, so that a program that is asked to end loses nothing."""
+        if interruption.is_requested():
+            interruption.raise_received()
 
     def _restore(self, checkpoint):
         try:
+            position = _read_position(checkpoint)
             self._state.read(str(checkpoint / "state")).assert_existing_objects_matched()
-            position = json.loads((checkpoint / "position.json").read_text(encoding="utf-8"))
-            self.first_epoch, self.first_step = position["epoch"], position["step"]
-            self.seconds_before, self._metrics_before = position["seconds"], position["metrics"]
-        except (tf.errors.OpError, OSError, ValueError, KeyError, AssertionError) as error:
+            if (step := int(self._optimizer.iterations.numpy())) != _step_of(checkpoint):
+                raise ValueError(f"it is of step {step}")
+        except Exception as error:  # of many kinds, from TensorFlow's reader of damaged files
             raise ValueError(
-                f"checkpoint {str(checkpoint)!r} is damaged or of another network ({type(error).__name__}); "
+                f"checkpoint {str(checkpoint)!r} is damaged or of another network ({_describe(error)}); "
                 f"delete it to continue from the one before, or {str(self._folder)!r} to start over"
             ) from None
+        self.first_epoch, self.first_step = position["epoch"], position["step"]
+        self.seconds_before, self._metrics_before = position["seconds"], position["metrics"]
 
     def _save(self, **position):
         step = int(self.model.optimizer.iterations.numpy())
         with storage.atomic_write(self._folder / f"ckpt-{step}") as folder:
             self._state.write(str(folder / "state"))
-            (folder / "position.json").write_text(json.dumps(position) + "\n", encoding="utf-8")
+            files = {path.name: regular_files.hash_file(path) for path in sorted(folder.iterdir())}
+            record = json_records.seal({**position, "files": files})
+            (folder / _POSITION_NAME).write_text(json.dumps(record) + "\n", encoding="utf-8")
         for outdated in list_checkpoints(self._folder)[_KEPT:]:
             shutil.rmtree(outdated)
         self._saved = time.monotonic()
@@ -139,5 +167,28 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
       ...     print([path.name for path in checkpoints.list_checkpoints(folder)])
       ['ckpt-10', 'ckpt-9']
     """
-    folders = [path for path in Path(folder).glob("ckpt-*") if path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("ckpt-")), reverse=True)
+    folders = [path for path in Path(folder).glob("ckpt-*") if _step_of(path) is not None and path.is_dir()]
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint):
+    """The step in the name of a checkpoint's folder; None for another name."""
+    match = re.fullmatch(r"ckpt-(\d{1,18})", checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def _read_position(checkpoint):
+    """The position of a checkpoint whose files are as they were written."""
+    position = json_records.read(checkpoint / _POSITION_NAME, _Position)
+    if "files" in position:
+        if not json_records.is_whole(position):
+            raise ValueError(f"{_POSITION_NAME} was changed")
+        for name, digest in position["files"].items():
+            if regular_files.hash_file(checkpoint / name) != digest:
+                raise ValueError(f"{name} was changed")
+    return position
+
+
+def _describe(error):
+    """The message of one of this package's errors, or the class of one of TensorFlow's, whose messages are long."""
+    return str(error) if type(error) in (ValueError, OSError) else type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any, Self
 import tf_keras as keras
 from tqdm import tqdm
 
-from tf_repvgg import storage
+from tf_repvgg import regular_files, runs, storage
 
 
 class ProgressBar(keras.callbacks.Callback):
@@ -63,6 +63,10 @@ class MetricsLog(keras.callbacks.Callback):
       epochs_done: Number of epochs that a continued run has finished before.
       seconds_before: Seconds that the run has spent in the epoch after those before it was interrupted.
 
+    Raises:
+      OSError: If the file cannot be read.
+      ValueError: If a line that is kept is damaged; names it.
+
     Example:
       >>> import json, pathlib, tempfile
       >>> from tf_repvgg.training import logs
@@ -81,7 +85,8 @@ class MetricsLog(keras.callbacks.Callback):
         self._path = path
         self._seconds_before = seconds_before
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:epochs_done]
+            runs.read_epochs(path, epochs_done)  # refuses damaged lines now rather than after the training
+            lines = regular_files.read_text(path).splitlines(keepends=True)[:epochs_done]
             with storage.atomic_write(path) as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8")
 
