@@ -25,27 +25,23 @@ from harness.tables import write_results
 from tqdm import tqdm
 
 from tf_repvgg import cli, provenance
-from tf_repvgg.quantization.ptq import METHODS, parse_method
+from tf_repvgg.quantization.ptq import parse_method
 from tf_repvgg.quantization.uniform import GRANULARITIES
 from tf_repvgg.storage import FinishedWork
 
 FLAGS = flags.FLAGS
-QUICK_METHODS = (
-    *("min_max", "percentile", "mse", "octav", "equalize", "bias_correct", "dfq"),
-    *(
-        name
-        for name in ("relative", "relative+bias_correct", "equalize+relative+bias_correct")
-        if "relative" in METHODS
-    ),
-)
-SLOW_METHODS = ("adaround", "adaquant", "codebook")
+RANGE_METHODS = ("min_max", "percentile", "mse", "octav", "relative")
+CORRECTING_METHODS = ("equalize", "bias_correct", "dfq", "relative+bias_correct", "equalize+relative+bias_correct")
+SLOW_METHODS = ("adaround", "adaquant", "equalize+relative+adaquant", "codebook")
 flags.DEFINE_string("data_dir", None, "Folder of the network and the photographs.")
 flags.DEFINE_boolean("validation", False, "Whether to score training photographs, for choices.")
-flags.DEFINE_list("methods", [*QUICK_METHODS, *SLOW_METHODS], "Methods, as of export/main.py --ptq.")
+flags.DEFINE_list(
+    "methods", [*RANGE_METHODS, *CORRECTING_METHODS, *SLOW_METHODS], "Methods, as of export/main.py --ptq."
+)
 flags.DEFINE_list("bits", ["8", "6", "4"], "Weight widths.")
 flags.DEFINE_list("granularities", list(GRANULARITIES), "Granularities of weight scales.")
 flags.DEFINE_list(
-    "methods_int16", ["min_max", "mse"], "Methods that are measured with 16-bit activations too, int8 weights."
+    "methods_int16", ["min_max", "relative"], "Methods that are measured with 16-bit activations too, int8 weights."
 )
 flags.DEFINE_boolean("ai_edge", True, "Whether to measure Google's toolkit beside our methods.")
 flags.DEFINE_integer("calibration_images", 256, "Photographs that methods see.", lower_bound=1)
