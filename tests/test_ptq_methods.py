@@ -78,7 +78,7 @@ def test_dfq_reports_absorption(model):
 @pytest.mark.parametrize("bits, per_channel", [(2, True), (3, False), (8, False)])
 @pytest.mark.parametrize("method", ["adaround", "adaquant", "codebook_adaquant"])
 def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, monkeypatch):
-    """By its error on the calibration images after the final prefix; and the network as a whole ends better."""
+    """By its error on the images held out, after the final prefix; and the network as a whole ends better."""
     batch = smooth_images()
     start, network = (network_of(model, bits, per_channel, batch, iterations=40) for _ in range(2))
     METHODS["codebook" if method == "codebook_adaquant" else "mse"].function(start)
@@ -86,10 +86,12 @@ def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, mo
     monkeypatch.setattr(module, "bias_tune", lambda network: None)  # it moves the biases of the prefix once more
     METHODS[method].function(network)
     assert bits == 8 or network.compute_error() < start.compute_error()
+    _, held_out = network.calibration.split(seed=0)
     errors = []
     for name in network.layers:
         layer = network.quantized.get_layer(name)
         inputs, expected = network.compute_quantized_inputs(name), network.compute_layer_outputs(name)
+        inputs, expected = inputs[held_out], expected[held_out]
         errors.append(
             [
                 compute_layer_error(layer, form.kernels[name], form.get_quantized_bias(name), inputs, expected)
@@ -99,9 +101,10 @@ def test_no_layer_ends_worse_than_its_start(model, method, bits, per_channel, mo
     assert all(ended <= started for ended, started in errors)
     assert bits == 8 or errors[0][0] < errors[0][1]  # in 8 bits a few steps may find nothing better
     monkeypatch.undo()
-    tuned_from = network.compute_error()
+    biases = network.get_quantized_biases()
     METHODS["bias_tune"].function(network)
-    assert network.compute_error() <= tuned_from
+    is_changed = any(np.any(network.get_quantized_bias(name) != bias) for name, bias in biases.items())
+    assert is_changed or network.notes[-1].startswith("bias tuning was undone")
     if method == "adaround" and bits == 3:
         for name, quantized in network.kernels.items():
             exact = np.clip(network.kernel(name) / quantized.scale, -3, 3)

@@ -12,6 +12,8 @@ import tf_keras as keras
 # Images of a batch: fewer if they are large, since memory that is mapped and unmapped for every tensor takes more time
 # than its values.
 _BATCH, _SMALLEST_BATCH, _VALUES = 64, 8, 2**21
+# Images that methods do not learn from, but judge their results by: one in five, where there are that many.
+_HELD_OUT = 5
 
 
 class Calibration:
@@ -46,6 +48,22 @@ class Calibration:
     def count(self) -> int:
         """Number of images."""
         return len(self.inputs[0])
+
+    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the images to learn from, and of a fifth of all that is held out to judge the result by.
+
+        Of fewer than five images, all serve both purposes.
+
+        Args:
+          seed: Seed of the random choice.
+        """
+        order = np.random.default_rng(seed).permutation(self.count)
+        held_out = self.count // _HELD_OUT
+        return (order[held_out:], order[:held_out]) if held_out else (order, order)
+
+    def take(self, indices: np.ndarray) -> "Calibration":
+        """Some of the images."""
+        return Calibration([values[indices] for values in self.inputs])
 
     def compute(self, model: keras.Model, tensors: list) -> list[np.ndarray]:
         """Values of tensors of a model on all images, each [count, ...]."""

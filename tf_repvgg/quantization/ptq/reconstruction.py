@@ -11,12 +11,14 @@ from tf_repvgg.quantization.ptq.looks import is_look_due
 from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.walk import Walk
+from tf_repvgg.quantization.ptq.windows import Windows
 from tf_repvgg.quantization.quantized_layers import apply_kernel
 from tf_repvgg.quantization.uniform import QuantizedKernel
 
-# Images of a step: fewer where outputs have many pixels, because a kernel learns from pixels.
-_BATCH, _SMALLEST_BATCH, _PIXELS = 32, 8, 1024
 _EVALUATION_BATCH = 64
+# A layer is reported as overfitted where the images that it learned from keep so much less of the initial error than
+# others do.
+_OVERFITTED = 0.8
 
 
 class Rounding(NamedTuple):
@@ -44,7 +46,8 @@ def reconstruct(
     """Improves kernels and biases layer by layer: inputs of the quantized prefix, outputs of the float layer.
 
     Starts from the kernels and ranges that are set, by default those of `mse`. Of each layer it keeps the best of a few
-    looks, the start included, by mean squared error over all calibration images.
+    looks, the start included, by mean squared error over a fifth of the calibration images, which it does not learn
+    from. The notes name layers that serve the others much better.
 
     Args:
       network: Network to change.
@@ -55,9 +58,11 @@ def reconstruct(
     if not network.is_complete:
         mse(network)
     generator = np.random.default_rng(network.options.seed)
+    learned, held_out = network.calibration.split(network.options.seed)
     layers = {name: network.quantized.get_layer(name) for name in network.layers if not network.is_shared(name)}
     inputs_walk = Walk(network.calibration, network.quantized, [layer.input for layer in layers.values()])
     expected_walk = Walk(network.calibration, network.float, [network.layers[name].output for name in layers])
+    overfitted = []
     for name in network.show_progress(network.layers, description):
         if name not in layers:
             network.notes.append(f"{description}: layer {name} is called more than once and keeps its initial kernel")
@@ -65,16 +70,31 @@ def reconstruct(
         layer = layers[name]
         inputs = inputs_walk.compute(layer.input)
         expected = expected_walk.compute(network.layers[name].output)
+
+        def measure(result, images, layer=layer, inputs=inputs, expected=expected):
+            kernel, bias = result
+            return compute_layer_error(layer, kernel, bias, inputs[images], expected[images])
+
         start = network.kernels[name], network.get_quantized_bias(name)
         bias = tf.Variable(start[1], trainable=layer.use_bias)
         rounding = make_rounding(network, name, bias)
+        windows = Windows(layer, inputs, expected, learned, generator)
         results = [start]
-        for _ in _train(layer, rounding, bias, inputs, expected, learning_rate, network.options.iterations, generator):
+        variance = float(np.var(expected))
+        for _ in _train(layer, rounding, bias, windows, variance, learning_rate, network.options.iterations):
             results.append(rounding.result())
-        errors = [compute_layer_error(layer, *result, inputs, expected) for result in results]
+        errors = [measure(result, held_out) for result in results]
         best = errors.index(min(errors))
         if best > 0:  # not the start, which is set
             network.set_kernel(name, *results[best])
+            before, after = (measure(result, learned[: len(held_out)]) for result in (start, results[best]))
+            if after * errors[0] < _OVERFITTED * errors[best] * before:
+                overfitted.append(name)
+    if overfitted:
+        network.notes.append(
+            f"{description}: layers that serve the images they learned from better than others, which more calibration "
+            f"images, of more classes, would cure: {', '.join(overfitted)}"
+        )
 
 
 def compute_layer_error(
@@ -97,25 +117,23 @@ def compute_layer_error(
     return total / expected.size
 
 
-def _train(layer, rounding, bias, inputs, expected, learning_rate, iterations, generator):
+def _train(layer, rounding, bias, windows, variance, learning_rate, iterations):
     """Trains a layer's rounding, and yields whenever a look is due."""
     optimizer = keras.optimizers.Adam(learning_rate)
     variables = rounding.variables + ([bias] if layer.use_bias else [])
     optimizer.build(variables)
+
     # Errors relative to the variance of the outputs, so that one learning rate and one penalty suit all layers.
-    unit = float(np.var(expected)) or 1.0
+    unit = variance or 1.0
 
     @tf.function
     def step(x, y, progress):
         with tf.GradientTape() as tape:
-            outputs = layer.activation(apply_kernel(layer, x, rounding.soft_kernel()) + bias)
+            outputs = layer.activation(apply_kernel(windows.layer, x, rounding.soft_kernel()) + bias)
             loss = tf.reduce_mean(tf.math.squared_difference(outputs, y)) / unit + rounding.penalty(progress)
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
-    pixels = int(np.prod(expected.shape[1:-1]))
-    batch = min(max(_PIXELS // pixels, _SMALLEST_BATCH), _BATCH, len(inputs))
     for iteration in range(iterations):
-        indices = generator.integers(0, len(inputs), batch)
-        step(tf.constant(inputs[indices]), tf.constant(expected[indices]), tf.constant(iteration / iterations))
+        step(*map(tf.constant, windows.draw()), tf.constant(iteration / iterations))
         if is_look_due(iteration, iterations):
             yield
