@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.mobileone.network import load_network
-from harness.mobileone.photographs import Sets, load_test_sets, load_validation_sets
+from harness.mobileone.photographs import Photographs, load_test_sets, load_validation_sets
 from harness.ptq import ai_edge
 from harness.ptq.cells import AI_EDGE
 from tf_repvgg import provenance, tflite
@@ -111,12 +111,9 @@ def measure(row: Row, settings: Settings, float_classes: dict[str, Sequence[int]
 def _load_sets(settings):
     load = load_validation_sets if settings.is_validation else load_test_sets
     sets = load(settings.data_dir, settings.calibration_images)
-    cut = {name: type(part)(*(array[: settings.scored_images] for array in part)) for name, part in _scored(sets)}
-    return sets._replace(**cut)
-
-
-def _scored(sets: Sets):
-    return ((name, getattr(sets, name)) for name in SETS)
+    count = settings.scored_images
+    parts = {name: getattr(sets, name) for name in SETS}
+    return sets._replace(**{name: Photographs(*(array[:count] for array in part)) for name, part in parts.items()})
 
 
 def _write_file(row, network, images):
