@@ -30,7 +30,7 @@ flags.DEFINE_integer("image_size", 224, "Height and width of the images.", lower
 flags.DEFINE_integer("images", 256, "Number of calibration images.", lower_bound=1)
 flags.DEFINE_list("methods", ["min_max", "relative"], "Our methods, as of export/main.py --ptq.")
 flags.DEFINE_integer("rounds", 3, "Files that each toolkit writes.", lower_bound=1)
-flags.DEFINE_string("output", None, "JSON file to write, such as results/ptq_time.json.")
+flags.DEFINE_string("output", None, "JSON file to write, with seconds and ratios.")
 
 _PEER = "ai-edge-quantizer"
 
