@@ -227,6 +227,57 @@ def test_relu_layers(relu):
     assert np.max(np.abs(quantized(batch) - model(batch))) < 0.05 * np.max(np.abs(model(batch)))
 
 
+class AddedConstant(keras.layers.Layer):
+    """A user's own layer that ends with a sum."""
+
+    def call(self, inputs):
+        return inputs + 0.25
+
+
+def wide_conv():
+    """A convolution with outputs whose grid is coarse beside that of a ReLU6."""
+    return keras.layers.Conv2D(
+        4, 3, padding="same", kernel_initializer=keras.initializers.RandomNormal(0, 4), name="conv"
+    )
+
+
+# {case: (layers up to a ReLU or ReLU6, what has a grid of its own before that)}
+BEFORE_RELUS = {
+    "dropout": ([wide_conv(), keras.layers.Dropout(0.5), keras.layers.ReLU(6.0)], []),
+    "permuted": ([wide_conv(), keras.layers.Permute((2, 1, 3)), keras.layers.ReLU()], []),
+    "nested": ([keras.Sequential([keras.Input(SIZE), wide_conv()]), keras.layers.ReLU(6.0)], []),
+    "own layer": ([wide_conv(), AddedConstant(name="own"), keras.layers.ReLU(6.0)], ["conv"]),
+    "leaky": ([wide_conv(), keras.layers.LeakyReLU(name="leaky"), keras.layers.ReLU(6.0)], ["conv", "leaky"]),
+    "operator": ([wide_conv(), tf.abs, keras.layers.ReLU(6.0)], ["conv", "tf.math.abs"]),
+    "join": ([lambda x: keras.layers.Concatenate(name="join")([wide_conv()(x), x]), keras.layers.ReLU(6.0)], ["join"]),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_RELUS)
+def test_what_files_fuse_with_a_relu_has_no_grid_of_its_own(case):
+    """The converter drops a quantizer before a ReLU that it fuses, and computes in float without one elsewhere."""
+    before, expected = BEFORE_RELUS[case]
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    features = image = keras.Input(SIZE, name="image")
+    for layer in before:
+        features = layer(features)
+    quantized = ptq.quantize(keras.Model(image, features), calibration=random_images())
+    _, *names, _ = (quantizer.name.removesuffix("_quantizer") for quantizer in quantizers(quantized))
+    assert names == expected
+    tflite.convert(quantized)  # holds the file against the model, and refuses float operations
+
+
+@pytest.mark.parametrize("last", [keras.layers.Flatten(), keras.layers.Permute((2, 1, 3))], ids=["flat", "permuted"])
+@pytest.mark.parametrize("join", [keras.layers.Concatenate, keras.layers.Minimum])
+def test_a_reshaping_after_layers_that_share_a_grid(join, last):
+    """An input of these layers has a narrow grid of its own, which the converter then took for all."""
+    image = keras.Input(SIZE, name="image")
+    narrow = keras.layers.Conv2D(4, 3, padding="same", name="narrow")(image)
+    model = keras.Model(image, [last(join()([narrow, wide_conv()(narrow)])), narrow])
+    tflite.convert(ptq.quantize(model, calibration=random_images()))
+
+
 def test_quantizers_are_placed_where_tflite_rounds():
     model = model_of_many_operations()
     for layer in model.layers:

@@ -110,6 +110,15 @@ def test_outputs_that_tensorflows_kernels_do_not_compute_are_refused(monkeypatch
         tflite.convert(model, IMAGES)
 
 
+def test_constants_beside_an_operation_that_no_grid_follows():
+    """A ReLU with a threshold is left to TensorFlow's converter, which multiplies constants into kernels."""
+    image = keras.Input(IMAGES.shape[1:])
+    features = keras.layers.Conv2D(4, 3)(keras.layers.ReLU(threshold=0.3)(image)) * 1.7
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(features) * [0.5, -1.0, 2.0, 3.0] + 1.0)
+    expected = model.predict_on_batch(IMAGES)
+    assert np.max(np.abs(tflite.predict(tflite.convert(model, IMAGES), IMAGES) - expected)) < 0.05 * np.ptp(expected)
+
+
 @pytest.mark.parametrize(
     "recurrent", [keras.layers.GRU(4, name="loop"), keras.layers.Bidirectional(keras.layers.LSTM(2, name="loop"))]
 )

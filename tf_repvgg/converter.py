@@ -3,7 +3,8 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,12 +17,18 @@ _NEXT_TO_NOTHING = 1e-30
 _INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
-def make_converter(model: keras.Model, input_shapes: Sequence[Sequence[int]]) -> tf.lite.TFLiteConverter:
+def make_converter(
+    model: keras.Model,
+    input_shapes: Sequence[Sequence[int]],
+    run_model: Callable[[keras.Model, Sequence[Any]], Any] | None = None,
+) -> tf.lite.TFLiteConverter:
     """Makes a converter for a model with batch 1, for runtimes without dynamic shapes.
 
     Args:
       model: Functional model.
       input_shapes: Shape of one sample of each input, without the batch dimension, in the order of `model.inputs`.
+      run_model: Function (model, tensors in the order of `model.inputs`) -> outputs in the model's own structure, which
+        is what the converter sees; by default the model's own call.
 
     Example:
       >>> import tf_keras as keras
@@ -36,7 +43,7 @@ def make_converter(model: keras.Model, input_shapes: Sequence[Sequence[int]]) ->
     ]
 
     def call(*inputs):
-        outputs = model(graph.pack_inputs(model, inputs), training=False)
+        outputs = run_model(model, inputs) if run_model else model(graph.pack_inputs(model, inputs), training=False)
         return outputs if tf.is_tensor(outputs) else _name_outputs(outputs)
 
     with _biases_of_transposed_convolutions(model):
@@ -118,7 +125,11 @@ def _name_outputs(outputs):
 
 
 def make_integer_converter(
-    model: keras.Model, input_shapes: Sequence[Sequence[int]], activation_bits: int, inference_type: tf.DType
+    model: keras.Model,
+    input_shapes: Sequence[Sequence[int]],
+    activation_bits: int,
+    inference_type: tf.DType,
+    run_model: Callable[[keras.Model, Sequence[Any]], Any],
 ) -> tf.lite.TFLiteConverter:
     """Makes a converter that writes an integer file of a model with quantizers.
 
@@ -127,8 +138,9 @@ def make_integer_converter(
       input_shapes: Shape of one sample of each input, without the batch dimension.
       activation_bits: Bits of activations, 8 or 16.
       inference_type: Type of the file's inputs and outputs.
+      run_model: See `make_converter`; `tf_repvgg.quantization.shared_grids.run_on_shared_grids`.
     """
-    result = make_converter(model, input_shapes)
+    result = make_converter(model, input_shapes, run_model)
     result.optimizations = [tf.lite.Optimize.DEFAULT]
     if activation_bits == 16:
         result.target_spec.supported_ops = [_INT16]

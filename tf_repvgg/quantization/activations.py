@@ -11,6 +11,7 @@ import tf_keras as keras
 from tf_repvgg import graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, holds_float_kernel
+from tf_repvgg.quantization.relu_fusion import fuses_relu
 from tf_repvgg.quantization.uniform import largest_code
 
 # Ranges that TFLite prescribes for the outputs of these activations: in 8 bits, and one for all in 16 bits.
@@ -29,24 +30,28 @@ AUGMENTATIONS = (
     keras.layers.RandomTranslation,
     keras.layers.RandomZoom,
 )
-# TFLite gives the outputs of these layers the scale of their input; with a grid of their own they would not convert.
-RANGE_PRESERVING = (
+# Layers that compute nothing when a model is not in training, and that files do not have.
+IDENTITIES = (
     *AUGMENTATIONS,
     keras.layers.ActivityRegularization,
     keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.SpatialDropout2D,
+)
+# TFLite gives the outputs of these layers the scale of their input; with a grid of their own they would not convert.
+RANGE_PRESERVING = (
+    *IDENTITIES,
     keras.layers.AveragePooling2D,
     keras.layers.CenterCrop,
     keras.layers.Cropping2D,
-    keras.layers.Dropout,
     keras.layers.Flatten,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
     keras.layers.GlobalMaxPooling2D,
     keras.layers.MaxPooling2D,
     keras.layers.Permute,
     keras.layers.Reshape,
     keras.layers.Resizing,
-    keras.layers.SpatialDropout2D,
     keras.layers.UpSampling2D,
     keras.layers.ZeroPadding2D,
 )
@@ -81,8 +86,9 @@ def quantize_activations(
 
     That is after inputs and after every operation that computes, with two exceptions: after operations whose output has
     the grid of their input (reshaping, padding, upsampling, and pooling other than the global mean), and between an
-    operation and the ReLU that is fused with it. Activations other than ReLU become layers of their own. Nested models
-    become part of the copy, whose layers have the names of `tf_repvgg.graph.unique_names`.
+    operation and the ReLU that is fused with it (see `tf_repvgg.quantization.relu_fusion`). Activations other than ReLU
+    become layers of their own. Nested models become part of the copy, whose layers have the names of
+    `tf_repvgg.graph.unique_names`.
 
     Args:
       model: Functional deploy-form model.
@@ -110,7 +116,7 @@ def quantize_activations(
     if not graph.is_functional(model):
         raise ValueError(f"quantization needs a functional Keras 2 model, but got {type(model).__name__}")
     names = graph.unique_names(model)
-    without_grid = _find_layers_without_grid(model)
+    without_grid = _find_layers_without_grid(_inline_nested_models(model, names))
     replace_weighted = replace_weighted or (lambda layer, changes: graph.copy_layer(layer, **changes))
     calls: collections.Counter[str] = collections.Counter()
 
@@ -136,7 +142,7 @@ def quantize_activations(
                 activate(quantize(linear(*arguments, **keywords), name)), f"{name}_activation", **options
             )
         copy = replace_weighted(layer, {"name": name}) if is_replaced else graph.copy_layer(layer, name=name)
-        if isinstance(layer, RANGE_PRESERVING) or id(layer) in without_grid or activation == _IDENTITY:
+        if isinstance(layer, RANGE_PRESERVING) or name in without_grid or activation == _IDENTITY:
             return copy
         return lambda *arguments, **keywords: quantize(copy(*arguments, **keywords), name, **options)
 
@@ -206,30 +212,52 @@ def _quantizer_options(activation, bits):
     return {"nonnegative": True} if activation in ("relu", "relu6") else {}
 
 
+def _inline_nested_models(model, names):
+    """The model, or a copy with the layers of nested models in their place, under the given names."""
+    if graph.functional_models(model) == [model]:
+        return model
+    return graph.rebuild(model, lambda layer: graph.copy_layer(layer, name=names[id(layer)]), inline_nested=True)
+
+
 def _find_layers_without_grid(model):
-    """Ids of the layers that compute, but whose outputs runtimes round on the grid of what alone reads them.
+    """Names of the layers that compute, but whose outputs runtimes round on the grid of what alone reads them.
 
     Runtimes fuse a linear layer with the ReLU after it. The converter has layers write on the grid of a concatenation.
     """
-    without_grid: set[int] = set()
-    with_grid: set[int] = set()
-    for owner in graph.functional_models(model):
-        nodes = graph.nodes(owner)
-        sources = {key: node.layer for node in nodes for key in node.flat_output_ids}
-        outputs = graph.output_keys(owner)
-        for node in nodes:
-            # Other layers, such as a block, end with a ReLU that does not come right after what they read.
-            is_activation = isinstance(node.layer, keras.layers.Activation | keras.layers.ReLU)
-            is_relu = is_activation and _activation_name(node.layer) in ("relu", "relu6")
-            for key in node.flat_input_ids:
-                source = sources.get(key)
-                if source is None:
-                    continue
-                # A concatenation may read an output more than once.
-                is_only_reader = graph.count_uses(owner, key) == node.flat_input_ids.count(key) and key not in outputs
-                activation = _activation_name(source)
-                fuses = is_relu and activation in (None, "linear") and not isinstance(source, RANGE_PRESERVING)
-                shares = isinstance(node.layer, SHARING_GRID) and activation not in _FIXED_RANGES
-                (without_grid if is_only_reader and (fuses or shares) else with_grid).add(id(source))
-        with_grid.update(id(sources[key]) for key in outputs if key in sources)
+    readers = collections.defaultdict(list)
+    for node in graph.nodes(model):
+        for key in node.flat_input_ids:
+            readers[key].append(node)
+    outputs = graph.output_keys(model)
+
+    def find_only_reader(key):
+        """(the node that alone reads a tensor, past layers that files do not have; whether a Permute is in between)"""
+        is_permuted = False
+        while key not in outputs and len({id(node) for node in readers[key]}) == 1:
+            reader = readers[key][0]  # a concatenation may read an output more than once
+            is_permuted |= isinstance(reader.layer, keras.layers.Permute)
+            is_identity = isinstance(reader.layer, IDENTITIES) or _activation_name(reader.layer) == _IDENTITY
+            if not (is_identity or isinstance(reader.layer, keras.layers.Permute)):
+                return reader.layer, is_permuted
+            (key,) = reader.flat_output_ids
+        return None, is_permuted
+
+    def is_rounded_by_reader(node, key):
+        reader, is_permuted = find_only_reader(key)
+        activation = _activation_name(node.layer)
+        if isinstance(reader, SHARING_GRID):
+            return activation not in _FIXED_RANGES and not is_permuted
+        # Other layers, such as a block, end with a ReLU that does not come right after what they read.
+        if not isinstance(reader, keras.layers.Activation | keras.layers.ReLU) or activation not in (None, "linear"):
+            return False
+        # The converter moves a ReLU before a Permute, but no ReLU6.
+        kinds = ("relu",) if is_permuted else ("relu", "relu6")
+        return _activation_name(reader) in kinds and fuses_relu(node)
+
+    with_grid: set[str] = set()
+    without_grid: set[str] = set()
+    for node in graph.nodes(model):
+        if not isinstance(node.layer, RANGE_PRESERVING):
+            is_rounded = all(is_rounded_by_reader(node, key) for key in node.flat_output_ids)
+            (without_grid if is_rounded else with_grid).add(node.layer.name)
     return without_grid - with_grid

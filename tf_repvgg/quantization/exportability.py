@@ -10,6 +10,7 @@ from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.activations import quantize_activations, quantizers, relu_name
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, QuantizedDepthwiseConv2D
+from tf_repvgg.quantization.shared_grids import run_on_shared_grids
 
 # Layers that need no trial, in any order: their activations must be among the names below.
 _KNOWN_LAYERS = (
@@ -88,7 +89,9 @@ def check_exportable(model: keras.Model, activation_bits: int = 8) -> None:
             quantizer.set_range(-1.0, 1.0)
     shapes = [[_TRIAL_SIZE if size is None else size for size in tensor.shape[1:]] for tensor in trial.inputs]
     inference_type = tf.int8 if activation_bits == 8 else tf.int16
-    file = converter.run(converter.make_integer_converter(trial, shapes, activation_bits, inference_type))
+    file = converter.run(
+        converter.make_integer_converter(trial, shapes, activation_bits, inference_type, run_on_shared_grids)
+    )
     if names := converter.find_float_tensors(file):
         raise ValueError(
             f"{_describe_layer(trial, names)} has no integer form in TFLite, and the file would compute it in float; "

@@ -13,7 +13,9 @@ from tf_repvgg.quantization import ptq
 from tf_repvgg.quantization.activations import quantizers
 from tf_repvgg.quantization.checks import check_fused
 from tf_repvgg.quantization.exportability import check_not_recurrent
+from tf_repvgg.quantization.lowering import lower
 from tf_repvgg.quantization.samples import read_samples, stack_samples
+from tf_repvgg.quantization.shared_grids import run_on_shared_grids
 from tf_repvgg.quantization.uniform import QuantizedKernel
 from tf_repvgg.tflite.verification import make_samples, verify, verify_outputs
 from tf_repvgg.tflite.weights import with_weights
@@ -160,12 +162,13 @@ def calibrate(
 
 def _convert_quantized(model, shapes, inference_type):
     tensorflow_converter = converter.make_integer_converter(
-        model, shapes, activation_bits(model), INFERENCE_TYPES[inference_type]
+        model, shapes, activation_bits(model), INFERENCE_TYPES[inference_type], run_on_shared_grids
     )
     return converter.run(tensorflow_converter)
 
 
 def _calibrate_float(model, samples, shapes, inference_type):
+    expected = model
     try:
         calibrated = ptq.calibrate(model, dict(zip(graph.input_names(model), stack_samples(samples), strict=True)))
     except graph.CopyError:
@@ -174,10 +177,15 @@ def _calibrate_float(model, samples, shapes, inference_type):
         file = _convert_quantized(calibrated, shapes, inference_type)
         if not converter.find_float_tensors(file):
             return CalibratedFile(file, calibrated, shapes)
+        model = lower(model)  # of other constants, TensorFlow's converter would make other weights than the model's
+        samples = [
+            [array.astype(tensor.dtype.as_numpy_dtype) for array, tensor in zip(sample, model.inputs, strict=True)]
+            for sample in samples
+        ]
     # Operations inside of a user's own layers have no quantizers. TensorFlow calibrates them, and may fold constants
     # into biases, which `with_weights` keeps.
     file = converter.run(converter.make_calibrating_converter(model, samples, INFERENCE_TYPES[inference_type]))
-    verify_outputs(file, model, samples)
+    verify_outputs(file, expected, samples)
     return CalibratedFile(file, model, shapes)
 
 

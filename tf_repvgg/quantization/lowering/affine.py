@@ -6,20 +6,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.quantization.activations import AUGMENTATIONS
 from tf_repvgg.quantization.quantized_layers import QuantizedDepthwiseConv2D
 from tf_repvgg.quantization.uniform import LARGEST_CODE
-
-# Layers that compute nothing when a model is not in training.
-IDENTITIES = (
-    *AUGMENTATIONS,
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.SpatialDropout2D,
-)
 
 
 class Affine(NamedTuple):

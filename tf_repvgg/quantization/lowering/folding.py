@@ -9,8 +9,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
-from tf_repvgg.quantization.activations import SHARING_GRID
-from tf_repvgg.quantization.lowering.affine import IDENTITIES, Affine, ChannelAffine, apply_as_convolution
+from tf_repvgg.quantization.activations import IDENTITIES, SHARING_GRID
+from tf_repvgg.quantization.lowering.affine import Affine, ChannelAffine, apply_as_convolution
 from tf_repvgg.quantization.lowering.grids import find_tied_layers, untie
 from tf_repvgg.quantization.quantized_layers import arrange_kernel, is_quantizable, restore_kernel
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import graph
-from tf_repvgg.quantization.activations import RANGE_PRESERVING, SHARING_GRID
-from tf_repvgg.quantization.lowering.affine import IDENTITIES, Affine, apply_as_convolution
+from tf_repvgg.quantization.activations import IDENTITIES, RANGE_PRESERVING, SHARING_GRID
+from tf_repvgg.quantization.lowering.affine import Affine, apply_as_convolution
 
 # Of the layers that preserve the range, those that are operators in a file.
 _OPERATORS = tuple(layer_class for layer_class in RANGE_PRESERVING if layer_class not in IDENTITIES)
