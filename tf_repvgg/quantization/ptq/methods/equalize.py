@@ -27,9 +27,9 @@ def equalize(network: Network, look_at_images: bool = True) -> None:
 
     Layers write channels and read them; a depthwise convolution does both at once, and where tensors are added, all of
     them share their factors (see `find_channel_groups`). With r the largest magnitude of a channel's weights in a
-    layer, divided by the geometric mean over the channels of that layer, the factors minimize the sum of (log r)^2 over
-    all layers that write or read channels. Between two layers that is equation 11, s = sqrt(r1 / r2); with a depthwise
-    layer in between, the first factor is r1 / cbrt(r1 r2 r3), the second cbrt(r1 r2 r3) / r3.
+    layer, divided by the geometric mean over its channels where some of them are fixed, the factors minimize the sum of
+    (log r)^2 over all layers that write or read channels. Between two layers that is equation 11, s = sqrt(r1 / r2);
+    with a depthwise layer in between, the first factor is r1 / cbrt(r1 r2 r3), the second cbrt(r1 r2 r3) / r3.
 
     With calibration images, ranges of activations are matched as well, which is our addition: the sum then includes
     their (log r)^2, and every term counts by the noise of its grid, 4^-bits. So activations of 8 bits count as much as
@@ -171,9 +171,12 @@ class _Deviations:
         np.maximum.at(largest, channels, logarithms)
         is_present = np.isfinite(largest)
         is_present[FIXED] = False
-        # Fixed channels are not of one group in truth.
-        mean = np.mean(np.append(largest[is_present], logarithms[channels == FIXED]))
-        self.sums[is_present] += share * np.maximum(largest[is_present] - mean, _SMALLEST_DEVIATION)
+        # Fixed channels are not of one group in truth. Where there are none, the mean cancels out; and channels that
+        # are negligible on one side, and so stay as they are, would suffer from it: equation 11 has none.
+        is_fixed = channels == FIXED
+        mean = np.mean(np.append(largest[is_present], logarithms[is_fixed]))
+        values = np.maximum(largest[is_present], mean + _SMALLEST_DEVIATION)
+        self.sums[is_present] += share * (values - mean if np.any(is_fixed) else values)
         self.shares[is_present] += share
 
 
