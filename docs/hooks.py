@@ -86,11 +86,16 @@ def tabulate_variants() -> str:
     """The networks of `tf_repvgg.models.VARIANTS` as a Markdown table."""
     from tf_repvgg.models import VARIANTS
 
-    rows = ["| variant | stem | widths | blocks | groups | squeeze-and-excite |", "|---|---|---|---|---|---|"]
+    headers = ["variant", "family", "stem", "widths", "blocks", "groups", "branches", "squeeze-and-excite"]
+    rows = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for name, variant in VARIANTS.items():
         stem = f"{variant.stem_width}, stride {variant.stem_stride}"
         widths, depths = (", ".join(map(str, numbers)) for numbers in (variant.widths, variant.depths))
-        rows.append(f"| `{name}` | {stem} | {widths} | {depths} | {variant.groups} | {variant.se_reduction or ''} |")
+        squeeze_excite = str(variant.se_reduction or "")
+        if variant.se_depths is not None:
+            squeeze_excite += f" in the last {', '.join(map(str, variant.se_depths))} blocks"
+        cells = [f"`{name}`", variant.family, stem, widths, depths, variant.groups, variant.conv_branches]
+        rows.append(f"| {' | '.join(map(str, [*cells, squeeze_excite]))} |")
     return "\n".join(rows)
 
 

@@ -1,4 +1,4 @@
-"""The table of variants, the builder, and counts against published ones (arXiv:2101.03697)."""
+"""The table of variants, the builders, and counts against published ones (arXiv:2101.03697, arXiv:2206.04040)."""
 
 import dataclasses
 import gc
@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from helpers.networks import list_blocks, shrink_variant
 from helpers.random_weights import randomize, relative_error
 
 from tf_repvgg.fusion import fuse
-from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, ReparameterizedBlock, RepVGGBlock
-from tf_repvgg.models import VARIANTS, Complexity, Variant, build_repvgg, complexity, summary
+from tf_repvgg.layers import OutlierAwareBatchNormalization, QARepVGGBlock, RepVGGBlock
+from tf_repvgg.models import (
+    VARIANTS,
+    Complexity,
+    Variant,
+    build_network,
+    build_repvgg,
+    complexity,
+    summary,
+)
 
 # Millions of parameters of the deploy form with 1000 classes, in the paper's table 4, which cuts digits off.
 PAPER = {
@@ -77,23 +86,8 @@ PAPER_GMACS = {
 }
 
 
-def blocks_of(model):
-    return [layer for layer in model.layers if isinstance(layer, ReparameterizedBlock)]
-
-
-def small(variant):
-    """An eighth of the channels, a quarter of the depth: the same kinds of blocks in the same order, quickly fused."""
-    return dataclasses.replace(
-        variant,
-        stem_width=variant.stem_width // 8,
-        widths=tuple(width // 8 for width in variant.widths),
-        depths=tuple(-(-depth // 4) for depth in variant.depths),
-        se_reduction=variant.se_reduction and 2,
-    )
-
-
 # One variant of each kind with both paddings.
-FUSED = [(name, "same") for name in VARIANTS] + [(name, "symmetric") for name in ("A0", "B1g4")]
+FUSED = [(name, "same") for name in VARIANTS if name != "S4"] + [(name, "symmetric") for name in ("A0", "B1g4", "S4")]
 
 
 @pytest.mark.parametrize("name, padding", FUSED)
@@ -103,21 +97,23 @@ def test_every_variant_fuses_exactly(name, padding, pytestconfig):
     Without --full_width, which takes minutes, published variants but A0 have an eighth of their width, and those that
     differ in width alone are left out.
     """
-    published = name in PUBLISHED
-    if published and name not in KINDS and not pytestconfig.getoption("full_width"):
+    published = name in PUBLISHED or (VARIANTS[name].family == "mobileone" and name.startswith("S"))
+    if published and name not in (*KINDS, "S0", "S4") and not pytestconfig.getoption("full_width"):
         pytest.skip("differs from another variant in width alone; --full_width fuses it")
     size = (40, 44, 3) if published else (12, 11, 3)
-    is_whole = name == "A0" or not published or pytestconfig.getoption("full_width")
-    variant = VARIANTS[name] if is_whole else small(VARIANTS[name])
-    model = build_repvgg(variant, size, 10, norm="oabn", oabn_k=0.5, padding=padding)
+    is_whole = name == "A0" or not (published or name == "cifar-mobileone") or pytestconfig.getoption("full_width")
+    variant = VARIANTS[name] if is_whole else shrink_variant(VARIANTS[name])
+    model = build_network(variant, size, 10, norm="oabn", oabn_k=0.5, padding=padding)
     randomize(model, gain=0.5)
     x = np.random.default_rng(0).standard_normal((1, *size)).astype("float32")
     fused = fuse(model, check_inputs=x)
     assert relative_error(model(x), fused(x)) < 1e-4
     assert fused.count_params() == complexity(model).deploy_parameters
-    convs = [layer for layer in fused.layers if isinstance(layer, keras.layers.Conv2D) and layer.kernel_size == (3, 3)]
-    assert len(convs) == len(blocks_of(model)) == len(fused.pre_activation_statistics)
-    assert [conv.groups for conv in convs] == [block.groups for block in blocks_of(model)]
+    convs = [fused.get_layer(block.name) for block in list_blocks(model)]
+    assert len(convs) == len(fused.pre_activation_statistics)
+    assert [conv.kernel_size[0] for conv in convs] == [block.kernel_size for block in list_blocks(model)]
+    groups = [conv.input_shape[-1] if isinstance(conv, keras.layers.DepthwiseConv2D) else conv.groups for conv in convs]
+    assert groups == [block.groups for block in list_blocks(model)]
     assert (variant.se_reduction is not None) == any(isinstance(layer, keras.layers.Multiply) for layer in fused.layers)
 
 
@@ -144,7 +140,7 @@ def published(pytestconfig):
 
     def build(name):
         model = build_repvgg(name, (224, 224, 3), 1000)
-        blocks = blocks_of(model)
+        blocks = list_blocks(model)
         running = sum(int(np.prod(weight.shape)) for weight in model.non_trainable_weights)
         groups, squeezes = [block.groups for block in blocks], [_squeeze(block) for block in blocks]
         return PublishedModel(complexity(model), running, groups, squeezes)
@@ -290,11 +286,11 @@ def test_builder_passes_everything_on():
         epsilon=1e-3,
     )
     assert model.output_shape == (None, 7)
-    names = [block.name for block in blocks_of(model)]
+    names = [block.name for block in list_blocks(model)]
     assert names == ["stem", *(f"stage{stage}_block{index}" for stage in (1, 2, 3) for index in (1, 2))]
-    assert {block.oabn_k for block in blocks_of(model) if block.name.startswith("stage3")} == {0.05}
-    assert {block.oabn_k for block in blocks_of(model) if not block.name.startswith("stage3")} == {"6std"}
-    for block in blocks_of(model):
+    assert {block.oabn_k for block in list_blocks(model) if block.name.startswith("stage3")} == {0.05}
+    assert {block.oabn_k for block in list_blocks(model) if not block.name.startswith("stage3")} == {"6std"}
+    for block in list_blocks(model):
         assert (block.padding, block.clip_mode, block.momentum, block.epsilon) == (
             "symmetric",
             "return_only",
@@ -306,7 +302,7 @@ def test_builder_passes_everything_on():
     assert isinstance(identity, OutlierAwareBatchNormalization)
     assert (identity.k, identity.clip_mode, identity.epsilon) == (0.05, "return_only", 1e-3)
     assert model.get_layer("stage3_block1").norm_identity is None
-    strides = [block.strides for block in blocks_of(model)]
+    strides = [block.strides for block in list_blocks(model)]
     assert strides == [1, 1, 1, 2, 1, 2, 1]
 
 
@@ -315,16 +311,18 @@ def test_controls_and_qarepvgg():
     kernel, _ = constant.get_layer("stage1_block2").branches()["identity"]
     np.testing.assert_allclose(kernel[1, 1], 0.3 * np.eye(16))
     none = build_repvgg("digits", (8, 8, 1), 10, identity="none")
-    assert all("identity" not in block.branches() for block in blocks_of(none))
+    assert all("identity" not in block.branches() for block in list_blocks(none))
     qa = build_repvgg("digits", (8, 8, 1), 10, block="qarepvgg")
-    assert all(isinstance(block, QARepVGGBlock) for block in blocks_of(qa))
+    assert all(isinstance(block, QARepVGGBlock) for block in list_blocks(qa))
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"variant": "A9"}, "variant is 'A9'; known: A0, A1, A2, B0"),
-        ({"block": "resnet"}, "block is 'resnet'; known: repvgg, qarepvgg"),
+        ({"block": "resnet"}, "block is 'resnet'; known for variants of the family 'repvgg': repvgg, qarepvgg"),
+        ({"block": "mobileone"}, "block is 'mobileone'; known for variants of the family 'repvgg'"),
+        ({"variant": "S0"}, "variant 'S0' is of the family 'mobileone'; build it with build_mobileone"),
         ({"norm": "gn"}, "norm is 'gn'"),
         ({"identity": "skip"}, "identity is 'skip'"),
         ({"block": "qarepvgg", "norm": "oabn"}, "use norm='bn' and identity='norm'"),

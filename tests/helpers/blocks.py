@@ -3,7 +3,7 @@
 import numpy as np
 import tf_keras as keras
 
-from tf_repvgg.layers import MobileOneBlock, QAMobileOneBlock, QARepVGGBlock, RepVGGBlock
+from tf_repvgg.layers import MobileOneBlock, QARepVGGBlock, RepVGGBlock
 
 
 def images(height=9, width=8, channels=8, count=2, seed=0):
@@ -24,7 +24,6 @@ BLOCKS = {
     "constant": lambda **kwargs: RepVGGBlock(8, identity="constant", identity_gain=0.25, **kwargs),
     "qarepvgg": lambda **kwargs: QARepVGGBlock(8, **kwargs),
     "mobileone": lambda **kwargs: MobileOneBlock(8, conv_branches=2, norm="oabn", oabn_k="6std", **kwargs),
-    "qamobileone": lambda **kwargs: QAMobileOneBlock(8, conv_branches=2, **kwargs),
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from tf_repvgg.layers.grouped_convolution import GroupedConvolution
 from tf_repvgg.layers.kernels import identity_kernel
 from tf_repvgg.layers.squeeze_excite import SqueezeExcite
 
@@ -121,7 +122,7 @@ class ReparameterizedBlock(keras.layers.Layer):
 
     def _make_conv(self, size, name):
         spatial = self._spatial_arguments() if size > 1 else {}
-        return keras.layers.Conv2D(
+        return GroupedConvolution(
             self.filters,
             size,
             groups=self.groups,
