@@ -30,15 +30,16 @@ def run_on_shared_grids(model: keras.Model, inputs: Sequence[Any]) -> Any:
     Example:
       >>> import tensorflow as tf
       >>> import tf_keras as keras
-      >>> from tf_repvgg.quantization import ptq
+      >>> from tf_repvgg.quantization import quantize_activations, quantizers
       >>> from tf_repvgg.quantization.shared_grids import run_on_shared_grids
       >>> inputs = [keras.Input([2]), keras.Input([2])]
       >>> model = keras.Model(inputs, keras.layers.Concatenate()(inputs))
-      >>> calibration = [([-1.0, 1.0], [-2.0, 4.0])]
-      >>> quantized = ptq.quantize(model, calibration=calibration)
-      >>> values = [tf.constant([[-1.0, 1.0]]), tf.constant([[-2.0, 4.0]])]
+      >>> quantized = quantize_activations(model)
+      >>> for quantizer in quantizers(quantized):
+      ...     quantizer.set_range(-2.0, 4.0)
+      >>> values = [tf.constant([[-1.0, 1.01]]), tf.constant([[-2.0, 4.0]])]
       >>> [round(float(value), 2) for value in run_on_shared_grids(quantized, values)[0]]
-      [-1.01, 1.01, -2.0, 4.0]
+      [-0.99, 1.01, -2.0, 4.0]
     """
     quantizers: dict[int, collections.deque[ActivationQuantizer | None]] = collections.defaultdict(collections.deque)
     for node, quantizer in _find_quantizers(model):
