@@ -202,7 +202,7 @@ def test_merged_kernel_is_differentiable(kind, mixed):
         return np.sum(kernel.numpy().astype(np.float64) ** 3) + np.sum(np.sin(bias.numpy().astype(np.float64)))
 
     if "6std" not in block.get_config().values():  # the limit itself depends on the kernel, but passes no gradients
-        kernel3x3 = next(iter(block.convolutions.values())).kernel
+        kernel3x3 = next(iter(block.get_convolutions().values())).kernel
         direction = np.random.default_rng(0).standard_normal(kernel3x3.shape).astype("float32") * 1e-2
         values = kernel3x3.numpy()
         quotient = compute_loss(kernel3x3, values + direction) - compute_loss(kernel3x3, values - direction)

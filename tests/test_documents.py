@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -12,10 +13,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import yaml
 
 import tf_repvgg
+from tf_repvgg import runs
 from tf_repvgg.models import VARIANTS
 from tf_repvgg.quantization.ptq import METHODS, parse_method
 from tf_repvgg.tflite.targets import TARGETS
@@ -297,3 +301,13 @@ def test_committed_runs_have_the_flags_of_their_configs(run_forked, tmp_path, pa
     outcome = run_forked("train/main.py", *flags, "--evaluate_only")
     assert outcome.status != 0 and str(tmp_path) in outcome.stderr
     assert "other values" not in outcome.stderr
+
+
+def test_committed_models_load():
+    """Files name weights by classes and attributes of layers, which must therefore keep their names."""
+    for path in CHECKPOINTS:
+        model = runs.load_model(path)
+        with zipfile.ZipFile(path / runs.MODEL_NAME) as archive:
+            file = h5py.File(io.BytesIO(archive.read("model.weights.h5")))
+        (stem,) = (group for name, group in file["layers"].items() if name.endswith("rep_vgg_block"))
+        np.testing.assert_array_equal(model.get_layer("stem").conv3x3.kernel, stem["conv3x3/vars/0"])

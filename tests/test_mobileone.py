@@ -74,4 +74,4 @@ def test_mobileone_takes_the_same_options():
     assert names[:3] == ["stem", "stage1_block1_depthwise", "stage1_block1_pointwise"]
     assert {block.oabn_k for block in list_blocks(model) if block.name.endswith("_depthwise")} == {0.2}
     assert isinstance(model.get_layer("stage2_block2_pointwise").norm_identity, OutlierAwareBatchNormalization)
-    assert [len(block.convolutions) for block in list_blocks(model)][:3] == [2, 3, 2]
+    assert [len(block.get_convolutions()) for block in list_blocks(model)][:3] == [2, 3, 2]

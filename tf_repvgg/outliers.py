@@ -108,7 +108,7 @@ def as_records(statistics: Sequence[KernelStatistics]) -> list[dict[str, Any]]:
 
 def _is_inside_block(layer, model):
     blocks = graph.find_layers(model, ReparameterizedBlock)
-    return any(layer is inner for block in blocks for inner in block.convolutions.values())
+    return any(layer is inner for block in blocks for inner in block.get_convolutions().values())
 
 
 def _find_kernels(layer):

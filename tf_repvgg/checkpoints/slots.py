@@ -115,7 +115,7 @@ def find_slots(model: keras.Model) -> Network:
 
 
 def _list_parts(block):
-    for name in block.convolutions:
+    for name in block.get_convolutions():
         yield from (name, name.replace("conv", "norm"))
     yield from ("norm_identity", "norm_sum")
 

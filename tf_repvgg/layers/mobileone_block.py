@@ -27,7 +27,7 @@ class OverParameterizedBlock(ReparameterizedBlock):
     Example:
       >>> from tf_repvgg.layers import MobileOneBlock, OverParameterizedBlock
       >>> block = MobileOneBlock(4, conv_branches=3)
-      >>> isinstance(block, OverParameterizedBlock), list(block.convolutions)
+      >>> isinstance(block, OverParameterizedBlock), list(block.get_convolutions())
       (True, ['conv1', 'conv2', 'conv3', 'conv_scale'])
     """
 

@@ -33,7 +33,7 @@ class QARepVGGBlock(ReparameterizedBlock):
 
     def __init__(self, filters: int, **kwargs: Any) -> None:
         super().__init__(filters, **kwargs)
-        for suffix, conv in zip(self._suffixes, self.convolutions.values(), strict=True):
+        for suffix, conv in zip(self._suffixes, self.get_convolutions().values(), strict=True):
             if conv.kernel_size[0] == self.kernel_size:
                 setattr(self, f"norm{suffix}", self._make_batch_norm(f"norm{suffix}"))
         self.norm_sum = self._make_batch_norm("norm_sum")
@@ -48,7 +48,7 @@ class QARepVGGBlock(ReparameterizedBlock):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         parts = []
-        for conv, norm in zip(self.convolutions.values(), self._conv_norms(), strict=True):
+        for conv, norm in zip(self.get_convolutions().values(), self._conv_norms(), strict=True):
             part = self._convolve(conv, inputs)
             parts.append(part if norm is None else norm(part, training=training))
         outputs = sum(parts[1:], parts[0])
@@ -59,7 +59,7 @@ class QARepVGGBlock(ReparameterizedBlock):
     def branches(self) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
         scale, shift = scale_and_shift(self.norm_sum)
         branches: dict[str, tuple[tf.Tensor, tf.Tensor]] = {}
-        for (name, conv), norm in zip(self.convolutions.items(), self._conv_norms(), strict=True):
+        for (name, conv), norm in zip(self.get_convolutions().items(), self._conv_norms(), strict=True):
             inner_scale, inner_shift = (1.0, tf.zeros([self.filters])) if norm is None else scale_and_shift(norm)
             kernel = scale_kernel(conv.kernel, inner_scale * scale)
             # The first branch also has the shift of the normalization after the sum.

@@ -122,7 +122,9 @@ class ReparameterizedBlock(keras.layers.Layer):
 
     def _make_conv(self, size, name):
         spatial = self._spatial_arguments() if size > 1 else {}
-        return GroupedConvolution(
+        # Keras looks weights up in files by the class of a layer: where it need not be another one, it stays Conv2D.
+        kind = GroupedConvolution if self.groups == self.filters > 1 else keras.layers.Conv2D
+        return kind(
             self.filters,
             size,
             groups=self.groups,
@@ -165,19 +167,18 @@ class ReparameterizedBlock(keras.layers.Layer):
     def _keeps_shape(self, input_shape):
         return self.strides == 1 and input_shape[-1] == self.filters
 
-    @property
-    def convolutions(self) -> dict[str, keras.layers.Conv2D]:
+    # Not a property: when Keras saves a model, it would take every property that holds a layer for the layer's name.
+    def get_convolutions(self) -> dict[str, keras.layers.Conv2D]:
         """The convolutions by branch, as "conv3x3": one of the size of the merged kernel first."""
         return {f"conv{suffix}": getattr(self, f"conv{suffix}") for suffix in self._suffixes}
 
     @property
     def may_have_identity(self) -> bool:
         """Whether the block keeps the shape of its input, so that an identity branch is possible."""
-        return self._keeps_shape([self._main_convolution.kernel.shape[2] * self.groups])
+        return self._keeps_shape([self._get_main_convolution().kernel.shape[2] * self.groups])
 
-    @property
-    def _main_convolution(self):
-        return next(iter(self.convolutions.values()))
+    def _get_main_convolution(self):
+        return next(iter(self.get_convolutions().values()))
 
     def _prepare(self, inputs, kernel_size):
         """The input of a convolution: padded, or for a 1x1 convolution the pixels under the largest one's centre tap.
@@ -258,7 +259,7 @@ class ReparameterizedBlock(keras.layers.Layer):
           kernel: Kernel [kernel_size, kernel_size, in / groups, out].
           bias: Bias [out].
         """
-        outputs = self._main_convolution.convolution_op(self._prepare(inputs, self.kernel_size), kernel=kernel)
+        outputs = self._get_main_convolution().convolution_op(self._prepare(inputs, self.kernel_size), kernel=kernel)
         return self._activate(tf.nn.bias_add(outputs, bias))
 
     def make_merged_convolution(self, name: str | None = None) -> keras.layers.Conv2D | keras.layers.DepthwiseConv2D:
@@ -283,7 +284,7 @@ class ReparameterizedBlock(keras.layers.Layer):
 
     @property
     def _is_depthwise(self):
-        return self.groups > 1 and self._main_convolution.kernel.shape[2] == 1
+        return self.groups > 1 and self._get_main_convolution().kernel.shape[2] == 1
 
     def make_deploy_padding(self, name: str | None = None) -> keras.layers.ZeroPadding2D | None:
         """Makes the layer before the merged convolution; None if the block needs none.

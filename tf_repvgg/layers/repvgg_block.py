@@ -112,7 +112,7 @@ class RepVGGBlock(ReparameterizedBlock):
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         first, *others = (
             norm(self._convolve(conv, inputs), training=training)
-            for conv, norm in zip(self.convolutions.values(), self._conv_norms(), strict=True)
+            for conv, norm in zip(self.get_convolutions().values(), self._conv_norms(), strict=True)
         )
         outputs = sum(others, first)
         if self.norm_identity is not None:
@@ -127,7 +127,7 @@ class RepVGGBlock(ReparameterizedBlock):
 
     def _conv_branches(self):
         branches = {}
-        for (name, conv), norm in zip(self.convolutions.items(), self._conv_norms(), strict=True):
+        for (name, conv), norm in zip(self.get_convolutions().items(), self._conv_norms(), strict=True):
             scale, shift = scale_and_shift(norm)
             branches[name] = place_on_centre(scale_kernel(conv.kernel, scale), self.kernel_size), shift
         return branches

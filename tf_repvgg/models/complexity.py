@@ -57,7 +57,7 @@ def _layer_complexity(layer) -> Complexity:
     if isinstance(layer, keras.Model):
         return complexity(layer)
     if isinstance(layer, ReparameterizedBlock):
-        largest, *others = (conv.count_params() for conv in layer.convolutions.values())
+        largest, *others = (conv.count_params() for conv in layer.get_convolutions().values())
         pixels = _count_pixels(layer)
         merged = Complexity(parameters, largest + layer.filters, pixels * (largest + sum(others)), pixels * largest)
         return merged if layer.squeeze_excite is None else merged + _squeeze_excite_complexity(layer.squeeze_excite)

@@ -76,7 +76,7 @@ METHODS = {
     ),
     "equalize": Method(
         equalize,
-        "Per-channel factors moved between consecutive layers until their ranges match; then `min_max`.",
+        "Channels divided by factors, through depthwise layers and sums too, until ranges match; then `min_max`.",
         "1906.04721",
         needs_calibration=False,
         sets_ranges=False,
