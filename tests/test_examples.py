@@ -9,6 +9,7 @@ import io
 import pkgutil
 
 import pytest
+from absl import flags
 
 import tf_repvgg
 from tf_repvgg import native_output
@@ -97,10 +98,13 @@ def test_public_symbols_exist():
 def test_example(example, tmp_path, monkeypatch):
     """In a namespace and a folder without anything in them, as in a reader's new session."""
     monkeypatch.chdir(tmp_path)
+    defined = set(flags.FLAGS)
     example.globs = {"__name__": "__main__"}
     report = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=OPTIONS, verbose=False)
     with native_output.hide(), contextlib.redirect_stderr(io.StringIO()):
         results = runner.run(example, out=report.write)
+    for name in set(flags.FLAGS) - defined:
+        delattr(flags.FLAGS, name)
     assert results.failed == 0, report.getvalue()
     assert results.attempted

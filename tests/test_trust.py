@@ -168,7 +168,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
     [
         ("--rate=nan", "--rate is nan; give a finite number"),
         ("--rate=-inf", "--rate is -inf; give a finite number"),
-        ("--rate=1e30", "--rate is 1e.30; give a number up to 1000000000"),
+        ("--rate=1e39", "--rate is 1e.39; give a number up to 1e.30"),
         ("--size=9223372036854775808", "--size is 9223372036854775808; give a number up to 2147483647"),
         ("--path=", "--path is empty; give a value, or leave the flag out"),
     ],

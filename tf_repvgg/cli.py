@@ -19,7 +19,7 @@ FAILED, BAD_INPUT, DIVERGED = 1, 2, 3
 
 # Beyond these, numbers overflow somewhere in TensorFlow; a flag with an upper bound of its own has that one.
 _LARGEST_INTEGER = 2**31 - 1
-_LARGEST_FLOAT = 1e9
+_LARGEST_FLOAT = 1e30
 _LONGEST_CHAIN_OF_FLAGFILES = 10
 
 

@@ -20,6 +20,11 @@ class ClassNumbers:
     Attributes:
       numbers: {name of a class: its number}. Some classes of the network may have no name.
       num_classes: Number of classes of the network.
+
+    Example:
+      >>> from tf_repvgg.data import ClassNumbers
+      >>> ClassNumbers({"cat": 2, "dog": 0}, num_classes=3).labels
+      ('dog', '1', 'cat')
     """
 
     numbers: Mapping[str, int]
