@@ -41,7 +41,7 @@ def test_channels_that_training_has_emptied_are_not_equalized(size):
     assert quantized.get_layer("second").bias.numpy()[:2] == pytest.approx(0.5, rel=0.01)
     expected = model(batch).numpy()
     for predicted in (quantized(batch).numpy(), tflite.predict(tflite.convert(quantized), batch)):
-        assert np.max(np.abs(predicted - expected)) < 0.15 * np.max(np.abs(expected))
+        assert np.max(np.abs(predicted - expected)) < 0.05 * np.max(np.abs(expected))
 
 
 def test_bias_correction_restores_means(model):

@@ -31,9 +31,9 @@ def equalize(network: Network, look_at_images: bool = True) -> None:
     (log r)^2 over all layers that write or read channels. Between two layers that is equation 11, s = sqrt(r1 / r2);
     with a depthwise layer in between, the first factor is r1 / cbrt(r1 r2 r3), the second cbrt(r1 r2 r3) / r3.
 
-    With calibration images, ranges of activations are matched as well, which is our addition: the sum then includes
-    their (log r)^2, and every term counts by the noise of its grid, 4^-bits. So activations of 8 bits count as much as
-    weights of 8 bits, and hardly at all beside weights of 4 bits.
+    With calibration images and weight scales per channel, ranges of activations are matched as well, which is our
+    addition: the sum then includes their (log r)^2, and every term counts by the noise of its grid, 4^-bits. So
+    activations of 8 bits count as much as weights of 8 bits, and hardly at all beside weights of 4 bits.
 
     Ranges below an eighth of the mean count as an eighth, so that a channel which is small in one place alone does not
     become the largest in the others.
@@ -48,7 +48,8 @@ def equalize(network: Network, look_at_images: bool = True) -> None:
     """
     images = network.calibration if look_at_images else Calibration(None)
     groups, smallest = _respect_limits(network, find_channel_groups(network), images)
-    activations = _measure_activations(network, groups, images)
+    # With one scale per tensor, weights lose more to activations' ranges than activations gain.
+    activations = _measure_activations(network, groups, images) if network.per_channel else {}
     weights = {name: layer.get_weights() for name, layer in network.layers.items()}
     divisors, before = dict(network.divisors), _compute_probes(network)
     scale_channels(network, groups, np.exp(_balance(network, groups, smallest, activations)))
