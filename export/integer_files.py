@@ -127,7 +127,7 @@ class Request:
         return bool(quantizers(self.model))
 
     @functools.cached_property
-    def lowered(self) -> keras.Model:
+    def file_model(self) -> keras.Model:
         """The model as it is in the files. Layers such as Rescaling, which tell the scale of images, are gone there."""
         return self.model if self.is_quantized else lower(self.model)
 
@@ -209,8 +209,8 @@ def check_request(request: Request) -> None:
                 )
     tflite.resolve_inference_type(request.settings.inference_type, request.activation_bits)
     if not request.is_quantized:
-        ptq.bits_by_layer(request.lowered, request.settings.bits_by_pattern(request.settings.weight_bits[0]))
-        ptq.check_data_free(request.lowered, request.settings.ptq)
+        ptq.bits_by_layer(request.file_model, request.settings.bits_by_pattern(request.settings.weight_bits[0]))
+        ptq.check_data_free(request.file_model, request.settings.ptq)
 
 
 def make_files(request: Request, finished_work: storage.FinishedWork) -> Iterator[IntegerFile]:
@@ -250,7 +250,7 @@ def round_weights(request: Request) -> Iterator[IntegerFile]:
         record = _describe(request, bits, granularity, started)
         if wide := tflite.find_wide_weights(content, bits):
             record["notes"] = [describe_wide_weights(wide)]
-        record["layers"] = _compare_layers(content, request.lowered, request)
+        record["layers"] = _compare_layers(content, request.file_model, request)
         yield IntegerFile(f"{request.inference_type}_w{bits}_{granularity}.tflite", record, content)
 
 
