@@ -202,6 +202,7 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path):
 
 SIGNALLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job ignore it
 sys.path.insert(0, {root!r})
 import types
 package = types.ModuleType("tf_repvgg")  # without TensorFlow, which takes seconds to import

@@ -4,17 +4,21 @@ import dataclasses
 import re
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tf_keras as keras
 
+import tf_repvgg
 from harness.any_model import bounds
 from harness.any_model.random_models import run_model
 from harness.any_model.ways import CONVERT, WAYS
 from tf_repvgg import fusion, tflite
 from tf_repvgg.quantization.activations import quantizer_before
 from tf_repvgg.tflite import flatbuffer
+
+_LIBRARY = Path(tf_repvgg.__file__).parent
 
 RIGHT, REFUSED = "right", "refused"
 # Faults: a file that computes something else, whether or not the library itself notices; a refusal after the work; and
@@ -139,7 +143,9 @@ def judge_error(error: Exception, is_early: bool) -> Verdict:
     if isinstance(error, tflite.WrongFileError | _Fault):
         return Verdict(WRONG, detail)
     frames = traceback.extract_tb(error.__traceback__)
-    is_raised_by_library = "/tf_repvgg/" in frames[-1].filename and (frames[-1].line or "").startswith("raise ")
+    is_raised_by_library = Path(frames[-1].filename).is_relative_to(_LIBRARY) and (
+        (frames[-1].line or "").startswith("raise ")
+    )
     if not (isinstance(error, ValueError) and is_raised_by_library and "\n" not in message):
         place = "/".join(frames[-1].filename.split("/")[-2:])
         return Verdict(CRASHED, f"{detail[:300]} ({place}:{frames[-1].lineno})")
