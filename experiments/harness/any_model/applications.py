@@ -34,6 +34,9 @@ WAYS: dict[str, Callable[[keras.Model, np.ndarray], bytes]] = {
         ptq.quantize(model, "min_max", per_channel=True, calibration=images)
     ),
     "mse": lambda model, images: tflite.convert(ptq.quantize(model, "mse", per_channel=True, calibration=images)),
+    "relative": lambda model, images: tflite.convert(
+        ptq.quantize(model, "relative", per_channel=True, calibration=images)
+    ),
     "ClusterQAT": lambda model, images: tflite.convert(
         strip_cluster_quantize(cluster_quantize(model, 64, cluster_per_channel=True, calibration=images))
     ),
