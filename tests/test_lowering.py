@@ -108,6 +108,9 @@ REWRITTEN = {
     "softplus": lambda x: tf.math.softplus(layers.Activation("mish")(conv(activation="softplus")(x))),
     "squares": lambda x: tf.square(x) + x**2,
     "sum of three": lambda x: tf.add_n([layers.Add()([x, x, x]), layers.Maximum()([x, x, -x]), x]),
+    "dense on maps": lambda x: (lambda y: tf.concat([layers.Dense(3, activation="relu")(y), layers.ReLU()(y)], -1))(
+        layers.Dense(5, use_bias=False)(x)
+    ),
     "products": lambda x: tf.einsum("bhwc,cd->bhwd", tf.tensordot(x, np.eye(3, 5, dtype="f"), 1), np.ones((5, 2), "f")),
     "matrix": lambda x: tf.matmul(layers.Flatten()(x), np.ones((192, 2), np.float32)),
     "separable": lambda x: layers.SeparableConv2D(

@@ -18,10 +18,11 @@ _WIDTHS = {"sigmoid": 1.0, "softmax": 1.0, "tanh": 2.0}
 # Share of the values that a kernel may round to a code above, and as many to a code below; and how many codes further:
 # kernels interpolate the tables of 16-bit functions.
 _MOVED_SHARE, _MOVED_CODES = 0.05, {8: 1, 16: 16}
+_LARGEST_STRETCH = 1.28
 
 
 def round_naively(
-    model: keras.Model, inputs: list[np.ndarray], weight_bits: float, activation_bits: int, stretch: float = 1.0
+    model: keras.Model, inputs: list[np.ndarray], weight_bits: float, activation_bits: int, seed: int | None = None
 ) -> list[np.ndarray]:
     """Runs a float model with rounded weights, inputs and outputs of layers.
 
@@ -34,12 +35,14 @@ def round_naively(
       inputs: One array [count, ...] for each input.
       weight_bits: Bits of a weight; a fraction for grids between two widths.
       activation_bits: Bits of an activation.
-      stretch: Factor on the steps of all weights: other errors of rounding, of about the same size.
+      seed: Seed of factors on the steps of the weights, one for each kernel: other errors of rounding, of about the same
+        size. None for no factors.
 
     Returns:
       Outputs, each [count, ...], in the order of `tf.nest.flatten`.
     """
     steps = 2.0**activation_bits - 1
+    stretches = None if seed is None else np.random.default_rng(seed)
 
     def round_values(values, activation=None):
         if not values.dtype.is_floating:
@@ -53,7 +56,7 @@ def round_naively(
         if graph.is_functional(layer):
             return lambda tensors, **_: graph.replay(layer, tf.nest.flatten(tensors), replace)
         activation = getattr(layer, "activation", None)
-        weights = [_round_kernel(weight, weight_bits, stretch) for weight in layer.get_weights()]
+        weights = [_round_kernel(weight, weight_bits, stretches) for weight in layer.get_weights()]
         if isinstance(layer, _WITH_ACTIVATION):
             linear = _copy_layer(layer, weights, activation="linear")
             call = lambda *tensors, **keywords: activation(round_values(linear(*tensors, **keywords)))  # noqa: E731
@@ -64,7 +67,7 @@ def round_naively(
         def call_and_round(*tensors, **keywords):
             # Constants of operations are arrays; what layers compute is not.
             tensors, keywords = tf.nest.map_structure(
-                lambda value: _round_kernel(value, weight_bits, stretch) if isinstance(value, np.ndarray) else value,
+                lambda value: _round_kernel(value, weight_bits, stretches) if isinstance(value, np.ndarray) else value,
                 (tensors, keywords),
             )
             return tf.nest.map_structure(
@@ -119,8 +122,9 @@ def _copy_layer(layer, weights, **changes):
     return call
 
 
-def _round_kernel(weight, bits, stretch):
+def _round_kernel(weight, bits, stretches):
     if weight.ndim < 2 or not np.any(weight):
         return weight
+    stretch = 1.0 if stretches is None else stretches.uniform(1.0, _LARGEST_STRETCH)
     step = stretch * np.max(np.abs(weight)) / (2 ** (bits - 1) - 1)
     return np.round(weight / step) * step

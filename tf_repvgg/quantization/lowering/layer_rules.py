@@ -27,7 +27,7 @@ def find_replacement(layer: keras.layers.Layer, build: Builder) -> Replacement |
       layer: Any layer that is not an operator.
       build: Builder for this layer.
     """
-    rule = _lower_weighted if is_quantizable(layer) else _RULES.get(type(layer))
+    rule = _RULES.get(type(layer), _lower_weighted if is_quantizable(layer) else None)
     return None if rule is None else rule(layer, build)
 
 
@@ -103,6 +103,23 @@ def _lower_merge(layer, build):
     return lambda inputs: build.chain(type(layer), inputs, build.owner) if len(inputs) > 2 else None
 
 
+def _lower_dense(layer, build):
+    """On a map of features, a 1x1 convolution: the converter computes a dense layer there once for every reader."""
+    if len(getattr(layer, "input_shape", ())) != 4:  # it has none if its calls have different ones
+        return _lower_weighted(layer, build)
+    changes, finish = _split_activation(layer, build)
+    config = layer.get_config() | {"dtype": layer.variable_dtype, "name": build.claim(build.owner)} | changes
+    convolution = keras.layers.Conv2D.from_config(config | {"filters": config.pop("units"), "kernel_size": 1})
+    kernel, *bias = layer.get_weights()
+
+    def call(inputs):
+        outputs = convolution(inputs)
+        convolution.set_weights([kernel[np.newaxis, np.newaxis], *bias])
+        return finish(outputs)
+
+    return call
+
+
 def _lower_weighted(layer, build):
     changes, finish = _split_activation(layer, build)
     if is_dilated(layer):
@@ -165,6 +182,7 @@ _RULES: dict[type, Callable[[Any, Builder], Replacement | None]] = {
     keras.layers.Activation: _lower_activation,
     keras.layers.Add: _lower_merge,
     keras.layers.Average: _lower_average,
+    keras.layers.Dense: _lower_dense,
     keras.layers.ELU: _lower_elu,
     keras.layers.Maximum: _lower_merge,
     keras.layers.Minimum: _lower_merge,

@@ -169,9 +169,13 @@ def _dense(build, x, matrix):
     kernel = np.asarray(matrix, np.float32)
     if kernel.ndim != 2 or len(x.shape) < 2:
         return None
-    dense = keras.layers.Dense(kernel.shape[1], use_bias=False, name=build.claim(build.owner))
-    outputs = dense(x)
-    dense.set_weights([kernel])
+    config = {"use_bias": False, "name": build.claim(build.owner)}
+    if len(x.shape) == 4:  # a convolution, as layer_rules makes of a dense layer on a map of features
+        layer, kernel = keras.layers.Conv2D(kernel.shape[1], 1, **config), kernel[np.newaxis, np.newaxis]
+    else:
+        layer = keras.layers.Dense(kernel.shape[1], **config)
+    outputs = layer(x)
+    layer.set_weights([kernel])
     return outputs
 
 
