@@ -35,8 +35,8 @@ def round_naively(
       inputs: One array [count, ...] for each input.
       weight_bits: Bits of a weight; a fraction for grids between two widths.
       activation_bits: Bits of an activation.
-      seed: Seed of factors on the steps of the weights, one for each kernel: other errors of rounding, of about the same
-        size. None for no factors.
+      seed: Seed of factors on the steps of the weights, one for each kernel: other errors of about the same size. None
+        for no factors.
 
     Returns:
       Outputs, each [count, ...], in the order of `tf.nest.flatten`.

@@ -191,7 +191,7 @@ def _compare_with_naive(model, inputs, outputs, actual, way):
 
 
 def _make_forms(model, inputs, outputs):
-    """The model, and the same function with constants folded: offsets behind a rounded kernel are errors of rounding."""
+    """The model, and the same function with constants folded: an offset that passes a rounded kernel has its error."""
     yield model
     lowered = lowering.lower(model)
     if max(measure_error(outputs, run_model(lowered, inputs))) < _SAME_FUNCTION:

@@ -120,8 +120,8 @@ def _render_applications(record):
         serve for calibration too, and the classifier's biases make the mean logits zero. The table has the share of
         {record["test_images"]} other photographs, in percent, on which a file chooses the class of the float network.
         TensorFlow is the converter's own int8 file of the same fused network, per channel. min_max, mse, relative and
-        ClusterQAT (64 clusters, not trained) are per channel too. Every file must be at most {ACCEPTED_DEFICIT:g} points below
-        TensorFlow's. Photographs: Imagenette."""
+        ClusterQAT (64 clusters, not trained) are per channel too. Every file must be at most
+        {ACCEPTED_DEFICIT:g} points below TensorFlow's. Photographs: Imagenette."""
     )
     text = ["## Networks of keras.applications", introduction, make_applications_table(record["networks"])]
     refusals = [
