@@ -3,14 +3,11 @@
 # ruff: noqa: E402  (TensorFlow and TFDS read the environment when they are imported)
 
 import gc
-import itertools
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The digits data set is prepared once per session, outside the user's own TFDS folder; subprocesses inherit the path.
@@ -20,6 +17,7 @@ os.environ["TFDS_DATA_DIR"] = _TFDS_FOLDER.name
 import numpy as np
 import pytest
 import tf_keras as keras
+from helpers.forked_programs import ForkedPrograms
 from hypothesis import HealthCheck, settings
 
 from tf_repvgg import fusion, tflite
@@ -81,28 +79,13 @@ def run_program():
 
 @pytest.fixture(scope="session")
 def run_forked(tmp_path_factory):
-    """run_forked("train/main.py", "--epochs=1", ...) -> status, stdout, stderr; imports TensorFlow only once.
+    """run_forked("train/main.py", "--epochs=1", ...) -> Outcome; imports TensorFlow only once.
 
     With import_from="train", a script somewhere else imports modules as the programs in that folder do. With
     kill={"folder": path, "event": number, "seconds": delay}, the program is killed: see helpers/preloaded.py.
     """
-    folder = tmp_path_factory.mktemp("forked")
-    numbers = itertools.count()
-    command = [sys.executable, "tests/helpers/preloaded.py"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-
-        def run(*command, **options):
-            output = folder / str(next(numbers))
-            request = {"command": [str(argument) for argument in command], "output": str(output), **options}
-            print(json.dumps(request), file=server.stdin, flush=True)
-            return SimpleNamespace(
-                status=int(server.stdout.readline()),
-                stdout=output.with_suffix(".out").read_text(),
-                stderr=output.with_suffix(".err").read_text(),
-            )
-
-        yield run
-        server.stdin.close()
+    with ForkedPrograms(tmp_path_factory.mktemp("forked")) as programs:
+        yield programs.run
 
 
 @pytest.fixture(scope="module")

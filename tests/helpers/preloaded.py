@@ -5,11 +5,16 @@ stdout with the exit status; the program's stdout and stderr go to output + ".ou
 the same, in ten times the time: each child runs the program as __main__ from the start and exits by itself. Forking is
 safe as long as this process runs no TensorFlow operation: the first one starts threads, which a child does not inherit.
 
-With "import_from": folder, the program imports modules from that folder instead of its own.
+With "import_from": folder, the program imports modules from that folder instead of its own. It runs in the folder
+"cwd", and a signal ends it after "seconds".
 
-With "kill": {"folder": path, "event": number, "seconds": delay}, the child kills itself with SIGKILL that long after
-its Python code has touched files in a folder that many times (opened, made, renamed, removed). So it dies at the same
-place of the program every time, and with a delay also while TensorFlow's native code writes.
+With "kill": {"folder": path, "event": number, "seconds": delay, "number": signal}, the child sends itself a signal,
+SIGKILL by default, that long after its Python code has touched files in a folder that many times (opened, made,
+renamed, removed). So it dies at the same place of the program every time, and with a delay also while TensorFlow's
+native code writes. Without a folder, the delay counts from its start.
+
+With "watch": folder, the numbers of touches and of writes go to output + ".counts". With "fault": {"number": number,
+"ending": "full" or "kill"} beside it, a write to that folder fails: see write_faults.py.
 """
 
 import gc
@@ -26,42 +31,68 @@ TIMEOUT_SECONDS = 400  # ten times what the slowest program takes
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
-def die_after(folder, event, seconds):
-    def kill():
-        time.sleep(seconds)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    events = 0
+def count_touches(folder, act=lambda events: None):
+    """A list of one number, which counts the touches of a folder; `act` is called with it at each."""
+    counter = [0]
 
     def count(name, arguments):
-        nonlocal events
         if name in TOUCHES and str(arguments[0]).startswith(folder):
-            events += 1
-            if events == event:
-                threading.Thread(target=kill).start() if seconds else kill()
+            counter[0] += 1
+            act(counter[0])
 
     sys.addaudithook(count)
+    return counter
 
 
-def run(command, output, import_from=None, kill=None):
+def signal_after(folder=None, event=1, seconds=0, number=signal.SIGKILL):
+    def send():
+        time.sleep(seconds)
+        os.kill(os.getpid(), number)
+
+    def start():
+        threading.Thread(target=send, daemon=True).start() if seconds else send()
+
+    if number != signal.SIGKILL:
+        from tf_repvgg import interruption
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+        interruption.end_at_signals()  # as the import of tf_repvgg does in programs
+    if folder is None:
+        start()
+    else:
+        count_touches(folder, lambda events: start() if events == event else None)
+
+
+def run(command, output, import_from=None, cwd=None, seconds=TIMEOUT_SECONDS, kill=None, watch=None, fault=None):
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
-    signal.alarm(TIMEOUT_SECONDS)
-    sys.argv = command
-    sys.path.insert(0, import_from or os.path.dirname(command[0]))
+    signal.alarm(seconds)
+    sys.argv = [os.path.abspath(command[0]), *command[1:]] if cwd else command
+    sys.path.insert(0, import_from or os.path.dirname(sys.argv[0]))
+    if cwd:
+        os.chdir(cwd)
     if kill:
-        die_after(**kill)
+        signal_after(**kill)
+    if watch:
+        from write_faults import Writes  # beside this file
+
+        touches, writes = count_touches(watch), Writes(watch, **(fault or {}))
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as exit_:
         status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        if isinstance(exit_.code, str):
+            print(exit_.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if watch:
+        with open(output + ".counts", "w") as file:
+            json.dump({"touches": touches[0], "writes": writes.count}, file)
     os._exit(status)
 
 
@@ -98,8 +129,12 @@ def main():
     gc.collect()
     gc.freeze()  # children need not look through what is imported
     for line in sys.stdin:
+        request = json.loads(line)
+        counts = request["output"] + ".counts"
+        if os.path.exists(counts):
+            os.remove(counts)
         if (child := os.fork()) == 0:
-            run(**json.loads(line))
+            run(**request)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
