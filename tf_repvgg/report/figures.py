@@ -11,7 +11,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from tf_repvgg.report.records import File, Histogram, Run, find_pareto_front
 from tf_repvgg.report.svg import COLOURS, INK, MARKERS, add_legend, return_svg
 
-_BRANCH_COLOURS = {"conv3x3": COLOURS[0], "conv1x1": COLOURS[2], "identity": COLOURS[1]}
+# All branches with a kernel of the block's size share the first colour.
+_BRANCH_COLOURS = {"conv1x1": COLOURS[2], "conv_scale": COLOURS[2], "identity": COLOURS[1]}
 _ERROR_COLOUR = COLOURS[1]
 
 
@@ -71,7 +72,7 @@ def draw_weights(axes: Axes, histogram: Histogram, title: str) -> str:
     """Weights of one layer: the merged kernel filled, each branch as a line, centroids as vertical lines."""
     axes.stairs(histogram.merged, histogram.edges, fill=True, color=INK, alpha=0.25, label="merged")
     for name, counts in histogram.branches.items():
-        axes.stairs(counts, histogram.edges, color=_BRANCH_COLOURS.get(name), linewidth=1.1, label=name)
+        axes.stairs(counts, histogram.edges, color=_BRANCH_COLOURS.get(name, COLOURS[0]), linewidth=1.1, label=name)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
     for number, centroid in enumerate(histogram.codebook or ()):
