@@ -34,7 +34,7 @@ wheel: venv  ## build a source distribution and a wheel into dist/
 requirements:  ## update the pins in requirements.txt from requirements.in
 	tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
 	$(PYTHON) -m venv "$$tmp" && "$$tmp/bin/pip" install --quiet uv && \
-	"$$tmp/bin/uv" pip compile --quiet --no-config --universal --python-version 3.11 --upgrade \
+	"$$tmp/bin/uv" pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --upgrade \
 		--custom-compile-command "make requirements" requirements.in --output-file requirements.txt
 
 clean:  ## remove .venv, caches and everything built, but not runs/
@@ -46,7 +46,7 @@ clean:  ## remove .venv, caches and everything built, but not runs/
 $(VENV)/.pinned: requirements.txt
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { echo '$(REFUSAL)' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.pinned pyproject.toml

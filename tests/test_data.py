@@ -1,6 +1,9 @@
 """Datasets: splits that are what they say, and refusals that say what is wrong."""
 
+import socket
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from sklearn.datasets import load_digits
 from tf_repvgg.data import ClassificationData, Digits, Preprocessing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
+LABELLED_IMAGE = {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)}
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +123,7 @@ def test_datasets_that_cannot_be_used(tmp_path):
     assert ClassificationData("tiny", folder, Preprocessing((8, 8)), hold_out=False).image_shape == (8, 8, 3)
     with pytest.raises(ValueError, match="too few images to hold a tenth of them out; use --novalidation"):
         ClassificationData("tiny", folder, Preprocessing((8, 8)))
-    features = {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)}
-    folder = write_dataset(tmp_path / "c", {"train": 4}, features)
+    folder = write_dataset(tmp_path / "c", {"train": 4}, LABELLED_IMAGE)
     with pytest.raises(ValueError, match="dataset 'tiny' has no test or validation split, but train"):
         ClassificationData("tiny", folder)
     features = {"image": IMAGE, "label": tfds.features.Scalar(np.int64)}
@@ -129,23 +132,13 @@ def test_datasets_that_cannot_be_used(tmp_path):
         ClassificationData("tiny", folder)
 
 
-@pytest.mark.parametrize(
-    "feature, error, message",
-    [
-        ("text", ValueError, "dataset 'far_away' has the features text; it needs an image and a label"),
-        ("image", FileNotFoundError, "TFDS cannot download and prepare the dataset 'far_away' by itself: checksum"),
-    ],
-)
-def test_datasets_that_are_not_on_this_machine(tmp_path, monkeypatch, feature, error, message):
-    """Refused because of its features before the download, or because the download fails."""
-    features = {
-        "text": {"text": tfds.features.Text()},
-        "image": {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)},
-    }[feature]
+def pretend_to_know(monkeypatch, folder, features, files=None):
+    """Lets TFDS know a dataset 'far_away', whose preparation fails; files: {URL: size}."""
 
     class FarAway(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "far_away"
         VERSION = tfds.core.Version("1.0.0")
+        url_infos = {url: SimpleNamespace(size=size) for url, size in (files or {}).items()}  # noqa: RUF012
 
         def _info(self):
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -156,9 +149,55 @@ def test_datasets_that_are_not_on_this_machine(tmp_path, monkeypatch, feature, e
         def _generate_examples(self):
             yield from ()
 
-    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: FarAway(data_dir=str(tmp_path)))
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: FarAway(data_dir=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "features, error, message",
+    [
+        (
+            {"text": tfds.features.Text()},
+            ValueError,
+            "dataset 'far_away' has the features text; it needs an image and a label",
+        ),
+        (LABELLED_IMAGE, FileNotFoundError, "TFDS cannot download and prepare the dataset 'far_away' by itself: check"),
+    ],
+)
+def test_datasets_that_are_not_on_this_machine(tmp_path, monkeypatch, features, error, message):
+    """Refused because of its features before the download, or because the download fails."""
+    pretend_to_know(monkeypatch, tmp_path, features)
     with pytest.raises(error, match=message):
         ClassificationData("far_away")
+
+
+def test_download_without_a_network_is_not_waited_for(tmp_path, monkeypatch):
+    """Only files that are not there yet need a server, and any answer shows that there is one."""
+    unreachable = "http://127.0.0.1:1/images.tgz"
+    pretend_to_know(monkeypatch, tmp_path, LABELLED_IMAGE, {unreachable: 5})
+    with pytest.raises(FileNotFoundError, match=r"by itself: no connection to http://127\.0\.0\.1:1/images\.tgz$"):
+        ClassificationData("far_away")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reachable = f"http://127.0.0.1:{server.getsockname()[1]}/images.tgz"
+        pretend_to_know(monkeypatch, tmp_path, LABELLED_IMAGE, {unreachable: 5, reachable: 5})
+        thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.0 404 Gone\r\n\r\n"))
+        thread.start()
+        with pytest.raises(FileNotFoundError, match="by itself: checksum"):
+            ClassificationData("far_away")
+        thread.join()
+    (tmp_path / "downloads").mkdir(exist_ok=True)
+    (tmp_path / "downloads" / "images.tgz").write_bytes(b"12345")
+    pretend_to_know(monkeypatch, tmp_path, LABELLED_IMAGE, {unreachable: 5})
+    with pytest.raises(FileNotFoundError, match="by itself: checksum"):
+        ClassificationData("far_away")
+
+
+def test_memory_of_evaluation_is_bounded(digits, tmp_path):
+    """A network needs many times the memory of its input, so batches of large images are small."""
+    assert digits.evaluation_batch_size == 500
+    folder = write_dataset(tmp_path, {"train": 10, "test": 2}, LABELLED_IMAGE)
+    data = ClassificationData("tiny", folder, Preprocessing((160, 160)))
+    assert data.evaluation_batch_size == 27
+    assert ClassificationData("tiny", folder, Preprocessing((2000, 2000))).evaluation_batch_size == 1
 
 
 @pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason=f"CIFAR-10 in TFDS form is not at {SHARED}")

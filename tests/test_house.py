@@ -22,7 +22,7 @@ FLOORS = (
     ("regular_files",),
     ("json_records",),
     ("by_name", "converter_errors", "graph", "interruption", "native_output", "provenance", "storage", "version"),
-    ("converter", "data", "layers"),
+    ("converter", "data", "layers", "temporary_files"),
     ("fusion", "models", "outliers"),
     ("checkpoints",),
     ("quantization", "runs"),

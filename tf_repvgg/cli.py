@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import tensorflow as tf
 from absl import app, flags, logging
 
-from tf_repvgg import interruption, regular_files, runs
+from tf_repvgg import interruption, regular_files, runs, temporary_files
 
 FAILED, BAD_INPUT, DIVERGED = 1, 2, 3
 
@@ -38,7 +38,9 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
 
 def _run(main, argv):
     try:
-        with interruption.raise_signals():
+        with interruption.raise_signals(), contextlib.ExitStack() as stack:
+            with bad_input_exits():
+                stack.enter_context(temporary_files.use_own_folder())
             main(argv)
     except (KeyboardInterrupt, interruption.Terminated) as error:
         number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM

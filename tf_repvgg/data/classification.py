@@ -14,7 +14,8 @@ from tf_repvgg.data.training_batches import TrainingBatches
 
 _PREFETCHED_BATCHES = 4
 _EVALUATION_IMAGES = 500
-_EVALUATION_BYTES = 64 * 1024**2
+# A network needs many times the memory of its input.
+_EVALUATION_BYTES = 8 * 1024**2
 
 
 class ClassificationData:
@@ -153,7 +154,7 @@ class ClassificationData:
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Images in a batch of `evaluation`: 500, or as many as take 64 MiB."""
+        """Images in a batch of `evaluation`: 500, or as many as take 8 MiB."""
         height, width, channels = self.image_shape
         return max(1, min(_EVALUATION_IMAGES, _EVALUATION_BYTES // (4 * height * width * channels)))
 

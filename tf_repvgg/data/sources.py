@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import itertools
+import urllib.parse
 from pathlib import Path
 
+import requests
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -16,6 +19,8 @@ _SHUFFLE_BYTES = 1024**3
 _NO_FLIP = frozenset({"digits", "mnist", "mnist_corrupted", "svhn_cropped", "emnist", "kmnist"})
 # Their "test" has no labels: every label is -1.
 _UNLABELLED_TEST = frozenset({"imagenet2012"})
+_SERVERS_TO_TRY = 2
+_SECONDS_TO_ANSWER = 5
 
 
 class TfdsSource:
@@ -126,7 +131,32 @@ def _prepare(builder, name, data_dir):
         with _lock_preparation(builder), announcement:
             builder = _make_builder(name, data_dir)
             if not builder.is_prepared():
+                _check_network(builder)
                 builder.download_and_prepare()
         return builder
     except Exception as error:  # of many kinds: a dataset to be fetched by hand, such as ImageNet; no network
         raise FileNotFoundError(f"TFDS cannot download and prepare the dataset {name!r} by itself: {error}") from None
+
+
+def _check_network(builder):
+    """Checks that a server answers, whatever it answers. Without a network, TFDS would try for minutes.
+
+    Raises:
+      ConnectionError: If files of the dataset must be downloaded, and its servers are out of reach.
+    """
+    files = {url: file for url, file in (builder.url_infos or {}).items() if url.startswith("http")}
+    if not files or builder.MANUAL_DOWNLOAD_INSTRUCTIONS or _has_downloads(builder, files.values()):
+        return
+    urls = list({urllib.parse.urlsplit(url).netloc: url for url in files}.values())[:_SERVERS_TO_TRY]
+    for url in urls:
+        with contextlib.suppress(requests.RequestException):
+            requests.head(url, timeout=_SECONDS_TO_ANSWER)
+            return
+    raise ConnectionError(f"no connection to {' or '.join(urls)}")
+
+
+def _has_downloads(builder, files):
+    """Whether one of the files may have been downloaded earlier; TFDS uses it without a network."""
+    root = Path(builder.data_path).parents[builder.info.full_name.count("/")]
+    sizes = {file.size for file in files}
+    return any(path.is_file() and path.stat().st_size in sizes for path in (root / "downloads").glob("*"))
