@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import urllib.parse
 from pathlib import Path
 
