@@ -21,7 +21,17 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 FLOORS = (
     ("regular_files",),
     ("json_records",),
-    ("by_name", "converter_errors", "graph", "interruption", "native_output", "provenance", "storage", "version"),
+    (
+        "autograph",
+        "by_name",
+        "converter_errors",
+        "graph",
+        "interruption",
+        "native_output",
+        "provenance",
+        "storage",
+        "version",
+    ),
     ("converter", "data", "layers", "temporary_files"),
     ("fusion", "models", "outliers"),
     ("checkpoints",),

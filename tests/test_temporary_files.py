@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tf_repvgg import storage, temporary_files
+from tf_repvgg.layers import RepVGGBlock
 
 
 def convert():
@@ -23,6 +24,12 @@ def test_files_of_autograph_go_with_their_program(tmp_path, monkeypatch):
         assert folder.parent == tmp_path and list(folder.glob("__autograph_generated_file*"))
         raise RuntimeError
     assert not list(tmp_path.iterdir()) and tempfile.gettempdir() == default
+
+
+def test_functions_of_the_library_are_not_rewritten():
+    with temporary_files.use_own_folder() as folder, tf.Graph().as_default():
+        RepVGGBlock(4, norm="oabn")(tf.zeros([1, 8, 8, 4]), training=True)
+        assert not list(folder.glob("__autograph_generated_file*"))
 
 
 def test_only_folders_of_killed_programs_are_removed(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from tf_repvgg import interruption, native_output
+from tf_repvgg import autograph, interruption, native_output
 
 # The imports below take seconds.
 if interruption.is_in_program():
@@ -42,6 +42,8 @@ if tf.keras.layers.Layer is not tf_keras.layers.Layer:
 # These register their layers and models.
 from tf_repvgg import fusion, layers, quantization
 from tf_repvgg.version import __version__
+
+autograph.leave_out(__name__)
 
 if TYPE_CHECKING:
     from tf_repvgg import checkpoints, data, models, outliers, report, tflite

@@ -24,7 +24,7 @@ def capture() -> Iterator[Callable[[], str]]:
     """
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with _open_file() as file:
         os.dup2(file.fileno(), 2)
         text = ""
 
@@ -44,6 +44,11 @@ def capture() -> Iterator[Callable[[], str]]:
             read_output()
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def _open_file():
+    """A file in memory if the system has such files: importing the package should need no writable folder."""
+    return open(os.memfd_create("stderr"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 @contextlib.contextmanager

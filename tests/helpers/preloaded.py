@@ -6,7 +6,7 @@ the same, in ten times the time: each child runs the program as __main__ from th
 safe as long as this process runs no TensorFlow operation: the first one starts threads, which a child does not inherit.
 
 With "import_from": folder, the program imports modules from that folder instead of its own. It runs in the folder
-"cwd", and a signal ends it after "seconds".
+"cwd", a signal ends it after "seconds", and it has "memory" bytes of addresses.
 
 With "kill": {"folder": path, "event": number, "seconds": delay, "number": signal}, the child sends itself a signal,
 SIGKILL by default, that long after its Python code has touched files in a folder that many times (opened, made,
@@ -20,6 +20,7 @@ With "watch": folder, the numbers of touches and of writes go to output + ".coun
 import gc
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -63,11 +64,15 @@ def signal_after(folder=None, event=1, seconds=0, number=signal.SIGKILL):
         count_touches(folder, lambda events: start() if events == event else None)
 
 
-def run(command, output, import_from=None, cwd=None, seconds=TIMEOUT_SECONDS, kill=None, watch=None, fault=None):
+def run(
+    command, output, import_from=None, cwd=None, seconds=TIMEOUT_SECONDS, memory=None, kill=None, watch=None, fault=None
+):
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     signal.alarm(seconds)
+    if memory:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     sys.argv = [os.path.abspath(command[0]), *command[1:]] if cwd else command
     sys.path.insert(0, import_from or os.path.dirname(sys.argv[0]))
     if cwd:
@@ -96,23 +101,6 @@ def run(command, output, import_from=None, cwd=None, seconds=TIMEOUT_SECONDS, ki
     os._exit(status)
 
 
-def convert_layers():
-    """Leaves AutoGraph's conversions of layers, loss and metric to all children. In a graph, no operation runs.
-
-    Children would spend a sixth of their time on these.
-    """
-    import tensorflow as tf
-
-    from tf_repvgg.layers import RepVGGBlock
-    from tf_repvgg.training import optimization
-
-    with tf.Graph().as_default():
-        RepVGGBlock(4, strides=2, norm="oabn")(tf.zeros([1, 8, 8, 4]), training=True)
-        RepVGGBlock(4, norm="oabn")(tf.zeros([1, 8, 8, 4]), training=True)
-        for function in (optimization.CrossEntropy(4), optimization.make_top1()):
-            function(tf.zeros([1], tf.int64), tf.zeros([1, 4]))
-
-
 def main():
     import tensorflow_datasets  # noqa: F401
 
@@ -125,7 +113,6 @@ def main():
     import tf_repvgg.training.checkpoints
     import tf_repvgg.training.logs  # noqa: F401
 
-    convert_layers()
     gc.collect()
     gc.freeze()  # children need not look through what is imported
     for line in sys.stdin:
