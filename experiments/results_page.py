@@ -5,7 +5,7 @@ there; measures nothing. The prose is in experiments/harness/results/page.md.jin
 About 20 seconds.
 """
 
-from absl import app
+from absl import app, flags
 from harness.commands import CHECKPOINTS, ROOT
 from harness.results import headline, headline_figure, page
 from harness.results.sources import load_results
@@ -13,13 +13,17 @@ from harness.tables import write_page
 
 from tf_repvgg import runs
 
+FLAGS = flags.FLAGS
+flags.DEFINE_string("output", "results", "Folder to write to.")
+
 DRAWN_MODELS = {"BN": "cifar10_bn", "OABN": "cifar10_oabn"}
 
 
 def main(_):
-    folder = ROOT / "results"
-    results = load_results(folder)
-    write_page(folder / "README.md", page.render(results, folder))
+    source, folder = ROOT / "results", ROOT / FLAGS.output
+    folder.mkdir(parents=True, exist_ok=True)
+    results = load_results(source)
+    write_page(folder / "README.md", page.render(results, source))
     write_page(folder / "headline.md", headline.render(results))
     models = {title: runs.load_model(CHECKPOINTS / name) for title, name in DRAWN_MODELS.items()}
     exports = {title: model["export"] for title, model in results["min_max"].items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from tf_repvgg import regular_files
 from tf_repvgg.data.image_split import ImageSource
 
 _WORDNET_ID = re.compile(r"n\d{8}(?=\s)")
@@ -41,7 +42,7 @@ class ClassNumbers:
           num_classes: Number of classes of the network.
 
         Raises:
-          FileNotFoundError: If there is no such file.
+          OSError: If there is no such file, or it is no regular file; names it.
           ValueError: If the file is empty or no text, names a class twice or gives a number twice, or does not fit the
             number of classes.
 
@@ -54,7 +55,7 @@ class ClassNumbers:
         """
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = regular_files.read_bytes(path).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise ValueError(f"{str(path)!r} is no text file in UTF-8; give class names as text") from None
         if path.suffix.lower() == ".csv":
