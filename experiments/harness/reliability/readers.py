@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def make_materials(folder: Path, run: Path, integer_file: Path) -> None:
         shutil.copy(integer_file, temporary / "integer" / "file.tflite")
         shutil.copy(_KERAS_3_FILE, temporary / "foreign" / "keras3.keras")
         model = _make_foreign_model()
-        model.save(temporary / "foreign" / "keras2.h5", save_format="h5")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras advises against HDF5
+            model.save(temporary / "foreign" / "keras2.h5", save_format="h5")
         checkpoints.save_torch(model, temporary / "foreign" / "torch.safetensors")
         np.savez(temporary / "foreign" / "torch.npz", **load_file(temporary / "foreign" / "torch.safetensors"))
         names = [f"class{number}" for number in range(10)]
