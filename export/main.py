@@ -127,7 +127,7 @@ def main(_):
         finished_work.remove()
     print_table(record)
     if FLAGS.report:
-        report.write(output / "report.html", [report.gather("", workdir, [output], source.data)])
+        report.write(output / "report.html", [report.gather("", workdir, [output], source.data, FLAGS.trust_model)])
     print(f"written to {output}")
 
 

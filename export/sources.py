@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tf_repvgg import checkpoints, fusion, image_flags, models, runs, storage
+from tf_repvgg import checkpoints, cli, fusion, image_flags, models, runs, storage
 
 # isort: split
 import tf_keras as keras
@@ -22,6 +22,7 @@ flags.DEFINE_string(
     "Network that comes from elsewhere: a .keras file of Keras 2 or Keras 3, or with --variant a checkpoint of a "
     "PyTorch network (.safetensors, .npz, .pth).",
 )
+cli.define_trust_flag()
 flags.DEFINE_enum(
     "variant", None, list(models.VARIANTS), "Network of a PyTorch checkpoint in --init_from.", case_sensitive=False
 )
@@ -122,7 +123,7 @@ def load_network() -> keras.Model:
     path = _find_path()
     if _is_run(path):
         _refuse_flags_of_files()
-        return runs.load_model(path)
+        return runs.load_model(path, FLAGS.trust_model)
     return _load_file(path)[0]
 
 
@@ -154,7 +155,7 @@ def _refuse_flags_of_files():
 def _load_run(path):
     _refuse_flags_of_files()
     metadata = runs.read_input(path)
-    model = runs.load_model(path)
+    model = runs.load_model(path, FLAGS.trust_model)
     is_held_out = metadata["validation_held_out"]
     data = _load_data(
         FLAGS.dataset or metadata["dataset"],
@@ -200,7 +201,7 @@ def _load_file(path):
     if not checkpoints.is_torch_file(path):
         if FLAGS.variant:
             raise ValueError(f"--variant={FLAGS.variant} is for checkpoints of PyTorch; {str(path)!r} is none")
-        return checkpoints.load_keras(path), ()
+        return checkpoints.load_keras(path, FLAGS.trust_model), ()
     if not FLAGS.variant:
         raise ValueError(f"--variant is missing; name the network of {str(path)!r}: {', '.join(models.VARIANTS)}")
     network = checkpoints.inspect_torch(path)

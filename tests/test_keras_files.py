@@ -154,7 +154,7 @@ def test_configurations_of_no_sense_are_refused(case, tmp_path):
 
 
 def test_files_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(keras_file, "_LARGEST_CONFIG", 1000)
+    monkeypatch.setattr(keras_file, "LARGEST_CONFIG", 1000)
     with pytest.raises(ValueError, match=r"is not a whole Keras model \(ValueError: config\.json would unpack to"):
         load_keras(FOLDER / "classifier.keras")
     monkeypatch.undo()
@@ -174,11 +174,8 @@ def test_files_of_keras_2_and_truncated_ones(tmp_path):
         np.testing.assert_array_equal(load_keras(tmp_path / name).get_weights()[0], source.get_weights()[0])
     source.add(keras.layers.Lambda(lambda inputs: 2 * inputs))
     source.save(tmp_path / "lambda.keras")
-    with pytest.raises(
-        ValueError, match=r"lambda\.keras' cannot be loaded as a model of Keras 2 .* Lambda layer"
-    ) as error:
+    with pytest.raises(ValueError, match=r"lambda\.keras' could run code: layer 'lambda' names the class 'Lambda'; if"):
         load_keras(tmp_path / "lambda.keras")
-    assert "safe_mode" not in str(error.value)
     with h5py.File(tmp_path / "network.h5", "a") as file:
         file.attrs["keras_version"] = "3.15.1"
     with pytest.raises(ValueError, match=r"network\.h5' is an HDF5 file of Keras 3; save the model there as a \.keras"):

@@ -22,6 +22,9 @@ _LARGEST_INTEGER = 2**31 - 1
 _LARGEST_FLOAT = 1e30
 _LONGEST_CHAIN_OF_FLAGFILES = 10
 
+# The flag counts as that of the program's module that calls `define_trust_flag`.
+flags.disclaim_key_flags()
+
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
     """Parses the flags of an absl program, runs it and exits.
@@ -34,6 +37,29 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     """
     logging.set_verbosity(logging.ERROR)  # TFDS logs every file that it opens, and warns of those that it misses.
     app.run(functools.partial(_run, main), flags_parser=_parse_flags)
+
+
+def define_trust_flag(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines --trust_model, which programs pass on to `runs.load_model`.
+
+    Args:
+      flag_values: Where to define it.
+
+    Example:
+      >>> from absl import flags
+      >>> from tf_repvgg import cli
+      >>> values = flags.FlagValues()
+      >>> cli.define_trust_flag(values)
+      >>> values(["program", "--trust_model"]) and values.trust_model
+      True
+    """
+    flags.DEFINE_boolean(
+        "trust_model",
+        False,
+        "Let model files of Keras 2 run code: layers of your own, Lambda layers, SavedModels. Whoever made such a file "
+        "can run any program on this computer.",
+        flag_values=flag_values,
+    )
 
 
 def _run(main, argv):

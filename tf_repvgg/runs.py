@@ -295,18 +295,21 @@ def read_input(path: str | Path) -> dict[str, Any]:
     return json_records.read(path, InputRecord)
 
 
-def load_model(path: str | Path) -> keras.Model:
+def load_model(path: str | Path, trust_model: bool = False) -> keras.Model:
     """Loads the final model of a run, or any other model of Keras 2 or Keras 3; see `checkpoints.load_keras`.
 
     Args:
       path: Folder of a run, or a .keras file.
+      trust_model: Whether the file may run code, such as that of layers of your own.
 
     Returns:
       The model, not compiled.
 
     Raises:
       FileNotFoundError: If there is no model; names the process that is training one, if any.
-      ValueError: If the file is not a whole Keras model, or one that cannot be rebuilt in Keras 2.
+      OSError: If it is not a regular file.
+      ValueError: If the file is not a whole Keras model, names code that is on no list, or cannot be rebuilt in
+        Keras 2.
 
     Example:
       >>> import tempfile
@@ -326,8 +329,7 @@ def load_model(path: str | Path) -> keras.Model:
             f"process {process} is training it" if process else f"train one with train/main.py --workdir={path.parent}"
         )
         raise FileNotFoundError(f"no model at {str(path)!r}; {advice}")
-    regular_files.open_to_read(path, regular_files.MAX_MODEL_BYTES).close()
-    return load_keras(path)
+    return load_keras(path, trust_model)
 
 
 def model_sha256(path: str | Path) -> str:

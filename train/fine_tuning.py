@@ -159,6 +159,7 @@ class FineTuning:
       steps_per_epoch: Number of steps in an epoch.
       seed: Seed of --ptq_start.
       is_continued: Whether a checkpoint will be restored; --ptq_start is skipped then, since it would have no effect.
+      trust_model: Whether the model file may run code; see `runs.load_model`.
 
     Attributes:
       model: Network to train.
@@ -176,13 +177,14 @@ class FineTuning:
         steps_per_epoch: int,
         seed: int,
         is_continued: bool,
+        trust_model: bool,
     ) -> None:
         self._data = data
         self._epochs = epochs
         self._steps_per_epoch = steps_per_epoch
         self._seed = seed
         self._starts_from_ptq = FLAGS.ptq_start is not None and not is_continued
-        self._base = self._load_base(init_from)
+        self._base = self._load_base(init_from, trust_model)
         self.model = self._prepare()
 
     def print_summary(self) -> None:
@@ -217,13 +219,13 @@ class FineTuning:
             return tfmot.clustering.keras.strip_clustering(model)
         return model
 
-    def _load_base(self, init_from):
+    def _load_base(self, init_from, trust_model):
         """The network to fine-tune in float: fused, unless its branches are to train."""
         _check_flags(init_from)
         if checkpoints.is_torch_file(init_from):
             model = new_network.load_torch_network(init_from, self._data, self._seed)
         else:
-            model = finished_runs.load_matching(init_from, self._data, "run")
+            model = finished_runs.load_matching(init_from, self._data, "run", trust_model)
         if quantization.quantizers(model):
             raise ValueError(f"--init_from={init_from} is quantized already; give the float run that it was made from")
         if FLAGS.batch_norm_statistics is None:

@@ -34,9 +34,10 @@ flags.DEFINE_float(
     lower_bound=0,
 )
 flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras; train nothing and write nothing.")
+cli.define_trust_flag()
 
 # Flags that do not change the trained weights: a run may continue with other values.
-NOT_SETTINGS = ("workdir", "data_dir", "evaluate_only", "checkpoint_minutes")
+NOT_SETTINGS = ("workdir", "data_dir", "evaluate_only", "checkpoint_minutes", "trust_model")
 # The order of their flags in config.flags.
 for module in (input_data, new_network, training_loop, fine_tuning):
     flags.adopt_module_key_flags(module)
@@ -51,7 +52,7 @@ def main(_):
     if not (FLAGS.evaluate_only or run.is_trained):
         train(run, settings, data)
     with cli.bad_input_exits():
-        model = runs.load_model(run.path)
+        model = runs.load_model(run.path, FLAGS.trust_model)
         finished_runs.check_fits(model, data)
     outliers.report(model, print_fn=print)
     result = evaluate(model, data, input_data.evaluation_split())
@@ -88,7 +89,7 @@ def train(run: runs.Run, settings: dict[str, runs.Setting], data: Classification
     """Trains the network of the flags, from the last checkpoint if there is one, and saves it."""
     with cli.bad_input_exits():
         steps_per_epoch = training_loop.count_steps_per_epoch(data)
-        teacher = distillation.load_teacher(FLAGS.distill_from, data) if FLAGS.distill_from else None
+        teacher = distillation.load_teacher(FLAGS.distill_from, data, FLAGS.trust_model) if FLAGS.distill_from else None
         network = make_network(run, data, steps_per_epoch)
         trainer = training_loop.make_trainer(network.model, teacher, data, steps_per_epoch)
         run.start(settings, data.metadata())  # after everything that can refuse the flags
@@ -103,10 +104,12 @@ def make_network(
 ) -> new_network.NewNetwork | fine_tuning.FineTuning:
     """The network to train: a new one, or with --quantize that of a finished run."""
     if not FLAGS.quantize:
-        return new_network.NewNetwork(data, FLAGS.seed, FLAGS.precision, FLAGS.init_from)
+        return new_network.NewNetwork(data, FLAGS.seed, FLAGS.precision, FLAGS.init_from, FLAGS.trust_model)
     training_loop.check_flags_for_fine_tuning()
     is_continued = bool(checkpoints.list_checkpoints(run.checkpoints_path))
-    return fine_tuning.FineTuning(data, FLAGS.init_from, FLAGS.epochs, steps_per_epoch, FLAGS.seed, is_continued)
+    return fine_tuning.FineTuning(
+        data, FLAGS.init_from, FLAGS.epochs, steps_per_epoch, FLAGS.seed, is_continued, FLAGS.trust_model
+    )
 
 
 def evaluate(model: keras.Model, data: ClassificationData, split: str) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class NewNetwork:
       precision: Keras dtype policy of training; it is the global policy until `finish`.
       init_from: Folder of a run, a .keras file, or a checkpoint of a PyTorch network, whose weights training starts
         from; None for random weights.
+      trust_model: Whether the model file may run code; see `runs.load_model`.
 
     Attributes:
       model: Network to train. It takes images of any size, since early epochs may train on smaller ones.
@@ -61,14 +62,16 @@ class NewNetwork:
       FileNotFoundError: If `init_from` does not exist.
     """
 
-    def __init__(self, data: ClassificationData, seed: int, precision: str, init_from: str | None) -> None:
+    def __init__(
+        self, data: ClassificationData, seed: int, precision: str, init_from: str | None, trust_model: bool
+    ) -> None:
         self._final_model = _build_model(data.image_shape, data.num_classes, seed, "float32")
         self.model = _build_model((None, None, data.channels), data.num_classes, seed, precision)
         if init_from:
             if checkpoints.is_torch_file(init_from):
                 _load_torch(init_from, self.model)
             else:
-                runs.copy_weights(runs.load_model(init_from), self.model)
+                runs.copy_weights(runs.load_model(init_from, trust_model), self.model)
 
     def print_summary(self) -> None:
         """Prints the parameters and MACs of the network, layer by layer."""

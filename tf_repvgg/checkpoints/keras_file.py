@@ -13,31 +13,40 @@ import ml_dtypes
 import numpy as np
 import tf_keras as keras
 
+from tf_repvgg import regular_files
+from tf_repvgg.checkpoints import keras2_file
+from tf_repvgg.checkpoints.keras2_config import UnknownCodeError
+from tf_repvgg.checkpoints.keras2_file import CONFIG, LARGEST_CONFIG, METADATA, WEIGHTS, read_member
 from tf_repvgg.checkpoints.keras3_graph import StoredLayer, build_model
 
-_METADATA, _CONFIG, _WEIGHTS = "metadata.json", "config.json", "model.weights.h5"
-_LARGEST_CONFIG = 64 * 1024**2
 _LARGEST_EXPANSION = 100  # Keras does not compress; more than this is made to fill the memory
 # State that only training uses, beside the weights of layers.
 _TRAINING_STATE = ("optimizer/", "seed_generator/", "loss_tracker/", "metrics/")
 
 
-def load_keras(path: str | Path) -> keras.Model:
+def load_keras(path: str | Path, trust_model: bool = False) -> keras.Model:
     """Loads a model that Keras 2 (tf_keras) or Keras 3 has saved, whichever it was.
 
+    Nothing in the file is run: every class and function that it names must be on a list of layers of Keras, functions
+    of TensorFlow and layers of this package, and everything else is refused. It must be a regular file, whose parts
+    are those that Keras writes, which refers to no other file, and whose layers have no more weights than it holds.
+
     A functional or Sequential model of Keras 3 is rebuilt from layers of Keras 2 that compute the same, in float32.
-    Nothing in its file is run: only layers of a list are built, and everything else is refused. Initializers,
-    regularizers and constraints are left out, and so are layers that augment images in training, such as RandomFlip.
+    Initializers, regularizers and constraints are left out, and so are layers that augment images in training, such as
+    RandomFlip.
 
     Args:
-      path: A .keras file; or a file or folder in an older format of Keras 2.
+      path: A .keras file, or an HDF5 file of Keras 2.
+      trust_model: Whether Keras 2 may run what the file names: layers of your own, Lambda layers, SavedModels. Whoever
+        made such a file can run any program on this computer.
 
     Returns:
       The model, not compiled.
 
     Raises:
-      FileNotFoundError: If there is no such file.
-      ValueError: If the file is not a whole model; or if a layer of Keras 3 cannot be rebuilt: the message names it.
+      OSError: If there is no such file, or it is not a regular one.
+      ValueError: If the file is not a whole model; if it names code that is on no list: the message names the layer
+        and class; or if a layer of Keras 3 cannot be rebuilt.
 
     Example:
       >>> import tf_keras as keras
@@ -49,17 +58,18 @@ def load_keras(path: str | Path) -> keras.Model:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no model at {str(path)!r}")
+    if path.is_dir():
+        return _load_saved_model(path, trust_model)
+    regular_files.open_to_read(path, regular_files.MAX_MODEL_BYTES).close()
     with _name_damaged_file(path):
         version = _read_version(path)
-        if version < 3 and not zipfile.is_zipfile(path):
-            return keras.models.load_model(path, compile=False)
     if version < 3:
-        return _load_keras_2(path)
+        return _load_keras_2(path, trust_model)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{str(path)!r} is an HDF5 file of Keras {version}; save the model there as a .keras file")
     with _name_damaged_file(path), zipfile.ZipFile(path) as archive:
-        config = json.loads(_read_member(archive, _CONFIG, _LARGEST_CONFIG))
-        weights = io.BytesIO(_read_member(archive, _WEIGHTS))
+        config = json.loads(read_member(archive, CONFIG, LARGEST_CONFIG))
+        weights = io.BytesIO(_read_weights(archive))
     try:
         model, stored = build_model(config)
         _load_weights(weights, stored)
@@ -70,16 +80,35 @@ def load_keras(path: str | Path) -> keras.Model:
     return model
 
 
-def _load_keras_2(path):
-    """Loads a .keras file that is whole, as far as its metadata go."""
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:
-        # One sentence: Keras's next ones may advise to load the file without its protection.
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+_LONGEST_REASON = 300
+_HOW_TO_TRUST = "if you trust whoever made it, load it with --trust_model (in Python: trust_model=True)"
+
+
+def _load_saved_model(path, trust_model):
+    if not trust_model:
         raise ValueError(
-            f"{str(path)!r} cannot be loaded as a model of Keras 2 ({type(error).__name__}: {reason})"
-        ) from None
+            f"{str(path)!r} is a folder, and the graph of a SavedModel can read and write files; save the model as a "
+            f".keras file, or {_HOW_TO_TRUST}"
+        )
+    with _name_damaged_file(path):
+        return keras.models.load_model(path, compile=False)
+
+
+def _load_keras_2(path, trust_model):
+    """Loads a file of Keras 2."""
+    try:
+        if trust_model:
+            return keras.models.load_model(path, compile=False, safe_mode=False)
+        return keras2_file.load(path)
+    except UnknownCodeError as error:
+        raise ValueError(f"{str(path)!r} could run code: {error}; {_HOW_TO_TRUST}") from None
+    except Exception as error:
+        # The cause, where Keras quotes one behind the configuration. One sentence: Keras's next ones may advise to load
+        # the file without its protection.
+        cause = str(error).rpartition("Exception encountered: ")[2].strip()
+        reason = cause.partition("\n")[0].partition(". ")[0][:_LONGEST_REASON]
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{str(path)!r} cannot be loaded as a model of Keras 2 ({kind}{reason})") from None
 
 
 @contextlib.contextmanager
@@ -96,18 +125,17 @@ def _read_version(path):
     version = "2"
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            version = json.loads(_read_member(archive, _METADATA, _LARGEST_CONFIG))["keras_version"]
-    elif path.is_file() and h5py.is_hdf5(path):
+            version = json.loads(read_member(archive, METADATA, LARGEST_CONFIG))["keras_version"]
+    elif not h5py.is_hdf5(path):
+        raise ValueError("it is neither a .keras file nor an HDF5 file")
+    else:
         with h5py.File(path, "r") as file:
             version = file.attrs.get("keras_version", version)
     return int(str(version).partition(".")[0])
 
 
-def _read_member(archive, name, largest=None):
-    member = archive.getinfo(name)
-    if member.file_size > (largest or _LARGEST_EXPANSION * max(member.compress_size, 1)):
-        raise ValueError(f"{name} would unpack to {member.file_size} bytes")
-    return archive.read(member)
+def _read_weights(archive):
+    return read_member(archive, WEIGHTS, _LARGEST_EXPANSION * max(archive.getinfo(WEIGHTS).compress_size, 1))
 
 
 def _load_weights(content: io.BytesIO, stored: list[StoredLayer]) -> None:

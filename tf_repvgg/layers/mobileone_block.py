@@ -9,6 +9,9 @@ from tf_repvgg.layers.qarepvgg_block import QARepVGGBlock
 from tf_repvgg.layers.reparameterized_block import ReparameterizedBlock
 from tf_repvgg.layers.repvgg_block import RepVGGBlock
 
+# The paper has four. A file that names the number must not make convolutions without end.
+_MOST_BRANCHES = 64
+
 
 class OverParameterizedBlock(ReparameterizedBlock):
     """Base of MobileOne's blocks, which gives them their convolutions.
@@ -22,7 +25,7 @@ class OverParameterizedBlock(ReparameterizedBlock):
       **kwargs: Arguments of `ReparameterizedBlock` and of the normalizations.
 
     Raises:
-      ValueError: If `kernel_size` is even, or a number is not a whole one above 0.
+      ValueError: If `kernel_size` is even, `conv_branches` is above 64, or a number is not a whole one above 0.
 
     Example:
       >>> from tf_repvgg.layers import MobileOneBlock, OverParameterizedBlock
@@ -35,6 +38,10 @@ class OverParameterizedBlock(ReparameterizedBlock):
         for argument, value in {"kernel_size": kernel_size, "conv_branches": conv_branches}.items():
             if not (isinstance(value, int | np.integer) and value > 0):
                 raise ValueError(f"{type(self).__name__}: {argument} is {value!r}; it must be a whole number above 0")
+        if conv_branches > _MOST_BRANCHES:
+            raise ValueError(
+                f"{type(self).__name__}: conv_branches is {conv_branches}; it must be at most {_MOST_BRANCHES}"
+            )
         if kernel_size % 2 == 0:
             raise ValueError(
                 f"{type(self).__name__}: kernel_size is {kernel_size}, which has no centre; use an odd one"

@@ -50,7 +50,13 @@ def check_history(workdir: str | Path) -> None:
     runs.read_epochs(folder / runs.METRICS_NAME)
 
 
-def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data: ClassificationData) -> Run:
+def gather(
+    title: str,
+    workdir: str | Path,
+    exports: Sequence[str | Path],
+    data: ClassificationData,
+    trust_model: bool = False,
+) -> Run:
     """Reads a run of train/main.py, or a model file in it, and the folders that export/main.py wrote of it.
 
     Args:
@@ -58,6 +64,7 @@ def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data:
       workdir: Folder or .keras file.
       exports: Folders, each with its export.json and predictions.npz, all for one evaluation split.
       data: Dataset that the files were evaluated on.
+      trust_model: Whether the model file may run code; see `runs.load_model`.
 
     Raises:
       OSError: If the model or an export is missing, or a file cannot be read.
@@ -107,7 +114,7 @@ def gather(title: str, workdir: str | Path, exports: Sequence[str | Path], data:
         epochs=_read_epochs(folder / runs.METRICS_NAME),
         exports=records,
         files=files,
-        histograms=make_histograms(runs.load_model(workdir), codebooks),
+        histograms=make_histograms(runs.load_model(workdir, trust_model), codebooks),
         codebook_of=codebook_of,
         labels=[str(label) for label in data.labels],
         truth=classes["labels"],

@@ -10,18 +10,19 @@ from tf_repvgg.data import ClassificationData
 from tf_repvgg.training import finished_runs
 
 
-def load_teacher(path: str | Path, data: ClassificationData) -> keras.Model:
+def load_teacher(path: str | Path, data: ClassificationData, trust_model: bool = False) -> keras.Model:
     """Loads the model of a finished run as a teacher: fused, in float32, for images of any height and width.
 
     Args:
       path: Folder of the run, or its model file.
       data: Data on which the student is trained.
+      trust_model: Whether the model file may run code; see `runs.load_model`.
 
     Raises:
       FileNotFoundError: If there is no finished run.
       ValueError: If the teacher expects other images or knows other classes, or its weights are not finite.
     """
-    teacher = finished_runs.load_matching(path, data, "teacher")
+    teacher = finished_runs.load_matching(path, data, "teacher", trust_model)
     any_size = keras.models.clone_model(teacher, keras.Input((None, None, data.channels)))
     any_size.set_weights(teacher.get_weights())
     return finished_runs.fuse_if_needed(any_size, path, "teacher")

@@ -8,20 +8,21 @@ from tf_repvgg import fusion, runs
 from tf_repvgg.data import ClassificationData, Preprocessing
 
 
-def load_matching(path: str | Path, data: ClassificationData, role: str) -> keras.Model:
+def load_matching(path: str | Path, data: ClassificationData, role: str, trust_model: bool = False) -> keras.Model:
     """Loads the model of a finished run that was trained on the images and classes of `data`.
 
     Args:
       path: Folder of the run, or its model file.
       data: Data of the new run.
       role: Role of the model in the new run, for messages: "teacher".
+      trust_model: Whether the model file may run code; see `runs.load_model`.
 
     Raises:
       FileNotFoundError: If there is no finished run.
-      ValueError: If the model expects other images or knows other classes.
+      ValueError: If the model expects other images or knows other classes, or its file could run code.
     """
     metadata = runs.read_input(path)
-    model = runs.load_model(path)
+    model = runs.load_model(path, trust_model)
     labels = tuple(metadata.get("labels", data.labels))
     if labels != data.labels or model.output_shape[-1] != data.num_classes:
         raise ValueError(
