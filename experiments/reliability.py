@@ -42,7 +42,7 @@ def main(_):
     with Arena(folder / "arena") as arena:
         for name in FLAGS.parts:
             part = run_part(name, arena, size, FinishedWork(folder / "kept"), deadline)
-            record["parts"][name] = part | {"seed": FLAGS.seed, "machine": provenance.machine()}
+            record["parts"][name] = part | {"machine": provenance.machine()}
             write_results(ROOT / FLAGS.results, "reliability", record, render(record))
     print(render(record))
     if faults := list_faults(record):

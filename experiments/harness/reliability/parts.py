@@ -12,10 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.commands import ROOT
-from harness.reliability import crafted, races
+from harness.reliability import crafted
 from harness.reliability.interruptions import Interruptions
 from harness.reliability.mutations import Mutations
 from harness.reliability.programs import SHORT_EXPORT, SHORT_TRAINING, WORKS, Arena
+from harness.reliability.races import RACED_WORKS, Races
 from harness.reliability.verdicts import Verdict, from_records, summarize, to_records
 from harness.reliability.write_points import WritePoints
 from tf_repvgg import provenance
@@ -23,7 +24,8 @@ from tf_repvgg.storage import FinishedWork
 
 # One piece of three sends signals to a process that imports.
 _SIGNALS_OF_A_PIECE = 4
-_SIZES_OF_DISKS = 12
+_SIZES_OF_DISKS = 10
+_ROUNDS_AT_ONCE = 4
 # Mutations of one piece for readers, for flags of programs, and for files of programs, and their order.
 _READS, _STARTS = 100, 20
 _ROUND_OF_MUTATIONS = ("read", "flags", "flags", "read", "flags", "read", "flags", "files")
@@ -40,14 +42,12 @@ class Size:
       kills: Number of kills.
       signals: Number of signals.
       mutations: Number of mutations.
-      rounds_at_once: Number of rounds in which each work runs several times at once.
     """
 
     seed: int
     kills: int
     signals: int
     mutations: int
-    rounds_at_once: int = 4
 
 
 def _list_kills(arena: Arena, size: Size) -> Iterator[Piece]:
@@ -81,7 +81,10 @@ def _list_disks(arena: Arena, size: Size) -> Iterator[Piece]:
 
 
 def _list_races(arena: Arena, size: Size) -> Iterator[Piece]:
-    yield "races", partial(races.run_at_once, arena, size.rounds_at_once)
+    with Races(arena) as races:
+        for index in range(_ROUNDS_AT_ONCE):
+            for work in RACED_WORKS:
+                yield f"{work.name}/{index}", partial(races.run, work, 2 + index % 2)
 
 
 def _list_crafted(arena: Arena, size: Size) -> Iterator[Piece]:
@@ -130,7 +133,7 @@ def run_part(name: str, arena: Arena, size: Size, kept: FinishedWork, deadline: 
       deadline: Time, as `time.monotonic` gives it, after which no piece begins.
 
     Returns:
-      Rows by kind, see `verdicts.summarize`, and whether the part is complete.
+      Rows by kind, see `verdicts.summarize`, whether the part is complete, the seed, and a hash of the sources.
     """
     list_pieces, find_target = _PARTS[name]
     target = find_target(size)
@@ -150,7 +153,7 @@ def run_part(name: str, arena: Arena, size: Size, kept: FinishedWork, deadline: 
             judged = from_records(result["verdicts"])
             verdicts += judged
             bar.update(len(judged))
-    return {"rows": summarize(verdicts), "is_complete": is_complete}
+    return {"rows": summarize(verdicts), "is_complete": is_complete, **inputs}
 
 
 def hash_sources() -> str:
