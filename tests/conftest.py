@@ -41,7 +41,7 @@ settings.load_profile("stable")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="Number of kills in tests/test_surviving.py.")
-    parser.addoption("--full_width", action="store_true", help="Full-width variants in tests/test_models.py.")
+    parser.addoption("--full_width", action="store_true", help="Networks of full width too, which takes minutes.")
 
 
 def pytest_collection_modifyitems(items):

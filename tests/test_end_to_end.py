@@ -146,9 +146,9 @@ def test_evaluation_only_needs_no_more_than_a_model(trained, run_forked, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def exported(trained, run_program):
+def exported(trained, run_forked):
     workdir, _, _ = trained
-    result = run_program(
+    result = run_forked(
         "export/main.py",
         f"--workdir={workdir}",
         "--weight_bits=8,4",
@@ -156,7 +156,7 @@ def exported(trained, run_program):
         "--latency_runs=50",
         "--threads=2",
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.status == 0, result.stderr[-3000:]
     return workdir / "export", result
 
 

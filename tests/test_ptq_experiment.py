@@ -85,7 +85,7 @@ def test_committed_cells_are_found(experiments):
             assert kept.find(f"{model}/{cell.name}", cell.find_inputs(settings)) == committed, cell
 
 
-def test_the_command_continues_and_writes_all_cells(experiments, workdir, run_program, tmp_path):
+def test_the_command_continues_and_writes_all_cells(experiments, workdir, run_forked, tmp_path):
     """One cell of two is kept, as if from an interrupted run, and is not measured again."""
     from harness.ptq.cells import Cell, Settings
 
@@ -93,7 +93,7 @@ def test_the_command_continues_and_writes_all_cells(experiments, workdir, run_pr
     result = {"top1_percent": 12.25, "quantization_seconds": 1.0, "notes": ["kept"]}
     inputs = cell.find_inputs(Settings(None, 32, 100, 500))
     FinishedWork(tmp_path / "cells").keep(f"digits_oabn/{cell.name}", inputs, result)
-    outcome = run_program(
+    outcome = run_forked(
         "experiments/ptq.py",
         f"--runs={workdir.parent}",
         f"--cells={tmp_path / 'cells'}",
@@ -106,7 +106,7 @@ def test_the_command_continues_and_writes_all_cells(experiments, workdir, run_pr
         "--test_images=100",
         "--workers=1",
     )
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert outcome.status == 0, outcome.stderr[-3000:]
     measured, kept = json.loads((tmp_path / "ptq.json").read_text())["models"]["digits_oabn"]["cells"]
     assert measured["granularity"] == "per_tensor" and measured["top1_percent"] > 50
     assert kept["granularity"] == "per_channel" and result.items() <= kept.items()

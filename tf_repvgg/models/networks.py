@@ -62,9 +62,9 @@ def build_network(
 
     Example:
       >>> from tf_repvgg.models import build_network
-      >>> model = build_network("S0", (32, 32, 3), num_classes=10, norm="oabn", oabn_k=0.1)
-      >>> [layer.name for layer in model.layers][:4]
-      ['image', 'stem', 'stage1_block1_depthwise', 'stage1_block1_pointwise']
+      >>> model = build_network("cifar-s", (32, 32, 3), num_classes=10, norm="oabn", oabn_k=0.1)
+      >>> [layer.name for layer in model.layers][:3], model.output_shape
+      (['image', 'stem', 'stage1_block1'], (None, 10))
     """
     if isinstance(variant, str):
         variant = find_variant(variant)
