@@ -169,6 +169,22 @@ def test_what_needs_nothing_stays():
         lower(layers.Dense(2))
 
 
+def test_equal_relus_are_computed_once():
+    """The converter does so, and would fuse what remains with the convolution, which then has no grid of its own."""
+
+    def read_twice(x):
+        y = conv()(x)
+        relus = [layers.ReLU()(y), layers.Activation("relu")(y), tf.nn.relu(y), layers.ReLU(6.0)(y), tf.nn.relu6(y)]
+        return [layers.Conv2D(2, 1)(relu) for relu in relus]
+
+    model = build(read_twice)
+    lowered = lower(model)
+    assert len([layer for layer in lowered.layers if "relu" in layer.name]) == 2
+    for expected, actual in zip(model(draw_images()), lowered(draw_images()), strict=True):
+        np.testing.assert_array_equal(expected, actual)
+    tflite.convert(ptq.quantize(lowered, "mse", calibration=draw_images()))
+
+
 def test_nested_models_and_shared_layers():
     inner = keras.Sequential([keras.Input(SIZE), norm(), layers.Conv2D(3, 1, activation="elu", name="conv")], name="in")
     model = build(lambda x: inner(inner(x)) * 0.5)

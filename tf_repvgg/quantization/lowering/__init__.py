@@ -11,6 +11,7 @@ from tf_repvgg.quantization.lowering import layer_rules, operator_rules
 from tf_repvgg.quantization.lowering.builder import Builder, Names
 from tf_repvgg.quantization.lowering.folding import fold
 from tf_repvgg.quantization.lowering.grids import find_tied_layers
+from tf_repvgg.quantization.lowering.repetitions import ReluCalls
 
 __all__ = ["lower"]
 
@@ -52,6 +53,7 @@ def lower(model: keras.Model) -> keras.Model:
     layer_names = graph.unique_names(model)
     names = Names(set(layer_names.values()))
     lowered_names = set()
+    relu_calls = ReluCalls()
 
     def replace(layer):
         name = layer_names[id(layer)]
@@ -60,7 +62,7 @@ def lower(model: keras.Model) -> keras.Model:
         rules = operator_rules if operator_rules.is_operator(layer) else layer_rules
         replacement = rules.find_replacement(layer, build)
         if replacement is None:
-            return copy
+            return relu_calls.share(layer, copy)
 
         def call(*arguments, **keywords):
             outputs = replacement(*arguments, **keywords)
@@ -69,10 +71,10 @@ def lower(model: keras.Model) -> keras.Model:
             lowered_names.add(name)
             return outputs
 
-        return call
+        return relu_calls.share(layer, call)
 
     lowered = graph.rebuild(model, replace, inline_nested=True, input_dtypes=_find_float_inputs(model))
-    if not (lowered_names or find_tied_layers(lowered)):
+    if not (lowered_names or relu_calls.is_any_shared or find_tied_layers(lowered)):
         return model
     statistics = fusion.pre_activation_statistics(model)
     lowered, folds = fold(lowered)
