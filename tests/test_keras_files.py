@@ -167,6 +167,20 @@ def test_files_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
         load_keras(path)
 
 
+def test_damage_within_the_file_of_weights_is_one_line(tmp_path):
+    """h5py raises errors of many kinds; each byte of the table of names counts, so a few are tried."""
+    with zipfile.ZipFile(FOLDER / "classifier.keras") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    content = members["model.weights.h5"]
+    for signature in (b"SNOD", b"TREE", b"HEAP"):
+        members["model.weights.h5"] = content.replace(signature, b"XXXX")
+        with zipfile.ZipFile(tmp_path / "damaged.keras", "w") as archive:
+            for name, member in members.items():
+                archive.writestr(name, member)
+        with pytest.raises(ValueError, match=r"damaged\.keras' is not a whole Keras model"):
+            load_keras(tmp_path / "damaged.keras")
+
+
 def test_files_of_keras_2_and_truncated_ones(tmp_path):
     source = keras.Sequential([keras.Input([4]), keras.layers.Dense(2)])
     for name in ("network.keras", "network.h5"):

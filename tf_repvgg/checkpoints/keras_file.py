@@ -73,7 +73,7 @@ def load_keras(path: str | Path, trust_model: bool = False) -> keras.Model:
     try:
         model, stored = build_model(config)
         _load_weights(weights, stored)
-    except OSError as error:  # h5py's
+    except (OSError, RuntimeError, LookupError, TypeError) as error:  # h5py's, about damaged files
         raise ValueError(f"{str(path)!r} is not a whole Keras model ({error})") from None
     except ValueError as error:
         raise ValueError(f"{str(path)!r}, a model of Keras 3, cannot be read: {error}") from None

@@ -40,7 +40,7 @@ class Verdict:
 def find_message(outcome: Outcome) -> str | None:
     """The only line that a program has printed to stderr, beside progress bars; None if there are more or none."""
     lines = [line for part in outcome.stderr.splitlines() for line in part.split("\r") if line.strip()]
-    messages = [line for line in lines if not _BARS.search(line)]
+    messages = [line for line in lines if ": error: " in line or not _BARS.search(line)]
     return messages[0] if len(messages) == 1 and ": error: " in messages[0] else None
 
 
