@@ -40,7 +40,7 @@ settings.load_profile("stable")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=12, help="Number of kills in tests/test_surviving.py.")
+    parser.addoption("--kills", type=int, default=8, help="Number of kills in tests/test_surviving.py.")
     parser.addoption("--full_width", action="store_true", help="Networks of full width too, which takes minutes.")
 
 

@@ -1,6 +1,7 @@
 """Runs that survive: SIGKILL, full disks, diverging weights, and other processes in the same folder.
 
-Twelve kills by default; `python -m pytest tests/test_surviving.py --kills=200` kills more often.
+Eight kills by default; `python -m pytest tests/test_surviving.py --kills=200` kills more often. A fault at every write
+is in tests/test_reliability.py.
 """
 
 import json
