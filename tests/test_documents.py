@@ -91,7 +91,7 @@ def find_flags():
     ]
     return {
         name
-        for path in (*sources, ROOT / "tf_repvgg" / "image_flags.py", ROOT / "tests" / "conftest.py")
+        for path in (*sources, *(ROOT / "tf_repvgg").glob("*.py"), ROOT / "tests" / "conftest.py")
         for name in re.findall(r'(?:DEFINE_\w+|addoption)\(\s*"(?:--)?(\w+)"', path.read_text(encoding="utf-8"))
     }
 

@@ -83,17 +83,21 @@ def build_friendly_network():
     nested_input = keras.Input([None, None, 8])
     nested = keras.Model(nested_input, keras.layers.Dropout(0.5)(keras.layers.PReLU(shared_axes=[1, 2])(nested_input)))
     nested.compile("adam", "mse", metrics=["mae"])  # which is left out
-    x = nested(nested(x)) + inner(inner(x))
+    scale = keras.saving.get_registered_object("Custom>CustomScaleLayer")  # of keras.applications
+    x = scale(0.5)([nested(nested(x)), inner(inner(x))])
     x = keras.layers.MultiHeadAttention(2, 4)(*[keras.layers.Reshape([-1, 8])(x)] * 2)
     first, second = tf.split(x, 2, axis=-1)
     x = keras.layers.Activation(keras.layers.ReLU(6.0))(tf.maximum(first, second))
-    x = keras.layers.TimeDistributed(keras.layers.Dense(3, kernel_constraint="non_neg", name="dense"))(x)
+    x = keras.layers.TimeDistributed(
+        keras.layers.Dense(3, bias_initializer=tf.constant_initializer(0.5), name="dense")
+    )(x)
     model = keras.Model([image, other], keras.layers.Softmax()(tf.reduce_mean(x, axis=1)), name="friendly")
     model.compile("sgd", "mse")
     return model
 
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.filterwarnings("ignore:The `keras.initializers.serialize")
 @pytest.mark.parametrize("ending", [".keras", ".h5"])
 def test_models_without_harm_are_loaded_as_they_were(ending, tmp_path):
     model = build_friendly_network()

@@ -50,8 +50,10 @@ _MODULE_OF_KERAS = re.compile(
     r"(\.[a-z0-9_]+)*)?"
 )
 _MODULE_OF_FUNCTIONS = re.compile(r"builtins|(tf_)?keras(\.src)?\.activations")
-_OWN_PACKAGE = "tf_repvgg."
-_MODULE_OF_OWN_CLASSES = re.compile(r"tf_repvgg(\.[a-z0-9_]+)*")
+_MODULE_OF_INITIALIZERS = re.compile(r"tensorflow\.python\.ops\.init_ops(_v2)?")
+# Packages whose classes are known by the names under which they register them.
+_REGISTERING_PACKAGES = ("tf_repvgg.", "tf_keras.src.applications.")
+_MODULE_OF_REGISTERED_CLASSES = re.compile(r"(tf_repvgg|(tf_)?keras(\.src)?\.applications)(\.[a-z0-9_]+)*")
 
 _ACTIVATIONS = (
     *("elu", "exponential", "gelu", "hard_sigmoid", "linear", "mish", "relu", "selu", "sigmoid", "silu", "softmax"),
@@ -131,7 +133,7 @@ def _check_record(record, owner):
         raise ValueError(f"the class {_abbreviate(kind)} of {owner} has no configuration")
     if isinstance(config, Mapping) and isinstance(config.get("name"), str):
         owner = f"layer {_abbreviate(config['name'])}"
-    if not (_is_of_keras(record) or _is_own(record)):
+    if not (_is_of_keras(record) or _is_registered(record)):
         raise UnknownCodeError(f"{owner} names the class {_describe(record)}")
     for part in _parts_of(record):
         if not (isinstance(part, Mapping) and "class_name" in part):
@@ -157,19 +159,22 @@ def _is_of_keras(record):
     return (
         kind in _CLASSES
         and record.get("registered_name") in (None, kind)
-        and _is_in(_MODULE_OF_KERAS, record.get("module"))
+        and (
+            _is_in(_MODULE_OF_KERAS, record.get("module"))
+            or (kind in _INITIALIZERS and _is_in(_MODULE_OF_INITIALIZERS, record["module"]))
+        )
     )
 
 
-def _is_own(record):
-    """Whether the class is one that this package has registered, by itself or as Keras names it in HDF5 files."""
+def _is_registered(record):
+    """Whether the class is one that this package or keras.applications has registered."""
     kind = record["class_name"]
     registered_name = record.get("registered_name") or kind
     if not isinstance(registered_name, str) or kind not in (registered_name, registered_name.rpartition(">")[2]):
         return False
     registered = keras.saving.get_custom_objects().get(registered_name)
-    return str(getattr(registered, "__module__", "")).startswith(_OWN_PACKAGE) and _is_in(
-        _MODULE_OF_OWN_CLASSES, record.get("module")
+    return str(getattr(registered, "__module__", "")).startswith(_REGISTERING_PACKAGES) and _is_in(
+        _MODULE_OF_REGISTERED_CLASSES, record.get("module")
     )
 
 
