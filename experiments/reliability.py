@@ -37,12 +37,13 @@ def main(_):
     with cli.bad_input_exits():
         folder = claim_folder(ROOT / FLAGS.folder)
     path = ROOT / FLAGS.results / "reliability.json"
-    record = {**(read_json(path) if path.exists() else {"parts": {}}), "command": "python experiments/reliability.py"}
     size = Size(FLAGS.seed, FLAGS.kills, FLAGS.signals, FLAGS.mutations)
     with Arena(folder / "arena") as arena:
         for name in FLAGS.parts:
             part = run_part(name, arena, size, FinishedWork(folder / "kept"), deadline)
-            record["parts"][name] = part | {"machine": provenance.machine()}
+            # Read again: another process may have run other parts meanwhile.
+            parts = read_json(path)["parts"] if path.exists() else {}
+            record = {"parts": parts | {name: part | {"machine": provenance.machine()}}}
             write_results(ROOT / FLAGS.results, "reliability", record, render(record))
     print(render(record))
     if faults := list_faults(record):

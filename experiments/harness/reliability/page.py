@@ -28,9 +28,9 @@ def render(record: Mapping[str, Any]) -> str:
     text = [
         "# Reliability",
         make_paragraph(
-            f"""`{record["command"]}`: {totals["tried"]:,} attacks on the programs and the readers of files, {faults} of
-            which ended as none may. Refused in one line: exit status 2 and a line that names what is wrong (status 1
-            for full disks, 130 and 143 for signals)."""
+            f"""`python experiments/reliability.py`: {totals["tried"]:,} attacks on the programs and the readers of
+            files, {faults} of which ended as none may. Refused in one line: exit status 2 and a line that names what is
+            wrong (status 1 for full disks, 130 and 143 for signals)."""
         ),
         make_total_table(record),
     ]
@@ -38,7 +38,9 @@ def render(record: Mapping[str, Any]) -> str:
         if part not in record["parts"]:
             text += [f"## {name_part(part)}", "Not measured yet."]
             continue
-        text += [f"## {name_part(part)}", make_paragraph(description), make_part_table(record["parts"][part]["rows"])]
+        content = record["parts"][part]
+        end = "" if content["is_complete"] else " The limit of time ended this part before its number was reached."
+        text += [f"## {name_part(part)}", make_paragraph(description + end), make_part_table(content["rows"])]
     if lines := list_faults(record):
         text += ["## Faults", "\n".join(make_paragraph(f"- {line}") for line in lines)]
     return "\n\n".join(text)
