@@ -67,10 +67,10 @@ def imagenet(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("config", ["imagenet_a0_oabn", "imagenet_b0_bn"])
+@pytest.mark.parametrize("config", ["imagenet_a0_bn", "imagenet_b0_oabn"])
 def test_the_recipe_trains(imagenet, run_forked, tmp_path, config, pytestconfig):
     """20 steps; only batch and images are smaller than published."""
-    if config != "imagenet_a0_oabn" and not pytestconfig.getoption("full_width"):
+    if config != "imagenet_a0_bn" and not pytestconfig.getoption("full_width"):
         pytest.skip("differs in depth and normalization, which tests of the blocks train; --full_width trains it")
     result = run_forked(
         "train/main.py",
