@@ -11,7 +11,7 @@ from helpers.integer_files import assert_computes_what_it_says, make_repvgg_with
 from helpers.networks import SIZE, random_images
 from helpers.random_weights import randomize
 
-from tf_repvgg import converter, tflite
+from tf_repvgg import tflite
 from tf_repvgg.fusion import fuse
 from tf_repvgg.layers import QARepVGGBlock, RepVGGBlock
 from tf_repvgg.models import build_repvgg
@@ -97,15 +97,6 @@ def test_any_image_size_becomes_that_of_the_calibration_images():
         ValueError, match=r"input '.*' is \(None, None, 3\); a file needs a fixed size: give image_size="
     ):
         tflite.convert(quantized)
-
-
-def test_weights_may_be_too_large_for_constants_of_a_graph(fused, file, monkeypatch):
-    monkeypatch.setattr(converter, "_MAX_CONSTANT_BYTES", 0)
-    other = tflite.convert(fused, random_images())
-    assert [operator.name for operator in tflite.operators(other)] == [
-        operator.name for operator in tflite.operators(file)
-    ]
-    np.testing.assert_array_equal(tflite.predict(other, random_images()), tflite.predict(file, random_images()))
 
 
 def test_metadata_is_in_the_file(fused, file):

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
-from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from tf_repvgg import converter_errors, graph, native_output
 
 # Too small to change a code, but not zero, so that TensorFlow keeps it.
 _NEXT_TO_NOTHING = 1e-30
-# Constants are copied a few times, and TensorFlow writes no graph above 2 GiB.
-_MAX_CONSTANT_BYTES = 256 * 2**20
 _INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
@@ -53,21 +50,8 @@ def make_converter(
         function = tf.function(call).get_concrete_function(*specs)
     # The variables that the function reads. Given the Keras model instead, TensorFlow would trace and save every layer.
     holder = tf.Module()
-    if sum(weight.dtype.size * weight.shape.num_elements() for weight in model.weights) <= _MAX_CONSTANT_BYTES:
-        function = _freeze(function, specs)
-    else:
-        holder.weights = model.weights
+    holder.weights = model.weights
     return tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
-
-
-def _freeze(function, specs):
-    """The function with constants for variables, which the converter would write to files and read: a third faster."""
-    frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)
-
-    def call(*inputs):
-        return tf.nest.pack_sequence_as(function.structured_outputs, frozen(*inputs))
-
-    return tf.function(call, autograph=False).get_concrete_function(*specs)
 
 
 @contextlib.contextmanager
