@@ -124,6 +124,15 @@ class Network:
         """Whether all ranges and kernels are set."""
         return self.has_ranges and self.kernels.keys() == self.layers.keys()
 
+    def replace_calibration(self, images: list[np.ndarray]) -> None:
+        """Takes other calibration images from now on.
+
+        Args:
+          images: An array [count, ...] for each input.
+        """
+        self.calibration = Calibration(images)
+        self.__dict__.pop("reference_outputs", None)  # of the former images
+
     def set_ranges(self, rule: Callable[["Network"], None]) -> None:
         """Sets all ranges of activations for the float network as it is now, by the rule that was given first.
 

@@ -20,6 +20,7 @@ from tf_repvgg.quantization.ptq.methods.adaquant import adaquant
 from tf_repvgg.quantization.ptq.methods.adaround import adaround
 from tf_repvgg.quantization.ptq.methods.bias_correct import bias_correct
 from tf_repvgg.quantization.ptq.methods.bias_tune import bias_tune
+from tf_repvgg.quantization.ptq.methods.class_impressions import class_impressions
 from tf_repvgg.quantization.ptq.methods.codebook import codebook
 from tf_repvgg.quantization.ptq.methods.codebook_adaquant import codebook_adaquant
 from tf_repvgg.quantization.ptq.methods.dfq import dfq
@@ -73,6 +74,13 @@ METHODS = {
         octav,
         "Weights clipped where the noise of clipping and rounding together is smallest; activation ranges of `mse`.",
         "2206.06501",
+    ),
+    "class_impressions": Method(
+        class_impressions,
+        "Calibration images pushed towards random classes by the network's gradients, so that methods that learn do "
+        "not forget the classes that the images lack; then `min_max`.",
+        "1808.01153",
+        sets_ranges=False,
     ),
     "equalize": Method(
         equalize,
