@@ -36,6 +36,7 @@ def test_the_committed_pages_are_what_the_experiments_write(results):
     from harness.oabn_limit import clip_page, codebook_page
     from harness.pages import int8_collapse, min_max, recipes, targets
     from harness.ptq import page as ptq
+    from harness.reliability import page as reliability
 
     pages = {
         "any_model": any_model,
@@ -45,6 +46,7 @@ def test_the_committed_pages_are_what_the_experiments_write(results):
         "min_max": min_max,
         "ptq": ptq,
         "recipes": recipes,
+        "reliability": reliability,
         "targets": targets,
     }
     for name, page in pages.items():

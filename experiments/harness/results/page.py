@@ -15,6 +15,7 @@ from harness.pages import min_max as min_max_page
 from harness.pages import recipes as recipes_page
 from harness.pages import targets as targets_page
 from harness.ptq import page as ptq_page
+from harness.reliability import page as reliability_page
 from harness.results import cost_tables, headline, sources
 from harness.tables import make_bits_table, wrap_page
 
@@ -75,6 +76,7 @@ def _make_sources(results, folder):
         "clip_limit": results["clip_limit"] | {"machine": sources.name_machines([results["clip_limit"]["machine"]])},
         "ptq": sources.Ptq(results["ptq"]),
         "any_model": sources.AnyModel(results["any_model"]),
+        "reliability": sources.Reliability(results["reliability"]),
         "ptq_methods": headline.count_ptq_methods(results["ptq"]),
         "targets": sources.Targets(results["targets"]),
         "low_bit": sources.LowBit(results["low_bit"], folder / "low_bit"),
@@ -110,6 +112,7 @@ def _make_tables(results):
         "toolkits": ptq_page.make_toolkits_table(models),
         "any_model": any_model_page.make_outcomes_table(results["any_model"]["random"]),
         "networks": any_model_page.make_applications_table(results["any_model"]["applications"]["networks"]),
+        "reliability": reliability_page.make_total_table(results["reliability"]),
         "targets": targets_page.make_runtimes_table(results["targets"]),
         "lead": low_bit_page.make_lead_table(results["low_bit"]["peers"]),
         **{part: low_bit_page.make_rows_table(results["low_bit"][part]) for part in ("headline", "edges", "others")},

@@ -17,6 +17,7 @@ from harness.oabn_limit.codebook_trainings import CLUSTERS, average
 from harness.pages import recipes
 from harness.ptq import page as ptq_page
 from harness.ptq.cells import AI_EDGE
+from harness.reliability import page as reliability_page
 from tf_repvgg.quantization.uniform import GRANULARITIES
 
 
@@ -287,6 +288,21 @@ class AnyModel:
             for way in network["ways"].values()
             if "agreement_percent" in way
         )
+
+
+class Reliability:
+    """reliability.json."""
+
+    def __init__(self, record: Mapping) -> None:
+        self.counts = reliability_page.count_outcomes(record)
+        self.faults = reliability_page.list_faults(record)
+        self.missing = [
+            reliability_page.name_part(name) for name in reliability_page.PARTS if name not in record["parts"]
+        ]
+        self.incomplete = [
+            reliability_page.name_part(name) for name, part in record["parts"].items() if not part["is_complete"]
+        ]
+        self.machine = name_machines(part["machine"] for part in record["parts"].values())
 
 
 class CodebookLimit:
