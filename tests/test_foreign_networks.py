@@ -37,6 +37,9 @@ def here(tmp_path_factory):
     (folder / "short.txt").write_text("n01\nn02\nn03\n")
     (folder / "damaged.keras").write_bytes(CLASSIFIER.read_bytes()[:9000])
     keras.Sequential([keras.Input([16]), keras.layers.Dense(10)]).save(folder / "vectors.keras")
+    images = keras.Input([16, 16, 3])
+    features = keras.layers.Lambda(lambda x: 2 * x, name="code")(keras.layers.Conv2D(4, 3, name="conv")(images))
+    keras.Model(images, keras.layers.GlobalAveragePooling2D()(features)).save(folder / "code.keras")
     network = build_repvgg("digits", (16, 16, 3), 10, padding="symmetric")
     checkpoints.save_torch(network, folder / "training.safetensors")
     checkpoints.save_torch(fusion.fuse(network), folder / "deploy.safetensors", "timm_repvgg")
@@ -81,6 +84,12 @@ def test_outliers_of_a_pytorch_network_need_no_images(here, run_forked):
     assert [line.split()[0] for line in outcome.stdout.splitlines()[2:5]] == ["stem", "stage1_block1", "stage1_block2"]
 
 
+def test_trusted_files_may_hold_code(here, run_forked):
+    outcome = run_forked(EXPORT, f"--init_from={here / 'code.keras'}", "--trust_model", "--outliers_only")
+    assert outcome.status == 0, outcome.stderr[-2000:]
+    assert [line.split()[0] for line in outcome.stdout.splitlines()[2:]] == ["conv"]
+
+
 def test_a_pytorch_network_is_exported(here, tmp_path, run_forked):
     flags = ["--variant=digits", "--normalization=imagenet", "--image_size=16", "--evaluation_resize=18"]
     outcome = run_forked(EXPORT, *flags_of(here, here / "training.safetensors", *flags, f"--output={tmp_path}"))
@@ -104,6 +113,10 @@ BAD_FLAGS = {
     "missing file": ({"init_from": "nothing.keras"}, "no model at"),
     "damaged file": ({"init_from": "damaged.keras"}, "damaged.keras' is not a whole Keras model"),
     "refused layer": ({"init_from": REFUSED}, "layer 'double' (Lambda): it holds code of its own"),
+    "code of its own": (
+        {"init_from": "code.keras"},
+        "layer 'code' names the class 'Lambda'; if you trust whoever made it",
+    ),
     "no classifier of images": ({"init_from": "vectors.keras"}, "takes classifiers of images"),
     "no normalization": (
         {"normalization": None},
