@@ -25,14 +25,17 @@ from harness.tables import write_results
 from tqdm import tqdm
 
 from tf_repvgg import cli, provenance
-from tf_repvgg.quantization.ptq import parse_method
+from tf_repvgg.quantization.ptq import Options, parse_method
 from tf_repvgg.quantization.uniform import GRANULARITIES
 from tf_repvgg.storage import FinishedWork
 
 FLAGS = flags.FLAGS
 RANGE_METHODS = ("min_max", "percentile", "mse", "octav", "relative")
 CORRECTING_METHODS = ("equalize", "bias_correct", "dfq", "relative+bias_correct", "equalize+relative+bias_correct")
-SLOW_METHODS = ("adaround", "adaquant", "equalize+relative+adaquant", "codebook")
+SLOW_METHODS = (
+    *("adaround", "adaquant", "equalize+relative+adaquant", "class_impressions+equalize+relative+adaquant"),
+    "codebook",
+)
 flags.DEFINE_string("data_dir", None, "Folder of the network and the photographs.")
 flags.DEFINE_boolean("validation", False, "Whether to score training photographs, for choices.")
 flags.DEFINE_list(
@@ -45,6 +48,7 @@ flags.DEFINE_list(
 )
 flags.DEFINE_boolean("ai_edge", True, "Whether to measure Google's toolkit beside our methods.")
 flags.DEFINE_integer("calibration_images", 256, "Photographs that methods see.", lower_bound=1)
+flags.DEFINE_integer("iterations", Options.iterations, "Steps for each layer of methods that learn.", lower_bound=1)
 flags.DEFINE_integer("scored_images", None, "Photographs scored of each set; by default all.", lower_bound=1)
 flags.DEFINE_string("kept", "runs/mobileone", "Folder of finished rows.")
 flags.DEFINE_string("results", "results", "Folder of the table.")
@@ -83,7 +87,9 @@ def measure_alone(row, settings, float_classes):
 def main(_):
     with cli.bad_input_exits():
         check_flags()
-    settings = Settings(FLAGS.data_dir, FLAGS.validation, FLAGS.calibration_images, FLAGS.scored_images)
+    settings = Settings(
+        FLAGS.data_dir, FLAGS.validation, FLAGS.calibration_images, FLAGS.iterations, FLAGS.scored_images
+    )
     kept = FinishedWork(ROOT / FLAGS.kept / ("validation" if FLAGS.validation else "test"))
     record = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name != "data_dir"},

@@ -53,7 +53,8 @@ def test_impressions_show_all_classes():
     images = (generator.uniform(-1, 1, (1, 16, 16, 3)) + generator.normal(0, 0.05, (40, 16, 16, 3))).astype("float32")
     network = make_impressions(make_classifier(), images)
     (impressions,) = network.calibration.inputs
-    assert impressions.shape == (60, 16, 16, 3) and impressions.dtype == np.float32
+    assert impressions.shape == (2 + 60, 16, 16, 3) and impressions.dtype == np.float32
+    assert all(np.any(np.all(image == images, axis=(1, 2, 3))) for image in impressions[:2])
     assert images.min() <= impressions.min() and impressions.max() <= images.max()
     counts = np.bincount(np.argmax(network.reference_outputs[0], axis=1), minlength=10)
     assert len(np.unique(np.argmax(make_classifier()(images), axis=1))) <= 2 and np.all(counts >= 1)

@@ -17,9 +17,9 @@ def render(record: Mapping) -> str:
         f"""`{command} --data_dir=...`: MobileOne-S0, trained on ImageNet by others, quantized with
         {record["calibration_images"]} photographs of ten classes (five for choices) and scored on {kind}. Each
         cell is 1000-way top-1 in percent on other photographs of those classes / on photographs of classes that
-        calibration does not show. Int8 activations unless a row says otherwise. Every file runs in LiteRT.
-        ai-edge-quantizer's INT4 weights are stored as int8, codes and scales unchanged, and its depthwise
-        convolutions have 8 bits in all rows. Seconds lead from the float network to a checked file, and peak memory is
+        calibration does not show. Int8 activations unless a row says otherwise. Methods that learn take
+        {record["iterations"]} steps for each layer. Every file runs in LiteRT. ai-edge-quantizer's INT4 weights are
+        stored as int8, codes and scales unchanged, and its depthwise convolutions have 8 bits in all rows. Seconds lead from the float network to a checked file, and peak memory is
         that of the whole process with all photographs; both are medians over a row."""
     )
     rows = record["rows"]

@@ -57,12 +57,14 @@ class Settings:
       data_dir: Folder of the network and the photographs.
       is_validation: Whether to score the photographs that settings are chosen on.
       calibration_images: Number of photographs that methods see.
+      iterations: Steps for each layer of methods that learn.
       scored_images: Number of photographs of each set that are scored; None for all.
     """
 
     data_dir: str
     is_validation: bool
     calibration_images: int
+    iterations: int
     scored_images: int | None = None
 
     def find_inputs(self, row: Row) -> dict:
@@ -71,6 +73,7 @@ class Settings:
             **dataclasses.asdict(row),
             "is_validation": self.is_validation,
             "calibration_images": self.calibration_images,
+            "iterations": self.iterations,
             "scored_images": self.scored_images,
             "sources_sha256": hash_sources(),
         }
@@ -91,7 +94,7 @@ def measure(row: Row, settings: Settings, float_classes: dict[str, Sequence[int]
     sets = _load_sets(settings)
     network = load_network(settings.data_dir)
     started = time.monotonic()
-    file, notes = _write_file(row, network, sets.calibration.images)
+    file, notes = _write_file(row, network, sets.calibration.images, settings.iterations)
     seconds = time.monotonic() - started
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if row.method.startswith(AI_EDGE):
@@ -116,7 +119,7 @@ def _load_sets(settings):
     return sets._replace(**{name: Photographs(*(array[:count] for array in part)) for name, part in parts.items()})
 
 
-def _write_file(row, network, images):
+def _write_file(row, network, images, iterations):
     """(file, notes) of a row."""
     if row.method == FLOAT:
         return tflite.convert_float(network), []
@@ -124,9 +127,8 @@ def _write_file(row, network, images):
     if row.method.startswith(AI_EDGE):
         float_file = tflite.convert_float(network)
         return ai_edge.quantize(float_file, row.method.removeprefix(AI_EDGE), row.bits, per_channel, images), []
-    quantized = ptq.quantize(
-        network, row.method, row.bits, per_channel, images, activation_bits=row.activation_bits, progress=True
-    )
+    options = {"activation_bits": row.activation_bits, "iterations": iterations, "progress": True}
+    quantized = ptq.quantize(network, row.method, row.bits, per_channel, images, **options)
     return tflite.convert(quantized, inference_type="float32"), list(quantized.quantization_notes)
 
 
