@@ -19,8 +19,9 @@ def render(record: Mapping) -> str:
         cell is 1000-way top-1 in percent on other photographs of those classes / on photographs of classes that
         calibration does not show. Int8 activations unless a row says otherwise. Methods that learn take
         {record["iterations"]} steps for each layer. Every file runs in LiteRT. ai-edge-quantizer's INT4 weights are
-        stored as int8, codes and scales unchanged, and its depthwise convolutions have 8 bits in all rows. Seconds lead from the float network to a checked file, and peak memory is
-        that of the whole process with all photographs; both are medians over a row."""
+        stored as int8, codes and scales unchanged, and its depthwise convolutions have 8 bits in all rows. Seconds lead
+        from the float network to a checked file, and peak memory is that of the whole process with all photographs;
+        both are medians over a row."""
     )
     rows = record["rows"]
     sections = ["# MobileOne-S0 on ImageNet photographs", introduction, make_methods_table(rows)]
