@@ -5,6 +5,7 @@ import sys
 import types
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,7 +15,7 @@ from helpers.hostile_models import HOSTILE_MODELS
 from tensorflow.python.util.tf_export import get_symbol_from_name
 
 from tf_repvgg import fusion, runs
-from tf_repvgg.checkpoints import load_keras, tensorflow_functions
+from tf_repvgg.checkpoints import keras_file, load_keras, tensorflow_functions
 from tf_repvgg.layers import MobileOneBlock, RepVGGBlock
 
 MOST_MEMORY = 300 * 2**10  # kB; those of the files that are about memory would take gigabytes
@@ -130,3 +131,19 @@ def test_members_are_those_that_keras_writes(workshop):
     assert load_keras(path).name == "network"
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == 3
+
+
+def test_a_file_that_hdf5_reads_for_ever_is_refused(tmp_path, monkeypatch):
+    """A text of no bytes in the heap that holds the texts of the header."""
+    monkeypatch.setattr(keras_file, "_SECONDS_TO_READ", 2)
+    path = tmp_path / "model.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["keras_version"], file.attrs["model_config"] = "2.21.0", "{}"
+    content = bytearray(path.read_bytes())
+    size = content.find(b"GCOL") + 24
+    content[size : size + 8] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"model\.h5' is not a whole Keras model .*does not read its header within 2 s"
+    ):
+        load_keras(path)

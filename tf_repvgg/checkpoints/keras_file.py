@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,14 @@ from tf_repvgg.checkpoints.keras2_file import CONFIG, LARGEST_CONFIG, METADATA, 
 from tf_repvgg.checkpoints.keras3_graph import StoredLayer, build_model
 
 _LARGEST_EXPANSION = 100  # Keras does not compress; more than this is made to fill the memory
+# HDF5 can loop for ever over a damaged file, where no signal reaches it; another process can be ended.
+_READ_ALL = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r") as file:
+    dict(file.attrs)
+    file.visititems(lambda _, item: dict(item.attrs) and None)
+"""
+_SECONDS_TO_READ = 10
 # State that only training uses, beside the weights of layers.
 _TRAINING_STATE = ("optimizer/", "seed_generator/", "loss_tracker/", "metrics/")
 
@@ -129,9 +139,21 @@ def _read_version(path):
     elif not h5py.is_hdf5(path):
         raise ValueError("it is neither a .keras file nor an HDF5 file")
     else:
+        _check_that_reading_ends(path)
         with h5py.File(path, "r") as file:
             version = file.attrs.get("keras_version", version)
     return int(str(version).partition(".")[0])
+
+
+def _check_that_reading_ends(path):
+    try:
+        reading = subprocess.run(
+            [sys.executable, "-P", "-c", _READ_ALL, path], capture_output=True, timeout=_SECONDS_TO_READ, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"HDF5 does not read its header within {_SECONDS_TO_READ} s, so it is damaged") from None
+    if reading.returncode < 0:
+        raise ValueError(f"HDF5 crashes as it reads its header (signal {-reading.returncode})")
 
 
 def _read_weights(archive):
