@@ -25,12 +25,15 @@ def render(record: Mapping[str, Any]) -> str:
     """The page in Markdown, from the content of reliability.json, which may lack parts."""
     totals = count_outcomes(record)
     faults = sum(totals[name] for name in FAULTS)
+    sources = {content["sources_sha256"] for content in record["parts"].values()}
+    versions = "Parts are of different versions of the sources." if len(sources) > 1 else ""
     text = [
         "# Reliability",
         make_paragraph(
-            f"""`python experiments/reliability.py`: {totals["tried"]:,} attacks on the programs and the readers of
-            files, {faults} of which ended as none may. Refused in one line: exit status 2 and a line that names what is
-            wrong (status 1 for full disks, 130 and 143 for signals)."""
+            f"""`python experiments/reliability.py`, part by part (--parts): {totals["tried"]:,} attacks on the programs
+            and the readers of files, {faults} of which ended as none may. Refused in one line: exit status 2 and a line
+            that names what is wrong (status 1 for full disks, 130 and 143 for signals). "Bit for bit" leaves out times,
+            and curves in reports, which depend on times. {versions}"""
         ),
         make_total_table(record),
     ]

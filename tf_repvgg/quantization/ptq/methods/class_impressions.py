@@ -19,8 +19,8 @@ _STEP_SIZE, _LARGEST_MOVE = 0.02, 3.0
 # Sides of crops, relative to the image; shifts before each step, as a divisor of the side: without shifts, gradients
 # leave patterns of the network's strides.
 _SMALLEST_CROP, _SHIFTS = 3 / 7, 56
-# Impressions for each calibration image, and the share of the images themselves that stays. A network of 1000 classes
-# forgets where a quarter of all are photographs of a few classes; without any, it loses accuracy on photographs.
+# Impressions for each calibration image, and the share of the images that stay. With photographs of a few classes as a
+# quarter of all images, a network of 1000 classes still forgets the others; without any, it is worse on photographs.
 _IMPRESSIONS, _KEPT = 1.5, 1 / 16
 
 
