@@ -20,7 +20,7 @@ flags.DEFINE_string("data_dir", None, "TFDS data directory with cifar10; by defa
 flags.DEFINE_string("runs", "runs/mobileone_cifar", "Folder of the training runs.")
 flags.DEFINE_string("results", "results", "Folder of the results.")
 flags.DEFINE_list("limits", ["0.1", "0.2", "0.5", "1"], "Limits k of OABN to choose from.")
-flags.DEFINE_integer("search_epochs", 3, "Epochs of each training to choose k, one less on small crops.", lower_bound=1)
+flags.DEFINE_integer("search_epochs", 2, "Epochs of each training to choose k, one less on small crops.", lower_bound=1)
 flags.DEFINE_integer("epochs", None, "Epochs of the final trainings; by default as in the configs.", lower_bound=1)
 flags.DEFINE_integer("steps_per_epoch", None, "Steps of an epoch; by default one pass over the images.", lower_bound=1)
 
