@@ -133,17 +133,27 @@ def test_members_are_those_that_keras_writes(workshop):
         assert len(archive.namelist()) == 3
 
 
-def test_a_file_that_hdf5_reads_for_ever_is_refused(tmp_path, monkeypatch):
-    """A text of no bytes in the heap that holds the texts of the header."""
-    monkeypatch.setattr(keras_file, "_SECONDS_TO_READ", 2)
-    path = tmp_path / "model.h5"
-    with h5py.File(path, "w") as file:
+def make_endless(path):
+    """Sets the size of a text in the heap of an HDF5 file, which holds the texts of its header, to no bytes."""
+    with h5py.File(path, "a") as file:
         file.attrs["keras_version"], file.attrs["model_config"] = "2.21.0", "{}"
     content = bytearray(path.read_bytes())
     size = content.find(b"GCOL") + 24
     content[size : size + 8] = bytes(8)
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["HDF5", "archive", "compressed archive"])
+def test_files_that_hdf5_reads_for_ever_are_refused(kind, workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras_file, "_SECONDS_TO_READ", 2)
+    path = tmp_path / "model.h5"
+    make_endless(path)
+    if kind != "HDF5":
+        members = workshop.members | {keras_file.WEIGHTS: path.read_bytes()}
+        path = workshop.write(
+            members.items(), zipfile.ZIP_STORED if kind == "archive" else zipfile.ZIP_DEFLATED, "model.keras"
+        )
     with pytest.raises(
-        ValueError, match=r"model\.h5' is not a whole Keras model .*does not read its header within 2 s"
+        ValueError, match=rf"{path.name}' is not a whole Keras model .*does not read its structure within 2 s"
     ):
         load_keras(path)

@@ -109,7 +109,7 @@ DAMAGED = {
     "shape": (lambda file: replace(file, "layers/dense/vars/1", np.zeros(9)), "has the shape (9,), not (10,)"),
     "name": (lambda file: file["layers/dense/vars"].attrs.__setitem__("name", "other"), "weights of layer 'other'"),
     "link": (move_to_other_file, "layer 'dense': its weight 'dense/bias:0' is not in the file"),
-    "external": (store_in_other_file, "layers/dense/vars/1 in its file of weights refers to another file"),
+    "external": (store_in_other_file, "layers/dense/vars/1 refers to another file"),
 }
 
 

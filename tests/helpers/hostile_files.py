@@ -231,7 +231,7 @@ def describe_hdf5(change):
 
 def state_shape(file):
     """An array that states 40 GB, of which none are stored."""
-    file.create_dataset("large", (10**10,), "float32", chunks=(10**6,))
+    file.create_dataset("large", (10**10,), "float32")
 
 
 def compress(file):
@@ -283,3 +283,12 @@ def make_folder(workshop):
 
 def rename_archive(workshop):
     return workshop.write(workshop.members.items(), name="hostile.h5")
+
+
+def enlarge(workshop: Workshop) -> Path:
+    """The network with an output of 80 GB for each sample."""
+    network = keras.models.load_model(workshop.folder / "plain.keras")
+    maps = keras.layers.Reshape([1, 1, 2])(network.output)
+    outputs = keras.layers.UpSampling2D(10**5, name="enlarge")(maps)
+    config = keras.saving.serialize_keras_object(keras.Model(network.input, outputs, name="network"))
+    return workshop.write_config(config)

@@ -147,14 +147,30 @@ def _check_datasets(file, size):
 
 def _measure(dataset):
     """The number of bytes of an array, which must be there one by one: Keras neither compresses nor leaves out any."""
-    if dataset.external or dataset.is_virtual:
-        raise ValueError(f"{dataset.name} refers to another file")
+    check_contiguous(dataset)
     if dataset.dtype.hasobject or dataset.dtype.itemsize > _LARGEST_NUMBER or dataset.shape is None:
         raise ValueError(f"{dataset.name} is no array of numbers")
     stated, stored = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
     if stated != stored or dataset.id.get_create_plist().get_nfilters():
         raise ValueError(f"{dataset.name} states {stated} bytes, but {stored} are stored")
     return stated
+
+
+def check_contiguous(dataset: h5py.Dataset) -> None:
+    """Checks that the values of an array are in one piece in the file, as Keras writes them.
+
+    HDF5 looks up pieces in trees, which a damaged file can close to circles.
+
+    Args:
+      dataset: Array in the file.
+
+    Raises:
+      ValueError: If the values are in pieces or in another file.
+    """
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"{dataset.name} refers to another file")
+    if dataset.chunks is not None:
+        raise ValueError(f"{dataset.name} is stored in chunks, which Keras does not do")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import subprocess
 import sys
 import zipfile
@@ -13,23 +14,39 @@ from typing import Any
 import h5py
 import ml_dtypes
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
 from tf_repvgg import regular_files
 from tf_repvgg.checkpoints import keras2_file
 from tf_repvgg.checkpoints.keras2_config import UnknownCodeError
-from tf_repvgg.checkpoints.keras2_file import CONFIG, LARGEST_CONFIG, METADATA, WEIGHTS, read_member
+from tf_repvgg.checkpoints.keras2_file import (
+    CONFIG,
+    LARGEST_CONFIG,
+    METADATA,
+    WEIGHTS,
+    check_contiguous,
+    read_member,
+)
 from tf_repvgg.checkpoints.keras3_graph import StoredLayer, build_model
 
 _LARGEST_EXPANSION = 100  # Keras does not compress; more than this is made to fill the memory
 # HDF5 can loop for ever over a damaged file, where no signal reaches it; another process can be ended.
 _READ_ALL = """
-import sys, h5py
-with h5py.File(sys.argv[1], "r") as file:
+import io, sys, zipfile, h5py
+path, member = sys.argv[1:]
+source = path
+if member:
+    archive = zipfile.ZipFile(path)
+    # HDF5 jumps to and fro, for which a compressed member would be unpacked each time.
+    is_stored = archive.getinfo(member).compress_type == zipfile.ZIP_STORED
+    source = archive.open(member) if is_stored else io.BytesIO(archive.read(member))
+with h5py.File(source, "r") as file:
     dict(file.attrs)
     file.visititems(lambda _, item: dict(item.attrs) and None)
 """
 _SECONDS_TO_READ = 10
+_MOST_VALUES = 2**30  # 4 GiB in float32
 # State that only training uses, beside the weights of layers.
 _TRAINING_STATE = ("optimizer/", "seed_generator/", "loss_tracker/", "metrics/")
 
@@ -73,13 +90,19 @@ def load_keras(path: str | Path, trust_model: bool = False) -> keras.Model:
     regular_files.open_to_read(path, regular_files.MAX_MODEL_BYTES).close()
     with _name_damaged_file(path):
         version = _read_version(path)
-    if version < 3:
-        return _load_keras_2(path, trust_model)
+    model = _load_keras_2(path, trust_model) if version < 3 else _load_keras_3(path, version)
+    if not trust_model:
+        _check_activations(path, model)
+    return model
+
+
+def _load_keras_3(path, version):
+    """Rebuilds the model of a file of Keras 3."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{str(path)!r} is an HDF5 file of Keras {version}; save the model there as a .keras file")
     with _name_damaged_file(path), zipfile.ZipFile(path) as archive:
         config = json.loads(read_member(archive, CONFIG, LARGEST_CONFIG))
-        weights = io.BytesIO(_read_weights(archive))
+        weights = io.BytesIO(archive.read(WEIGHTS))
     try:
         model, stored = build_model(config)
         _load_weights(weights, stored)
@@ -88,6 +111,18 @@ def load_keras(path: str | Path, trust_model: bool = False) -> keras.Model:
     except ValueError as error:
         raise ValueError(f"{str(path)!r}, a model of Keras 3, cannot be read: {error}") from None
     return model
+
+
+def _check_activations(path, model):
+    """Refuses a layer whose outputs for one sample fill the memory: a few bytes in a file can state them."""
+    for layer in model._flatten_layers(include_self=False):
+        for tensor in tf.nest.flatten([node.outputs for node in layer.inbound_nodes]):
+            values = math.prod(size or 1 for size in tensor.shape[1:])
+            if values > _MOST_VALUES:
+                raise ValueError(
+                    f"layer {layer.name!r} in {str(path)!r} computes {values:,} values for one sample, and at most "
+                    f"{_MOST_VALUES:,} are accepted; {_HOW_TO_TRUST}"
+                )
 
 
 _LONGEST_REASON = 300
@@ -136,6 +171,8 @@ def _read_version(path):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             version = json.loads(read_member(archive, METADATA, LARGEST_CONFIG))["keras_version"]
+            _check_expansion(archive)
+        _check_that_reading_ends(path, WEIGHTS)
     elif not h5py.is_hdf5(path):
         raise ValueError("it is neither a .keras file nor an HDF5 file")
     else:
@@ -145,19 +182,21 @@ def _read_version(path):
     return int(str(version).partition(".")[0])
 
 
-def _check_that_reading_ends(path):
+def _check_that_reading_ends(path, member=""):
+    """Refuses an HDF5 file, or such a member of an archive, whose structure HDF5 follows for ever, or crashes over."""
+    command = [sys.executable, "-P", "-c", _READ_ALL, path, member]
     try:
-        reading = subprocess.run(
-            [sys.executable, "-P", "-c", _READ_ALL, path], capture_output=True, timeout=_SECONDS_TO_READ, check=False
-        )
+        reading = subprocess.run(command, capture_output=True, timeout=_SECONDS_TO_READ, check=False)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"HDF5 does not read its header within {_SECONDS_TO_READ} s, so it is damaged") from None
+        raise ValueError(f"HDF5 does not read its structure within {_SECONDS_TO_READ} s, so it is damaged") from None
     if reading.returncode < 0:
-        raise ValueError(f"HDF5 crashes as it reads its header (signal {-reading.returncode})")
+        raise ValueError(f"HDF5 crashes as it reads its structure (signal {-reading.returncode})")
 
 
-def _read_weights(archive):
-    return read_member(archive, WEIGHTS, _LARGEST_EXPANSION * max(archive.getinfo(WEIGHTS).compress_size, 1))
+def _check_expansion(archive):
+    member = archive.getinfo(WEIGHTS)
+    if member.file_size > _LARGEST_EXPANSION * max(member.compress_size, 1):
+        raise ValueError(f"{WEIGHTS} would unpack to {member.file_size} bytes")
 
 
 def _load_weights(content: io.BytesIO, stored: list[StoredLayer]) -> None:
@@ -192,8 +231,7 @@ def _list_datasets(file) -> dict[str, h5py.Dataset]:
 
     def add(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and not any(state in f"{name}/" for state in _TRAINING_STATE):
-            if item.external or item.is_virtual:
-                raise ValueError(f"{name} in its file of weights refers to another file")
+            check_contiguous(item)
             datasets[name] = item
 
     file.visititems(add)
