@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg import regular_files
+from tf_repvgg import graph, regular_files
 from tf_repvgg.checkpoints import keras2_file
 from tf_repvgg.checkpoints.keras2_config import UnknownCodeError
 from tf_repvgg.checkpoints.keras2_file import (
@@ -115,7 +115,7 @@ def _load_keras_3(path, version):
 
 def _check_activations(path, model):
     """Refuses a layer whose outputs for one sample fill the memory: a few bytes in a file can state them."""
-    for layer in model._flatten_layers(include_self=False):
+    for layer in graph.find_layers(model):
         for tensor in tf.nest.flatten([node.outputs for node in layer.inbound_nodes]):
             values = math.prod(size or 1 for size in tensor.shape[1:])
             if values > _MOST_VALUES:
