@@ -15,7 +15,21 @@ from harness.low_bit.methods import CONFIG, METHODS
 from tf_repvgg import provenance, runs
 from tf_repvgg.storage import FinishedWork
 
-IMAGES = {"test": 10_000, "validation": 5_000}
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The data that networks are fine-tuned on.
+
+    Attributes:
+      config: Flagfile in configs/ that all fine-tunings share, without .flags.
+      images: {split: number of its images}.
+    """
+
+    config: str
+    images: Mapping[str, int]
+
+
+CIFAR10 = Task(CONFIG, {"test": 10_000, "validation": 5_000})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +83,15 @@ class Setting:
         trainings = METHODS[self.method].make_trainings(edges | {".*": self.clusters}, self.granularity)
         return [common | flags for flags in trainings]
 
-    def find_inputs(self) -> dict[str, str]:
-        """What the result depends on: hashes of the base's weights, and of the flags of the trainings."""
-        lines = (commands.ROOT / "configs" / f"{CONFIG}.flags").read_text(encoding="utf-8").splitlines()
-        config = [line for line in lines if line.startswith("--")]
-        flags = json.dumps([config, self.trainings], sort_keys=True)
+    def find_inputs(self, config: str) -> dict[str, str]:
+        """What the result depends on: hashes of the base's weights, and of the flags of the trainings.
+
+        Args:
+          config: Flagfile that all fine-tunings share.
+        """
+        lines = (commands.ROOT / "configs" / f"{config}.flags").read_text(encoding="utf-8").splitlines()
+        shared = [line for line in lines if line.startswith("--")]
+        flags = json.dumps([shared, self.trainings], sort_keys=True)
         return {
             "base_sha256": runs.model_sha256(commands.ROOT / self.base),
             "flags_sha256": hashlib.sha256(flags.encode()).hexdigest(),
@@ -113,9 +131,9 @@ class Result:
         return cls(np.unpackbits(packed, count=record["images"]).astype(bool), record["fidelity"])
 
     @classmethod
-    def from_divergence(cls, split: str) -> "Result":
-        """The result of training that diverged."""
-        return cls(np.zeros(IMAGES[split], bool), {"agreement_percent": None, "trained_model_top1_percent": None})
+    def from_divergence(cls, images: int) -> "Result":
+        """The result of training that diverged, on that many images."""
+        return cls(np.zeros(images, bool), {"agreement_percent": None, "trained_model_top1_percent": None})
 
     @classmethod
     def from_export(cls, folder: Path, export: Mapping[str, Any]) -> "Result":
@@ -137,16 +155,17 @@ class FineTunings:
     Args:
       folder: Folder of the kept results.
       runs_folder: Folder of the training runs, relative to the repository.
-      data_dir: TFDS data directory; None for TFDS's own.
+      data_dir: Flag of train/main.py.
+      task: Data to fine-tune on.
     """
 
-    def __init__(self, folder: Path, runs_folder: str, data_dir: str | None) -> None:
+    def __init__(self, folder: Path, runs_folder: str, data_dir: str | None, task: Task = CIFAR10) -> None:
         self._kept = FinishedWork(folder)
-        self._runs_folder, self._data_dir = runs_folder, data_dir
+        self._runs_folder, self._data_dir, self._task = runs_folder, data_dir, task
 
     def measure(self, setting: Setting) -> Result:
         """The kept result of a setting; trains and exports unless there is one, or a finished export."""
-        inputs = setting.find_inputs()
+        inputs = setting.find_inputs(self._task.config)
         record = self._kept.find(setting.name, inputs)
         return Result.from_record(record or self._kept.keep(setting.name, inputs, self._make(setting, inputs)))
 
@@ -159,7 +178,9 @@ class FineTunings:
             export = json.loads(path.read_text(encoding="utf-8"))
             return {"machine": export["machine"]} | Result.from_export(path.parent, export).as_record()
         except commands.Diverged:
-            return {"machine": provenance.machine()} | Result.from_divergence(setting.split).as_record()
+            return {"machine": provenance.machine()} | Result.from_divergence(
+                self._task.images[setting.split]
+            ).as_record()
 
     def _train_and_export(self, workdir, setting):
         start = setting.base
@@ -171,5 +192,5 @@ class FineTunings:
         commands.export(workdir, evaluation_split=setting.split, data_dir=self._data_dir)
 
     def _train(self, workdir, start, flags):
-        commands.train(CONFIG, workdir, init_from=start, data_dir=self._data_dir, **flags)
+        commands.train(self._task.config, workdir, init_from=start, data_dir=self._data_dir, **flags)
         return workdir

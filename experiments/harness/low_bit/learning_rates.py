@@ -17,9 +17,12 @@ class Choices:
       base: Workdir of a float run that has not seen the validation data.
 
     Attributes:
+      rates: Grid of learning rates.
       validation_top1_percent: Everything that has been measured: {label: {rate: top-1 in percent}}.
       distill: Whether the float network teaches.
     """
+
+    rates = LEARNING_RATES
 
     def __init__(self, fine_tunings: FineTunings, base: str) -> None:
         self._fine_tunings, self._base = fine_tunings, base

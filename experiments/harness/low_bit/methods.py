@@ -46,8 +46,8 @@ def _make_lsq_trainings(clusters, granularity, **options):
     return [flags | _FROZEN_AT_LAST | options]
 
 
-def _make_tfmot_trainings(clusters, granularity):
-    """An epoch of clustering and two of cluster-preserving quantization, with AdamW.
+def _make_tfmot_trainings(clusters, granularity, epochs=3):
+    """An epoch of clustering, and cluster-preserving quantization in the others, with AdamW.
 
     The second sums a centroid's gradient over its weights, with which SGD diverges at any rate that suits the other
     weights; AdamW normalizes that sum, and needs about a twentieth of the rates.
@@ -59,7 +59,7 @@ def _make_tfmot_trainings(clusters, granularity):
         "cluster_gradient_aggregation": "avg",
         "epochs": 1,
     }
-    quantization = {"quantize": "tfmot_quantization", "epochs": 2}
+    quantization = {"quantize": "tfmot_quantization", "epochs": epochs - 1}
     return [flags | {"optimizer": "adamw"} for flags in (clustering, quantization)]
 
 
@@ -79,6 +79,7 @@ METHODS = {
     "ClusterQAT": _make_clusterqat(),
     "LSQ": Method(_make_lsq_trainings),
     "tfmot": Method(_make_tfmot_trainings, rate_scale=0.05),
+    "tfmot in two epochs": Method(functools.partial(_make_tfmot_trainings, epochs=2), rate_scale=0.05),
     "ClusterQAT from k-means": Method(_make_clusterqat_trainings),
     "LSQ from AdaQuant": Method(functools.partial(_make_lsq_trainings, **_start_from("adaquant"))),
     "ClusterQAT with trained centroids": _make_clusterqat(train_centroids=True, cluster_gradient_aggregation="avg"),

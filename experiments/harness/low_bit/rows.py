@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 
 from harness.low_bit.fine_tunings import FineTunings, Result, Setting
 from harness.low_bit.learning_rates import Choices
-from harness.low_bit.methods import LEARNING_RATES
 from harness.low_bit.paired_statistics import estimate_drop
 
 
@@ -75,7 +74,7 @@ class Rows:
     ) -> tuple[Result, float]:
         """The result of a model, and the optimizer's learning rate: the highest that does not diverge."""
         highest = rate or self._choices.find_rate(method, clusters, granularity)
-        for rate in sorted((rate for rate in LEARNING_RATES if rate <= highest), reverse=True):
+        for rate in sorted((rate for rate in self._choices.rates if rate <= highest), reverse=True):
             setting = Setting(
                 self._bases[model],
                 method,
