@@ -289,7 +289,7 @@ def randomize_deep(network):
 
 
 def write_network(folder, build, randomize_network, forms=("training", "deploy")):
-    """Writes weights, images and logits of one network in the given forms."""
+    """Writes weights and images in float32, and logits in float64, of one network in the given forms."""
     torch.manual_seed(0)
     network = build().eval()
     randomize_network(network)
@@ -297,10 +297,11 @@ def write_network(folder, build, randomize_network, forms=("training", "deploy")
     for form in forms:
         network = merge(network) if form == "deploy" else network
         save_file({key: value.clone() for key, value in network.state_dict().items()}, folder / f"{form}.safetensors")
-        with torch.no_grad():
-            logits = {f"logits_{number}": network(image) for number, image in enumerate(images)}
         inputs = {f"images_{number}": image for number, image in enumerate(images)}
+        with torch.no_grad():
+            logits = {f"logits_{number}": network.double()(image.double()) for number, image in enumerate(images)}
         save_file(logits | inputs, folder / f"{form}_results.safetensors")
+        network.float()
 
 
 def main():
