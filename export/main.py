@@ -120,6 +120,8 @@ def main(_):
     evaluation = evaluate(source.data, forms, exports)
     write_predictions(output / "predictions.npz", evaluation)
     record = make_record(source, forms, request, evaluation)
+    if FLAGS.report and not request.is_quantized:
+        record |= describe_activations(request.model, source.data)
     record["files"] = [describe_export(export, forms.reference, evaluation) for export in exports]
     record["machine"] = provenance.machine()
     storage.write_json(output / "export.json", record)
@@ -227,6 +229,16 @@ def make_record(
         "inference_type": request.inference_type,
         **{f"{form}_top1_percent": evaluation.top1_percent(form) for form in forms.models},
         "outliers": outliers.as_records(outliers.report(source.model)),
+    }
+
+
+def describe_activations(model: keras.Model, data: ClassificationData) -> dict[str, Any]:
+    """Content of export.json on how far the activations of a float model reach on the calibration images."""
+    batches = data.first_batches(FLAGS.calibration_images, FLAGS.calibration_split)
+    magnitudes = outliers.measure_activations(model, batches)
+    return {
+        "activations": outliers.as_records(outliers.describe_activations(magnitudes)),
+        "extreme_images": outliers.find_extreme_images(magnitudes),
     }
 
 

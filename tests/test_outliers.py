@@ -74,3 +74,57 @@ def test_outlier_report_of_every_kind_of_convolution():
     assert [layer.name for layer in statistics] == names
     for layer in statistics:
         assert layer.largest > 900 and 1 < layer.channel_outlier_ratio < 2 < layer.outlier_ratio, layer.name
+
+
+def test_activations_image_by_image():
+    """Nested models, shared layers and several inputs, beside what Keras computes."""
+    left, right = keras.Input([8, 8, 2], name="left"), keras.Input([8, 8, 2], name="right")
+    shared = keras.layers.Conv2D(4, 3, name="shared")
+    inner_input = keras.Input([6, 6, 4])
+    inner = keras.Model(
+        inner_input, keras.layers.ReLU(name="relu")(keras.layers.Conv2D(3, 1, name="conv")(inner_input))
+    )
+    x = keras.layers.Add(name="sum")([shared(left), shared(right)])
+    x = keras.layers.Dropout(0.9)(inner(x))
+    model = keras.Model([left, right], keras.layers.Dense(2, name="logits")(keras.layers.Flatten()(x)))
+    images = np.random.default_rng(0).normal(size=[2, 10, 8, 8, 2]).astype("float32")
+    images[:, 7] *= 100
+    batches = [list(images[:, start : start + 4]) for start in (0, 4, 8)]
+    lines = []
+    layers = {layer.name: layer for layer in outliers.report_activations(model, batches, lines.append)}
+    assert list(layers) == ["shared", "sum", "conv", "relu", "logits"]
+    outputs = keras.Model(model.inputs, [model.get_layer("sum").output, model.output])(list(images))
+    for name, values in zip(("sum", "logits"), outputs, strict=True):
+        largest = np.abs(values).reshape(10, -1).max(axis=1)
+        layer = layers[name]
+        assert (layer.median, layer.largest) == pytest.approx((np.median(largest), largest.max()), rel=1e-5)
+        assert layer.percentile_99 == pytest.approx(np.percentile(largest, 99), rel=1e-5)
+        assert layer.image == 7 and layer.factor > outliers.EXTREME_FACTOR
+    calls = [np.abs(shared(part)).reshape(10, -1).max(axis=1) for part in images]
+    assert layers["shared"].largest == pytest.approx(np.max(calls), rel=1e-5)
+    warnings = [line for line in lines if line.startswith("warning: on image 7, ")]
+    assert len(warnings) == len(layers) and len(lines) == len(layers) + 1
+    magnitudes = outliers.measure_activations(model, batches)
+    (first, second) = outliers.find_extreme_images(magnitudes, count=2)
+    assert first["image"] == 7 and first["factors"]["sum"] == pytest.approx(layers["sum"].factor, rel=1e-5)
+    assert max(second["factors"].values()) < outliers.EXTREME_FACTOR
+
+
+def test_activations_of_ordinary_images_warn_of_nothing():
+    model = build_repvgg("digits", (8, 8, 1), 10)
+    lines = []
+    images = np.random.default_rng(0).normal(size=[16, 8, 8, 1]).astype("float32")
+    before, after = (outliers.report_activations(network, [images], lines.append) for network in (model, fuse(model)))
+    assert len(lines) == 2 and "stage1_block1" in lines[0]
+    relus = [layer.largest for layer in after if layer.name.endswith("relu")] or [layer.largest for layer in after[:-1]]
+    assert [layer.largest for layer in before[:-1]] == pytest.approx(relus, rel=1e-4)
+
+
+def test_activations_without_images_or_values():
+    model = keras.Sequential([keras.Input([2]), keras.layers.ReLU(name="relu")])
+    with pytest.raises(ValueError, match="there are no images"):
+        outliers.report_activations(model, [])
+    (layer,) = outliers.report_activations(model, [np.zeros([3, 2], "float32")])
+    assert layer.factor == 1
+    assert outliers.find_extreme_images({"relu": np.zeros(3)}) == []
+    assert outliers.describe_activations({"relu": np.array([0.0, 0, 1])})[0].factor == np.inf

@@ -68,6 +68,9 @@ def test_mutations_come_from_their_seed(experiments):
     [
         (2, "train/main.py: error: --epochs is 0\n", "refused in one line"),
         (2, "epoch 1/1:  20%|██  | 1/5\rtrain/main.py: error: --epochs is 0\n", "refused in one line"),
+        (130, "\x1b[A\x1b[Atrain: error: interrupted\n", "other status"),
+        (2, "w4.tflite: taken from the run that was interrupted\nexport/main.py: error: one\n", "refused in one line"),
+        (2, "Generating...: 50%|██ | 1/2\n\x1b[A\n\x1b[A\x1b[Atrain/main.py: error: one\n", "refused in one line"),
         (2, "train/main.py: error: one\nand another line\n", "other status"),
         (1, "train/main.py: error: [Errno 21] Is a directory\n", "other status"),
         (0, "", "accepted"),

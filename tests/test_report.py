@@ -82,7 +82,15 @@ def test_page_is_complete(page, exported):
     assert {"merged", "conv3x3", "identity", "centroids", "Pareto front"} <= {piece.strip() for piece in page.texts}
     changed = re.search(r"Quantization changed (\d+) of 360 predictions", text)
     pictures = [image for image in page.find_all("img") if image["src"].startswith("data:image/png;base64,")]
-    assert len(pictures) == min(int(changed[1]), 12) and all(image["alt"] for image in pictures)
+    assert len(pictures) == min(int(changed[1]), 12) + len(record["extreme_images"])
+    assert all(image["alt"] for image in pictures)
+    first, *others = record["extreme_images"]
+    factors = [max(image["factors"].values()) for image in record["extreme_images"]]
+    assert len(others) == 5 and factors == sorted(factors, reverse=True)
+    (layer,) = (name for name, factor in first["factors"].items() if factor == factors[0])
+    (statistics,) = (entry for entry in record["activations"] if entry["name"] == layer)
+    assert statistics["image"] == first["image"]
+    assert f"{factors[0]:.1f} {layer}" in text and f"Calibration image {first['image']}" in str(pictures)
     assert "tflm_lut" in text and "edge_tpu" in text
 
 

@@ -222,6 +222,11 @@ def work():
                 os.kill(os.getpid(), signal.{number})
                 print("checkpoint", interruption.is_requested())
                 interruption.raise_received()
+            if {place!r} == "native code":
+                try:
+                    os.kill(os.getpid(), signal.{number})
+                except BaseException:
+                    raise ValueError("invalid matrix") from None
             Careless()
 
 interruption.end_at_signals()
@@ -235,13 +240,14 @@ except (KeyboardInterrupt, interruption.Terminated) as error:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("place", ["import", "step", "destructor"])
+@pytest.mark.parametrize("place", ["import", "step", "destructor", "native code"])
 def test_signals_end_a_program_in_one_line(number, place, request):
     code = SIGNALLED.format(root=str(request.config.rootpath), number=number, place=place)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    if place == "step":  # after the checkpoint; the program's own handling follows
+    if place in ("step", "native code"):  # the program's own handling follows
         name = "KeyboardInterrupt" if number == "SIGINT" else "Terminated"
-        assert (result.returncode, result.stdout, result.stderr) == (0, f"checkpoint True\n{name}\n", "")
+        checkpoint = "checkpoint True\n" if place == "step" else ""
+        assert (result.returncode, result.stdout, result.stderr) == (0, f"{checkpoint}{name}\n", "")
     else:
         assert result.returncode == 128 + getattr(signal, number)
         assert result.stderr.splitlines()[1:] == []

@@ -219,6 +219,8 @@ def bad_input_exits() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and interruption.is_requested():
+            raise  # native code's error in place of the signal's; `interruption.raise_signals` knows
         _exit(error)
 
 

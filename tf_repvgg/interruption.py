@@ -73,7 +73,11 @@ def end_at_signals() -> None:
 
 @contextlib.contextmanager
 def raise_signals() -> Iterator[None]:
-    """A context in which signals raise `KeyboardInterrupt` and `Terminated`; after it, they end the process at once."""
+    """A context in which signals raise `KeyboardInterrupt` and `Terminated`; after it, they end the process at once.
+
+    Where native code calls Python, it may put an error of its own in the place of theirs; so any error but `OSError`
+    after a signal counts as the signal's.
+    """
     global _received
     _received = None
     end_at_signals()
@@ -81,6 +85,12 @@ def raise_signals() -> Iterator[None]:
     sys.unraisablehook = _end_if_interrupted
     try:
         yield
+    except OSError:  # such as a full disk, while a checkpoint is written
+        raise
+    except Exception:
+        if is_requested():
+            raise_received()
+        raise
     finally:
         end_at_signals()
 

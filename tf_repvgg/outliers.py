@@ -1,10 +1,11 @@
-"""Statistics of the merged weights of a model, layer by layer and branch by branch."""
+"""What merged weights and activations of a model look like: layer by layer, branch by branch, image by image."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 from tabulate import tabulate
 
@@ -24,6 +25,12 @@ _LAYERS = (
     keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
 )
+
+# Layers whose outputs are looked at.
+_OBSERVED_LAYERS = (ReparameterizedBlock, *_LAYERS, keras.layers.Activation, keras.layers.ReLU, keras.layers.Add)
+# An image is extreme if its activations reach so many times as far as those of the median image: a range of 8 bits that
+# holds them leaves the median image less than 13 of its 256 levels.
+EXTREME_FACTOR = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +100,129 @@ def report(model: keras.Model, print_fn: Callable[[str], object] | None = None) 
     return statistics
 
 
-def as_records(statistics: Sequence[KernelStatistics]) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class ActivationStatistics:
+    """How far the outputs of one layer reach, image by image.
+
+    Attributes:
+      name: Name of the layer.
+      median: Median over the images of the largest magnitude of an output.
+      percentile_99: Its 99th percentile.
+      largest: Its largest value.
+      image: Index of the image that reaches farthest.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg import outliers
+      >>> (layer,) = outliers.describe_activations({"relu": np.array([1.0, 2.0, 60.0])})
+      >>> layer.median, layer.image, layer.factor
+      (2.0, 2, 30.0)
+    """
+
+    name: str
+    median: float
+    percentile_99: float
+    largest: float
+    image: int
+
+    @property
+    def factor(self) -> float:
+        """Quotient largest / median; infinite if only the median is 0."""
+        if self.median:
+            return self.largest / self.median
+        return float("inf") if self.largest else 1.0
+
+
+def report_activations(
+    model: keras.Model, batches: Iterable[Any], print_fn: Callable[[str], object] | None = None
+) -> list[ActivationStatistics]:
+    """Computes statistics of the outputs of every block, convolution, dense layer, activation and addition of a model.
+
+    Where single images reach many times as far as all others, a range from the smallest to the largest value leaves few
+    levels to the others; a line names each such layer.
+
+    Args:
+      model: Functional model, nested models included, in float.
+      batches: Batches of images as the model takes them, float32 [batch, height, width, channels]; of a model with
+        several inputs, a list of one such array for each.
+      print_fn: Function that receives a readable table, and warnings; None for none.
+
+    Raises:
+      ValueError: If there are no images.
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg import outliers
+      >>> from tf_repvgg.models import build_repvgg
+      >>> model = build_repvgg("digits", (8, 8, 1), num_classes=10)
+      >>> images = np.random.default_rng(0).normal(size=[16, 8, 8, 1]).astype("float32")
+      >>> [layer.name for layer in outliers.report_activations(model, [images])][:2]
+      ['stem', 'stage1_block1']
+    """
+    statistics = describe_activations(measure_activations(model, batches))
+    if print_fn is not None:
+        print_fn(_make_activations_table(statistics))
+        for layer in statistics:
+            if layer.factor > EXTREME_FACTOR:
+                print_fn(
+                    f"warning: on image {layer.image}, {layer.name} reaches {layer.factor:.3g} times as far as on the "
+                    "median image; --ptq=relative finds a range for all images"
+                )
+    return statistics
+
+
+def measure_activations(model: keras.Model, batches: Iterable[Any]) -> dict[str, np.ndarray]:
+    """{name of a layer: largest magnitude of its outputs on each image, [images]}; see `report_activations`."""
+    names = graph.unique_names(model)
+    parts = [_measure_batch(model, batch, names) for batch in batches]
+    if not parts:
+        raise ValueError("there are no images; give at least one batch")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def describe_activations(magnitudes: Mapping[str, np.ndarray]) -> list[ActivationStatistics]:
+    """Statistics of what `measure_activations` returns."""
+    return [
+        ActivationStatistics(
+            name=name,
+            median=float(np.median(values)),
+            percentile_99=float(np.percentile(values, 99)),
+            largest=float(np.max(values)),
+            image=int(np.argmax(values)),
+        )
+        for name, values in magnitudes.items()
+    ]
+
+
+def find_extreme_images(magnitudes: Mapping[str, np.ndarray], count: int = 6) -> list[dict[str, Any]]:
+    """The images that reach farthest beyond the median image in some layer, the farthest first, ready for JSON.
+
+    Args:
+      magnitudes: What `measure_activations` returns.
+      count: Largest number of images.
+
+    Returns:
+      For each image its index ("image"), and how many times as far as on the median image each layer reaches, where
+      that is not 0 ("factors", by name of the layer).
+
+    Example:
+      >>> import numpy as np
+      >>> from tf_repvgg import outliers
+      >>> outliers.find_extreme_images({"relu": np.array([1.0, 2.0, 60.0])}, count=1)
+      [{'image': 2, 'factors': {'relu': 30.0}}]
+    """
+    medians = {name: float(np.median(values)) for name, values in magnitudes.items()}
+    factors = {name: values / medians[name] for name, values in magnitudes.items() if medians[name]}
+    if not factors:
+        return []
+    order = np.argsort(-np.max(list(factors.values()), axis=0), kind="stable")[:count]
+    return [
+        {"image": int(image), "factors": {name: float(values[image]) for name, values in factors.items()}}
+        for image in order
+    ]
+
+
+def as_records(statistics: Sequence[KernelStatistics | ActivationStatistics]) -> list[dict[str, Any]]:
     """Converts statistics to JSON-serializable dictionaries.
 
     Example:
@@ -104,6 +233,39 @@ def as_records(statistics: Sequence[KernelStatistics]) -> list[dict[str, Any]]:
       ('stem', None)
     """
     return [dataclasses.asdict(layer) for layer in statistics]
+
+
+def _measure_batch(model, batch, names):
+    """{name: largest magnitudes [images]} of one batch."""
+    magnitudes: dict[str, tf.Tensor] = {}
+
+    def observe(layer):
+        if graph.is_functional(layer):
+            return lambda inputs, **_: graph.replay(layer, tf.nest.flatten(inputs), observe)
+        call = graph.infer(layer)
+        if not isinstance(layer, _OBSERVED_LAYERS):
+            return call
+
+        def call_and_measure(*arguments, **keywords):
+            outputs = call(*arguments, **keywords)
+            largest = tf.reduce_max(tf.abs(tf.cast(outputs, tf.float32)), axis=range(1, len(outputs.shape)))
+            name = names[id(layer)]
+            magnitudes[name] = tf.maximum(magnitudes[name], largest) if name in magnitudes else largest
+            return outputs
+
+        return call_and_measure
+
+    graph.replay(model, [tf.convert_to_tensor(images) for images in tf.nest.flatten(batch)], observe)
+    return {name: values.numpy() for name, values in magnitudes.items()}
+
+
+def _make_activations_table(statistics):
+    rows = [
+        [layer.name, layer.median, layer.percentile_99, layer.largest, f"{layer.factor:.1f}", layer.image]
+        for layer in statistics
+    ]
+    headers = ["layer", "median image", "99 %", "largest", "/ median", "image"]
+    return tabulate(rows, headers, floatfmt=".4g")
 
 
 def _is_inside_block(layer, model):

@@ -22,6 +22,7 @@ import training_loop
 from absl import flags
 
 from tf_repvgg.data import ClassificationData
+from tf_repvgg.quantization import quantizers
 from tf_repvgg.training import checkpoints, distillation, finished_runs, optimization
 
 FLAGS = flags.FLAGS
@@ -36,6 +37,8 @@ flags.DEFINE_float(
 flags.DEFINE_boolean("evaluate_only", False, "Evaluate the workdir's model.keras; train nothing and write nothing.")
 cli.define_trust_flag()
 
+# Training images whose activations the summary of a run looks at.
+OUTLIER_IMAGES = 512
 # Flags that do not change the trained weights: a run may continue with other values.
 NOT_SETTINGS = ("workdir", "data_dir", "evaluate_only", "checkpoint_minutes", "trust_model")
 # The order of their flags in config.flags.
@@ -55,6 +58,8 @@ def main(_):
         model = runs.load_model(run.path, FLAGS.trust_model)
         finished_runs.check_fits(model, data)
     outliers.report(model, print_fn=print)
+    if not quantizers(model):
+        outliers.report_activations(model, data.first_batches(OUTLIER_IMAGES), print_fn=print)
     result = evaluate(model, data, input_data.evaluation_split())
     if not FLAGS.evaluate_only:
         run.write_result(result)

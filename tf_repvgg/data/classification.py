@@ -208,6 +208,15 @@ class ClassificationData:
             raise ValueError(f"{count} calibration images were requested, but {split!r} has {self.num_examples(split)}")
         return self.images(split).take(count).map(lambda image, _: self.preprocessing(image))
 
+    def first_batches(self, count: int, split: str = "train") -> tf.data.Dataset:
+        """The first images of a split, or all if there are fewer, normalized, in batches for evaluation.
+
+        Args:
+          count: Number of images.
+          split: "train", "validation" or "test".
+        """
+        return self.calibration(min(count, self.num_examples(split)), split).batch(self.evaluation_batch_size)
+
 
 def _find_source(name, data_dir, bad_images, max_megapixels, class_numbers) -> ImageSource:
     source: ImageSource

@@ -10,10 +10,11 @@ import numpy as np
 from tf_repvgg import json_records, regular_files, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.report.histograms import make_histograms
-from tf_repvgg.report.records import File, Run, choose_smallest_good
+from tf_repvgg.report.records import ExtremeImage, File, Run, choose_smallest_good
 
 _FLOAT_FORMS = ("float_fused", "trained_model")
 _LARGEST_PREDICTIONS = 2**30
+_LAYERS_OF_EXTREME_IMAGE = 4
 
 
 class _ExportRecord(TypedDict):
@@ -102,10 +103,10 @@ def gather(
     codebook_of = choose_smallest_good(differences) if differences else None
     codebooks = {layer["layer"]: layer["codebook"] for layer in codebook_of.record["layers"]} if codebook_of else {}
 
-    def read_pictures(indices):
+    def read_pictures(indices, split=records[0]["evaluation_split"]):
         from tf_repvgg.report import pictures  # imports Pillow
 
-        return pictures.read_pictures(data, records[0]["evaluation_split"], indices)
+        return pictures.read_pictures(data, split, indices)
 
     return Run(
         title=title,
@@ -121,6 +122,7 @@ def gather(
         reference=reference,
         predictions={file.name: classes[file.name] for file in files},
         pictures=read_pictures,
+        extreme_images=_list_extreme_images(records[0], read_pictures),
     )
 
 
@@ -140,6 +142,22 @@ def _make_file(run, entry):
         packed_bytes=entry["file_bytes"] - weights_by_bits.total() + packed,
         record=entry,
     )
+
+
+def _list_extreme_images(record, read_pictures):
+    """Pictures of the images that the export has found to have extreme activations, with a few layers."""
+    images = record.get("extreme_images", [])
+    if not images:
+        return []
+    pictures = read_pictures([entry["image"] for entry in images], record["flags"]["calibration_split"])
+    return [
+        ExtremeImage(
+            number=entry["image"],
+            picture=pictures[entry["image"]],
+            factors=sorted(entry["factors"].items(), key=lambda layer: -layer[1])[:_LAYERS_OF_EXTREME_IMAGE],
+        )
+        for entry in images
+    ]
 
 
 def _read_settings(path):

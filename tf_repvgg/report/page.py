@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jinja2
 import markupsafe
 
+from tf_repvgg import outliers
 from tf_repvgg.report import figures
 from tf_repvgg.report.records import CHANGES, File, Run, choose_featured
 from tf_repvgg.version import __version__
@@ -65,6 +66,7 @@ def render(runs: Sequence[Run]) -> str:
         latencies=_draw_latencies(runs, name),
         details=[_describe_predictions(run, run.find_file(name)) for run in detailed],
         targets=_tabulate_targets(runs),
+        extreme_factor=outliers.EXTREME_FACTOR,
         machine=runs[0].exports[0]["machine"],
     )
 

@@ -81,6 +81,21 @@ class Histogram:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtremeImage:
+    """A calibration image on which layers of the float model reach farther than on the others.
+
+    Attributes:
+      number: Place of the image in its split.
+      picture: Data URI.
+      factors: (layer, how many times as far as on the median image it reaches), the largest first.
+    """
+
+    number: int
+    picture: str
+    factors: list[tuple[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A trained run and its exports.
 
@@ -98,6 +113,7 @@ class Run:
       reference: Class that the float model predicts for each image: integers [images].
       predictions: {file name: class that the file predicts for each image}.
       pictures: Function from indices of images to {index: data URI}.
+      extreme_images: Calibration images with the largest activations, if the export has looked for them.
 
     Example:
       >>> import numpy as np
@@ -123,6 +139,7 @@ class Run:
     reference: np.ndarray
     predictions: dict[str, np.ndarray]
     pictures: Callable[[Iterable[int]], dict[int, str]]
+    extreme_images: list[ExtremeImage] = dataclasses.field(default_factory=list)
 
     @property
     def reference_top1(self) -> float:

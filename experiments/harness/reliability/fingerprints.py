@@ -11,6 +11,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import tensorflow as tf
 
 # Times, and what depends on the folder or the moment.
 _VOLATILE = re.compile(r"seconds|latency|machine|flags|date_saved|record_sha256|_ms_")
@@ -51,6 +52,9 @@ def _read_lasting_content(path):
     if path.suffix == ".npz":
         with np.load(io.BytesIO(content)) as arrays:
             return _dump({name: _describe_array(arrays[name]) for name in sorted(arrays)})
+    if ".tfrecord" in path.name:  # in which the order of features differs between processes
+        examples = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+        return b"".join(tf.train.Example.FromString(e).SerializeToString(deterministic=True) for e in examples)
     if path.suffix in (".json", ".jsonl"):
         return _dump([_leave_out_volatile(json.loads(line)) for line in _split_records(path, content.decode())])
     if path.suffix == ".html":  # latencies move its curves; the rest of its numbers are in export.json

@@ -16,8 +16,12 @@ OUTCOMES = (REFUSED, ACCEPTED, *FAULTS)
 
 HANG_SECONDS = 30
 _LONGEST_DETAIL = 300
-# What a progress bar leaves in a terminal, and what TFDS prints while it prepares a dataset.
-_BARS = re.compile(r"\d+%\||\?(it|step|image|epoch|turn|layer|example|split)|\.\.\.:|[█▏▎▍▌▋▊▉]|it/s")
+# What a progress bar leaves in a terminal, what TFDS prints while it prepares a dataset, and the note of an export that
+# continues.
+_BARS = re.compile(
+    r"\d+%\||\?(it|step|image|epoch|turn|layer|example|split)|\.\.\.:|[█▏▎▍▌▋▊▉]|it/s|: taken from the run that was"
+)
+_CURSOR_MOVES = re.compile(r"\x1b\[\d*[A-K]")  # of bars below each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Verdict:
 
 def find_message(outcome: Outcome) -> str | None:
     """The only line that a program has printed to stderr, beside progress bars; None if there are more or none."""
-    lines = [line for part in outcome.stderr.splitlines() for line in part.split("\r") if line.strip()]
+    text = _CURSOR_MOVES.sub("", outcome.stderr)
+    lines = [line for part in text.splitlines() for line in part.split("\r") if line.strip()]
     messages = [line for line in lines if ": error: " in line or not _BARS.search(line)]
     return messages[0] if len(messages) == 1 and ": error: " in messages[0] else None
 
