@@ -5,7 +5,7 @@ scored on photographs of the classes that calibration shows and of ten others, b
 --data_dir holds mobileone_s0/, imagenette2-224/ and imagewoof-val/ with their tables of labels. Settings are chosen
 with --validation, which scores training photographs instead. Rows are measured one after another, each in a process of
 its own with both cores. Resumable; writes results/mobileone.json and results/mobileone.md, with --validation
-results/mobileone_validation.*. About an hour.
+results/mobileone_validation.*. About four hours.
 """
 
 import concurrent.futures
@@ -31,7 +31,15 @@ from tf_repvgg.storage import FinishedWork
 
 FLAGS = flags.FLAGS
 RANGE_METHODS = ("min_max", "percentile", "mse", "octav", "relative")
-CORRECTING_METHODS = ("equalize", "bias_correct", "dfq", "relative+bias_correct", "equalize+relative+bias_correct")
+CORRECTING_METHODS = (
+    "equalize",
+    "bias_correct",
+    "dfq",
+    "relative+bias_correct",
+    "equalize+relative+bias_correct",
+    "relative+mean_correct",
+    "equalize+relative+mean_correct",
+)
 SLOW_METHODS = (
     *("adaround", "adaquant", "equalize+relative+adaquant", "class_impressions+equalize+relative+adaquant"),
     "codebook",

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tf_repvgg import checkpoints, cli, fusion, image_flags, models, runs, storage
+from tf_repvgg import checkpoints, cli, fusion, image_flags, models, regular_files, runs, storage
 
 # isort: split
 import tf_keras as keras
@@ -80,7 +80,11 @@ class Source:
 
 def find_output() -> Path:
     """The folder to write to."""
-    return Path(FLAGS.output or runs.folder_of(FLAGS.workdir) / "export")
+    if FLAGS.output:
+        return Path(FLAGS.output)
+    folder = runs.folder_of(FLAGS.workdir) / "export"
+    regular_files.check_no_link(folder)
+    return folder
 
 
 def load_source() -> Source:
@@ -156,7 +160,7 @@ def _load_run(path):
     _refuse_flags_of_files()
     metadata = runs.read_input(path)
     model = runs.load_model(path, FLAGS.trust_model)
-    is_held_out = metadata["validation_held_out"]
+    is_held_out = metadata.get("validation_held_out", False)
     data = _load_data(
         FLAGS.dataset or metadata["dataset"],
         Preprocessing.from_metadata(metadata),
@@ -164,7 +168,12 @@ def _load_run(path):
         model.output_shape[-1],
     )
     _check_fits(model, data)
-    for number, (label, expected) in enumerate(zip(data.labels, metadata.get("labels", data.labels), strict=True)):
+    labels = metadata.get("labels", data.labels)
+    if len(labels) != len(data.labels):
+        raise ValueError(
+            f"{runs.INPUT_NAME} of {str(path)!r} names {len(labels)} classes, but {data.name!r} has {len(data.labels)}"
+        )
+    for number, (label, expected) in enumerate(zip(data.labels, labels, strict=True)):
         if label != expected:
             raise ValueError(f"class {number} of the model is {expected!r}, but that of {data.name!r} is {label!r}")
     if FLAGS.evaluation_split == "validation" and not is_held_out:

@@ -57,6 +57,45 @@ def test_bias_correction_restores_means(model):
         np.testing.assert_allclose(actual.mean(axes), expected.mean(axes), atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("layer", ["fused", "ReLU", "Activation"])
+def test_mean_correction_restores_means_behind_activations(layer):
+    """Where clipping makes kernels smaller, restoring the means before the activations does not."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((12, 11, 3))
+    for number in range(6):
+        activation = "relu" if layer == "fused" else None
+        x = keras.layers.Conv2D(16, 3, padding="same", activation=activation, name=f"conv{number}")(x)
+        if layer != "fused":
+            x = keras.layers.ReLU()(x) if layer == "ReLU" else keras.layers.Activation("relu")(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(keras.layers.GlobalAveragePooling2D()(x)))
+    random = np.random.default_rng(0)
+    for conv in (layer for layer in model.layers if layer.name.startswith("conv")):
+        kernel, bias = (random.normal(size=weight.shape) for weight in conv.weights)  # with tails that mse clips
+        conv.set_weights([kernel**3 / np.sqrt(kernel[..., 0].size), 0.1 * bias])
+    batch = smooth_images(64)
+    errors = {}
+    for method in ("mse", "mse+bias_correct", "mse+mean_correct"):
+        network = ptq.quantize_network(model, method, 3, calibration=batch)
+        errors[method] = network.compute_error()
+    assert errors["mse+mean_correct"] < 0.9 * min(errors["mse"], errors["mse+bias_correct"])
+    for name in [f"conv{number}" for number in range(6)]:
+        linear = network.compute_quantized_linear_outputs(name) + network.get_quantized_bias(name)
+        actual, expected = np.maximum(linear, 0), np.maximum(network.compute_linear_outputs(name), 0)
+        difference = np.abs(actual.mean((0, 1, 2)) - expected.mean((0, 1, 2)))
+        assert np.mean(difference < 0.02 * expected.max()) > 0.8  # a few channels need more than two deviations
+
+
+def test_mean_correction_without_improvement_is_undone(model, monkeypatch):
+    module = sys.modules["tf_repvgg.quantization.ptq.methods.mean_correct"]
+    monkeypatch.setattr(module, "_correct_means", lambda network: network.set_bias("logits", np.full(5, 100.0)))
+    network = network_of(model, 4)
+    METHODS["mse"].function(network)
+    before = network.compute_error()
+    METHODS["mean_correct"].function(network)
+    assert network.compute_error() == pytest.approx(before, rel=1e-4)
+    assert network.notes == ["mean correction was undone: it did not reduce the error of the outputs"]
+
+
 def test_absorption_keeps_the_function_above_its_threshold():
     inputs = keras.Input((6, 6, 3), name="image")
     twenty = keras.initializers.Constant(20.0)

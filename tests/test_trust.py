@@ -35,23 +35,32 @@ SPECIAL_FILES = {
 
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
 def test_special_files_are_neither_written_through_nor_waited_for(kind, tmp_path):
-    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "precious").write_text("4242\n")  # as a lock holds it
     os.mkdir("run")
     for name in (".lock", "metrics.jsonl", ".model.tflite.partial"):
         SPECIAL_FILES[kind](f"run/{name}")
     with pytest.raises(OSError, match=r"run/\.lock'") as error:
         storage.claim_folder("run")
     assert "\n" not in str(error.value)
-    if kind != "another name of a file":
+    with pytest.raises(OSError, match=r"metrics\.jsonl'"):
+        storage.append_line("run/metrics.jsonl", "{}")
+    if kind not in ("a link", "another name of a file"):
         with pytest.raises(OSError, match=r"metrics\.jsonl'"):
-            storage.append_line("run/metrics.jsonl", "{}")
-        if kind != "a link":
-            with pytest.raises(OSError, match=r"metrics\.jsonl'"):
-                regular_files.read_bytes("run/metrics.jsonl")
+            regular_files.read_bytes("run/metrics.jsonl")
     storage.write_bytes("run/model.tflite", b"TFL3")
     assert regular_files.read_bytes("run/model.tflite") == b"TFL3"
-    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "precious").read_text() == "4242\n"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "metrics.jsonl", "model.tflite"}
+
+
+def test_folders_of_a_run_are_no_links(tmp_path):
+    for name in ("checkpoints", "tensorboard"):
+        run = runs.Run(tmp_path / f"with_{name}")
+        run.path.mkdir()
+        (tmp_path / name).mkdir()
+        (run.path / name).symlink_to(tmp_path / name)
+        with pytest.raises(OSError, match=rf"{name}' is a link, and nothing is written through links; remove it"):
+            run.claim()
 
 
 def test_files_have_a_bounded_size(tmp_path):
@@ -171,6 +180,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
         ("--rate=1e39", "--rate is 1e.39; give a number up to 1e.30"),
         ("--size=9223372036854775808", "--size is 9223372036854775808; give a number up to 2147483647"),
         ("--path=", "--path is empty; give a value, or leave the flag out"),
+        ("--paths=", "--paths is empty; give a value, or leave the flag out"),
     ],
 )
 def test_values_of_flags_are_finite_and_not_empty(argument, message):
@@ -179,6 +189,7 @@ def test_values_of_flags_are_finite_and_not_empty(argument, message):
     flags.DEFINE_integer("size", 2**40, "", flag_values=values)
     flags.DEFINE_integer("seed", 0, "", upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_string("path", "", "", flag_values=values)
+    flags.DEFINE_list("paths", [], "", flag_values=values)
     values(["program", "--seed=4294967295"])
     cli.check_values(values)  # defaults are the program's own
     values(["program", argument])

@@ -99,11 +99,26 @@ def open_to_write(path: str | Path, flags: int) -> int:
       Descriptor of the file, open for reading and writing.
 
     Raises:
-      OSError: If the file cannot be opened, or is a link, a folder, a pipe or a device; names it.
+      OSError: If the file cannot be opened, is a link or a second name of a file, or is a folder, a pipe or a device;
+        names it.
     """
     if os.path.islink(path):
         raise OSError(f"{str(path)!r} is a link, and nothing is written through links; remove it")
-    return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags)
+    descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(f"{str(path)!r} is a second name of another file, which would change too; remove it")
+    return descriptor
+
+
+def check_no_link(folder: str | Path) -> None:
+    """Checks that a folder in a run or an export is not a link: files behind it may belong to others.
+
+    Raises:
+      OSError: If it is a link; names it.
+    """
+    if os.path.islink(folder):
+        raise OSError(f"{str(folder)!r} is a link, and nothing is written through links; remove it, or name its target")
 
 
 def _open(path, flags):

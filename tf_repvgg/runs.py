@@ -124,9 +124,12 @@ class Run:
         """Keeps other processes out of the workdir, if it exists.
 
         Raises:
-          OSError: If another process has claimed it, or nothing can be written there; see `storage.claim_folder`.
+          OSError: If another process has claimed it, or nothing can be written there; see `storage.claim_folder`. Or
+            if a folder in it is a link.
         """
         if self.path.exists():
+            for folder in (self.checkpoints_path, self.tensorboard_path):
+                regular_files.check_no_link(folder)
             storage.claim_folder(self.path)
 
     def check_settings(self, settings: Mapping[str, Setting], may_differ: Collection[str] = ()) -> None:

@@ -200,6 +200,9 @@ HOSTILE_MODELS = {
     "compressed weights": HostileModel(
         lambda w: w.write(w.members.items(), zipfile.ZIP_DEFLATED), "model.weights.h5 is compressed"
     ),
+    "members of another compression": HostileModel(
+        lambda w: w.write(w.members.items(), zipfile.ZIP_BZIP2), "is compressed by method 12"
+    ),
     "link to another file": HostileModel(
         lambda w: w.write_weights(link(h5py.ExternalLink("/etc/passwd", "/x"))), "is a link to another place"
     ),

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from tf_repvgg import storage
+from tf_repvgg.checkpoints.archives import check_compression
 
 SAFETENSORS, NPZ = ".safetensors", ".npz"
 PICKLES = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt")  # what torch.save writes
@@ -122,6 +123,10 @@ def _list_safetensors(path, stack):
 
 def _list_npz(path, stack):
     archive = stack.enter_context(zipfile.ZipFile(path))
+    try:
+        check_compression(archive)
+    except ValueError as error:
+        raise _Refusal(f"{str(path)!r} is refused: {error}") from None
 
     def read_member(name):
         with archive.open(name) as member:

@@ -19,6 +19,7 @@ import tf_keras as keras
 
 from tf_repvgg import graph, regular_files
 from tf_repvgg.checkpoints import keras2_file
+from tf_repvgg.checkpoints.archives import check_compression
 from tf_repvgg.checkpoints.keras2_config import UnknownCodeError
 from tf_repvgg.checkpoints.keras2_file import (
     CONFIG,
@@ -170,6 +171,7 @@ def _read_version(path):
     version = "2"
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            check_compression(archive)
             version = json.loads(read_member(archive, METADATA, LARGEST_CONFIG))["keras_version"]
             _check_expansion(archive)
         _check_that_reading_ends(path, WEIGHTS)

@@ -34,7 +34,7 @@ def parse(names: Iterable[str]) -> list[str]:
       The names in order.
 
     Raises:
-      ValueError: If a name is not in `TARGETS`.
+      ValueError: If a name is not in `TARGETS`, or there is none.
 
     Example:
       >>> from tf_repvgg.tflite import targets
@@ -42,6 +42,8 @@ def parse(names: Iterable[str]) -> list[str]:
       ['litert_int8', 'edge_tpu']
     """
     names = list(names)
+    if not names:
+        raise ValueError(f"no target is named; known: {', '.join(TARGETS)}")
     for name in names:
         if name not in TARGETS:
             raise ValueError(f"target is {name!r}; known: {', '.join(TARGETS)}")

@@ -26,6 +26,7 @@ from tf_repvgg.quantization.ptq.methods.codebook_adaquant import codebook_adaqua
 from tf_repvgg.quantization.ptq.methods.dfq import dfq
 from tf_repvgg.quantization.ptq.methods.dfq_data_free import dfq_data_free
 from tf_repvgg.quantization.ptq.methods.equalize import equalize
+from tf_repvgg.quantization.ptq.methods.mean_correct import mean_correct
 from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.methods.mse import mse
 from tf_repvgg.quantization.ptq.methods.octav import octav
@@ -93,6 +94,12 @@ METHODS = {
         bias_correct,
         "Biases corrected by the mean error of each layer's output, starting from `min_max`; kept only if the error of "
         "the network's outputs shrinks.",
+        "1906.04721",
+    ),
+    "mean_correct": Method(
+        mean_correct,
+        "Biases that restore the mean of each layer's output behind its activation, starting from `mse`; kept only if "
+        "the error of the network's outputs shrinks.",
         "1906.04721",
     ),
     "dfq": Method(dfq, "`equalize`, high-bias absorption if it reduces the error, and `bias_correct`.", "1906.04721"),

@@ -1,5 +1,7 @@
 """Bias correction (Nagel 2019, arXiv:1906.04721, section 4.2; empirical, appendix D): no layer shifts its mean."""
 
+from collections.abc import Callable
+
 from tf_repvgg.quantization.ptq.methods.min_max import min_max
 from tf_repvgg.quantization.ptq.network import Network
 from tf_repvgg.quantization.ptq.walk import Walk
@@ -13,11 +15,23 @@ def bias_correct(network: Network) -> None:
     """
     if not network.is_complete:
         min_max(network)
+    keep_if_better(network, correct_biases, "bias correction")
+
+
+def keep_if_better(network: Network, correct: Callable[[Network], object], name: str) -> None:
+    """Corrects biases, and undoes it if the error of the network's outputs does not shrink; notes that.
+
+    Args:
+      network: Network with ranges and kernels set.
+      correct: Function that sets biases of the network.
+      name: Name of the correction, for the note.
+    """
     error, biases = network.compute_error(), network.get_quantized_biases()
-    if not correct_biases(network) < error:
-        network.notes.append("bias correction was undone: it did not reduce the error of the outputs")
-        for name, bias in biases.items():
-            network.set_bias(name, bias)
+    correct(network)
+    if not network.compute_error() < error:
+        network.notes.append(f"{name} was undone: it did not reduce the error of the outputs")
+        for layer, bias in biases.items():
+            network.set_bias(layer, bias)
 
 
 def correct_biases(network: Network) -> float:
