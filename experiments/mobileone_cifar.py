@@ -8,7 +8,7 @@ results/mobileone_cifar.json and results/mobileone_cifar.md.
 
 import numpy as np
 from absl import app, flags
-from harness.commands import ROOT, export, train
+from harness.commands import ROOT, Diverged, export, train
 from harness.pages.mobileone_cifar import BITS, KINDS, OABN, render
 from harness.tables import write_results
 
@@ -55,10 +55,16 @@ def measure_limit(limit):
 
 
 def measure_model(config, **changes):
-    """Trains one model on all training images and evaluates its files on the test images; returns its row."""
+    """Trains one model on all training images and evaluates its files on the test images; returns its row.
+
+    That of a model whose training diverges has the flags alone.
+    """
     workdir = f"{FLAGS.runs}/{config}"
     schedule = {"epochs": FLAGS.epochs, "steps_per_epoch": FLAGS.steps_per_epoch}
-    training = train(config, workdir, data_dir=FLAGS.data_dir, **schedule, **changes)
+    try:
+        training = train(config, workdir, data_dir=FLAGS.data_dir, **schedule, **changes)
+    except Diverged:
+        return {"config": f"configs/{config}.flags", "flags": changes, "has_diverged": True}
     whole = export_files(workdir, weight_bits=",".join(map(str, BITS)))
     alone = {
         kind: export_files(
@@ -69,6 +75,7 @@ def measure_model(config, **changes):
     return {
         "config": f"configs/{config}.flags",
         "flags": changes,
+        "has_diverged": False,
         "training": training,
         "images": whole["images"],
         "float_top1_percent": whole["float_fused_top1_percent"],

@@ -172,6 +172,19 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
         checkpoints.Checkpoints(tmp_path / "whole", model)
 
 
+def test_a_run_that_was_killed_before_it_removed_old_checkpoints_removes_them(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1, input_shape=[1])])
+    model.compile("sgd")
+    saved = checkpoints.Checkpoints(tmp_path, model)
+    saved.set_model(model)
+    model.optimizer.iterations.assign(5)
+    saved.on_epoch_end(0)
+    for step in (1, 2, 3):
+        (tmp_path / f"ckpt-{step}").mkdir()
+    checkpoints.Checkpoints(tmp_path, model)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["ckpt-5", "ckpt-3"]
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

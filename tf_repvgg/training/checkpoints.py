@@ -81,6 +81,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._metrics_before: list[list[float]] = []
         if latest := self.latest:
             self._restore(latest)
+            self._remove_outdated()  # which a run that was killed after its last checkpoint has left
         elif any(self._folder.iterdir()):
             raise ValueError(
                 f"{str(self._folder)!r} holds no checkpoint that this version reads; delete it to start over"
@@ -150,9 +151,12 @@ class Checkpoints(keras.callbacks.Callback):
             files = {path.name: regular_files.hash_file(path) for path in sorted(folder.iterdir())}
             record = json_records.seal({**position, "files": files})
             (folder / _POSITION_NAME).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        self._remove_outdated()
+        self._saved = time.monotonic()
+
+    def _remove_outdated(self):
         for outdated in list_checkpoints(self._folder)[_KEPT:]:
             shutil.rmtree(outdated)
-        self._saved = time.monotonic()
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -46,6 +46,8 @@ def make_models_table(record: dict) -> str:
     """One row per model: float and integer top-1."""
 
     def make_row(title, model):
+        if model["has_diverged"]:
+            return [title, "diverged"]
         alone = (_join(model["low_bits_alone_top1_percent"][kind], max(BITS)) for kind in KINDS)
         name = f"{title}, k = {record['chosen_k']}" if title == OABN else title
         return [
@@ -77,7 +79,7 @@ def make_weights_table(record: dict) -> str:
     """One row per model and kind of layer."""
     rows = []
     for title, model in record["models"].items():
-        for kind, weights in model["weights"].items():
+        for kind, weights in model.get("weights", {}).items():
             share = weights["clipped_share_mean"]
             numbers = (
                 weights["outlier_ratio_median"],
