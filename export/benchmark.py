@@ -59,6 +59,8 @@ THROUGHPUT_RUNS = 10
 def main(_):
     with cli.bad_input_exits(), contextlib.ExitStack() as stack:
         paths = [Path(name) for name in FLAGS.files]
+        if not paths:
+            raise ValueError("--files is empty; name at least one .tflite file")
         files = {str(path): stack.enter_context(Isolated(path.name, _read_file(path), FLAGS.threads)) for path in paths}
         times = time_by_turns(files, FLAGS.runs, FLAGS.warmup_runs, FLAGS.runs_per_turn)
         rows = [measure(path, files[str(path)], times[str(path)], FLAGS.batch) for path in paths]

@@ -193,7 +193,6 @@ def test_a_run_that_was_killed_before_it_removed_old_checkpoints_removes_them(tm
         ("--rate=1e39", "--rate is 1e.39; give a number up to 1e.30"),
         ("--size=9223372036854775808", "--size is 9223372036854775808; give a number up to 2147483647"),
         ("--path=", "--path is empty; give a value, or leave the flag out"),
-        ("--paths=", "--paths is empty; give a value, or leave the flag out"),
     ],
 )
 def test_values_of_flags_are_finite_and_not_empty(argument, message):
@@ -202,7 +201,6 @@ def test_values_of_flags_are_finite_and_not_empty(argument, message):
     flags.DEFINE_integer("size", 2**40, "", flag_values=values)
     flags.DEFINE_integer("seed", 0, "", upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_string("path", "", "", flag_values=values)
-    flags.DEFINE_list("paths", [], "", flag_values=values)
     values(["program", "--seed=4294967295"])
     cli.check_values(values)  # defaults are the program's own
     values(["program", argument])

@@ -136,7 +136,7 @@ def check_values(flag_values: flags.FlagValues) -> None:
 
 def _check_value(name, flag):
     value = flag.value
-    if value in ("", []):  # from an unset variable of the shell, perhaps
+    if value == "":  # from an unset variable of the shell, perhaps
         raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return

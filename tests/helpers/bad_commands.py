@@ -181,6 +181,7 @@ BAD_COMMANDS = {
         "--granularity is ''",
         "per_tensor, per_channel",
     ),
+    "export: no target": (EXPORT, ["--workdir={here}/run", "--targets="], "no target is named; known: litert_int8", ""),
     "export: PTQ method": (
         EXPORT,
         ["--workdir={here}/run", "--ptq=adaqaunt"],
