@@ -221,6 +221,7 @@ def test_bad_input(run_forked, file, tmp_path):
         ([f"--files={tmp_path}/cut.tflite"], "cut.tflite: not a whole TFLite file"),
         ([f"--files={tmp_path}/whole.tflite,{tmp_path}/text.tflite"], "text.tflite: not a TFLite file"),
         ([f"--files={tmp_path}/gone.tflite"], "No such file"),
+        (["--files="], "--files is empty; name at least one .tflite file"),
         ([f"--files={tmp_path}/whole.tflite", "--runs=10", "--dataset=digits"], "no metadata block TF_REPVGG_INPUT"),
     ):
         result = run_forked("export/benchmark.py", *arguments, f"--output={tmp_path}/out")
