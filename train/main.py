@@ -59,6 +59,7 @@ def main(_):
         finished_runs.check_fits(model, data)
     outliers.report(model, print_fn=print)
     if not quantizers(model):
+        print()
         outliers.report_activations(model, data.first_batches(OUTLIER_IMAGES), print_fn=print)
     result = evaluate(model, data, input_data.evaluation_split())
     if not FLAGS.evaluate_only:
