@@ -15,7 +15,7 @@ from helpers.hostile_models import HOSTILE_MODELS
 from tensorflow.python.util.tf_export import get_symbol_from_name
 
 from tf_repvgg import fusion, runs
-from tf_repvgg.checkpoints import keras_file, load_keras, tensorflow_functions
+from tf_repvgg.checkpoints import inspect_torch, keras_file, load_keras, tensorflow_functions
 from tf_repvgg.layers import MobileOneBlock, RepVGGBlock
 
 MOST_MEMORY = 300 * 2**10  # kB; those of the files that are about memory would take gigabytes
@@ -131,6 +131,17 @@ def test_members_are_those_that_keras_writes(workshop):
     assert load_keras(path).name == "network"
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == 3
+
+
+def test_members_of_npz_files_unpack_to_what_they_state(tmp_path):
+    """Which bz2 does not see to."""
+    path = tmp_path / "weights.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive, archive.open("linear.weight.npy", "w") as member:
+        np.lib.format.write_array(member, np.zeros([2, 3], "float32"))
+    with pytest.raises(
+        ValueError, match=r"weights\.npz' is refused: its member 'linear\.weight\.npy' is compressed by"
+    ):
+        inspect_torch(path)
 
 
 def make_endless(path):

@@ -87,7 +87,12 @@ def test_mean_correction_restores_means_behind_activations(layer):
 
 def test_mean_correction_without_improvement_is_undone(model, monkeypatch):
     module = sys.modules["tf_repvgg.quantization.ptq.methods.mean_correct"]
-    monkeypatch.setattr(module, "_correct_means", lambda network: network.set_bias("logits", np.full(5, 100.0)))
+
+    def spoil(network):
+        network.set_bias("logits", np.full(5, 100.0))
+        return network.compute_error()
+
+    monkeypatch.setattr(module, "_correct_means", spoil)
     network = network_of(model, 4)
     METHODS["mse"].function(network)
     before = network.compute_error()

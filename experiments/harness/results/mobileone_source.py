@@ -14,7 +14,7 @@ class MobileOneCifar:
 
     def __init__(self, record: Mapping) -> None:
         self._models = record["models"]
-        self.k, self.images = record["chosen_k"], record["models"]["BN"]["images"]
+        self.k = record["chosen_k"]
         self.diverged = [title for title, model in self._models.items() if model["has_diverged"]]
         self.machine = name_machines([record["machine"]])
 

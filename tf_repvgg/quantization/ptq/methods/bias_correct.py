@@ -18,17 +18,16 @@ def bias_correct(network: Network) -> None:
     keep_if_better(network, correct_biases, "bias correction")
 
 
-def keep_if_better(network: Network, correct: Callable[[Network], object], name: str) -> None:
+def keep_if_better(network: Network, correct: Callable[[Network], float], name: str) -> None:
     """Corrects biases, and undoes it if the error of the network's outputs does not shrink; notes that.
 
     Args:
       network: Network with ranges and kernels set.
-      correct: Function that sets biases of the network.
+      correct: Function that sets biases of the network, and returns the error of its outputs afterwards.
       name: Name of the correction, for the note.
     """
     error, biases = network.compute_error(), network.get_quantized_biases()
-    correct(network)
-    if not network.compute_error() < error:
+    if not correct(network) < error:
         network.notes.append(f"{name} was undone: it did not reduce the error of the outputs")
         for layer, bias in biases.items():
             network.set_bias(layer, bias)

@@ -40,20 +40,22 @@ def mean_correct(network: Network) -> None:
     keep_if_better(network, _correct_means, "mean correction")
 
 
-def _correct_means(network: Network) -> None:
+def _correct_means(network: Network) -> float:
+    """Sets all biases; returns the error of the network's outputs afterwards."""
     names = [name for name, layer in network.layers.items() if layer.use_bias and not network.is_shared(name)]
     linear_means = network.compute_mean_linear_outputs(names)
     outputs = {name: _find_output(network.layers[name]) for name in names}
     inputs = {name: network.quantized.get_layer(name).input for name in names}
     expected_walk = Walk(network.calibration, network.float, [output for output, _ in outputs.values()])
-    inputs_walk = Walk(network.calibration, network.quantized, list(inputs.values()))
+    walk = Walk(network.calibration, network.quantized, [*inputs.values(), *network.quantized.outputs])
     for name in network.show_progress(names, "mean correction"):
         output, activation = outputs[name]
         expected = _take_samples(expected_walk.compute(output)).mean(axis=0)
         layer, kernel = network.quantized.get_layer(name), network.kernels[name].dequantize()
-        linear = _compute_linear_samples(layer, inputs_walk.compute(inputs[name]), kernel)
+        linear = _compute_linear_samples(layer, walk.compute(inputs[name]), kernel)
         bias = linear_means[name] - linear.mean(axis=0)
         network.set_bias(name, bias if activation is None else find_biases(linear, bias, expected, activation))
+    return network.compute_error([walk.compute(tensor) for tensor in network.quantized.outputs])
 
 
 def find_biases(linear: np.ndarray, start: np.ndarray, expected: np.ndarray, activation: Callable) -> np.ndarray:
