@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import zipfile
 from pathlib import Path
 
@@ -151,6 +152,41 @@ def test_configurations_of_no_sense_are_refused(case, tmp_path):
         load_keras(rewrite(tmp_path / "model.keras", change_config=change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def spread_constants(config):
+    """A Normalization whose two constants Keras would spread over 400 million pixels."""
+    images = config["config"]["layers"][0]["config"]
+    images["batch_shape"] = [None, 20_000, 20_000, 3]
+    arguments = {"name": "spread", "axis": [1, 2], "mean": 0.0, "variance": 1.0, "invert": False, "dtype": "float32"}
+    config["config"]["layers"][1] = {"class_name": "Normalization", "module": "keras.layers", "config": arguments}
+
+
+def nest(config):
+    """Thirty models, each of which calls the one before twice."""
+    model = config.copy()
+    for number in range(30):
+        inner = {**model, "inbound_nodes": [{"args": [], "kwargs": {}}] * 2}
+        model = {**config, "class_name": "Functional", "config": {"name": f"outer{number}", "layers": [inner]}}
+    config |= model
+
+
+GREEDY = {
+    "weights": (set_argument("filters", 10**8), "its layers have more weights than the file, which has"),
+    "constants": (spread_constants, "layer 'spread' (Normalization): it normalizes with constants along axes of the"),
+    "calls": (nest, "leads to more than 10,000 calls of layers"),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_configurations_that_ask_for_too_much_are_refused_before_they_get_it(case, tmp_path):
+    change, message = GREEDY[case]
+    path = rewrite(tmp_path / "model.keras", change_config=change)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError) as error:
+        load_keras(path)
+    assert message in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 2**10  # kB
 
 
 def test_files_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):

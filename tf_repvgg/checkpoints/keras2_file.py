@@ -44,7 +44,7 @@ def load(path: Path) -> keras.Model:
     with h5py.File(path, "r") as file:
         stored_bytes = _check_datasets(file, path.stat().st_size)
         _parse_config(_read_attribute(file, "model_config"))
-        with _limit_variables(stored_bytes):
+        with limit_variables(stored_bytes):
             return _check_model(keras.models.load_model(file, compile=False))
 
 
@@ -56,7 +56,7 @@ def _load_archive(path):
         config = _parse_config(read_member(archive, CONFIG, LARGEST_CONFIG))
         with archive.open(WEIGHTS) as member, h5py.File(member, "r") as file:
             stored_bytes = _check_datasets(file, archive.getinfo(WEIGHTS).file_size)
-    with _limit_variables(stored_bytes):
+    with limit_variables(stored_bytes):
         with ObjectSharingScope():  # as Keras does, so that a layer of two nested models stays one layer
             model = _check_model(keras.saving.deserialize_keras_object(config))
         model.load_weights(path)
@@ -174,8 +174,15 @@ def check_contiguous(dataset: h5py.Dataset) -> None:
 
 
 @contextlib.contextmanager
-def _limit_variables(stored_bytes: int) -> Iterator[None]:
-    """Refuses variables that the file has no numbers for, before Keras takes memory for them."""
+def limit_variables(stored_bytes: int) -> Iterator[None]:
+    """A context that refuses variables for which a file has no numbers, before Keras takes memory for them.
+
+    Args:
+      stored_bytes: Bytes of all arrays in the file.
+
+    Raises:
+      ValueError: If the layers that are built within have more weights than the file.
+    """
     largest = _LARGEST_RATIO * stored_bytes + _SMALL_VARIABLES
     number, refusal = 0, None
 

@@ -6,17 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tf_repvgg.checkpoints.keras2_config import MODELS
+from tf_repvgg.checkpoints.model_limits import MOST_CONSTANTS, check_number_of_calls
 
-# Networks of a thousand layers make some thousand calls. Keras takes milliseconds for each.
-_MOST_CALLS = 10_000
 # Keras looks at all layers of a Sequential model again with each one that it adds.
 _MOST_LAYERS_IN_SEQUENCE = 1000
 # Arguments of TensorFlow's functions that are numbers of tensors or of axes, which Python counts one by one.
 _COUNTS = ("axes", "num", "num_or_size_splits")
 _LARGEST_COUNT = 4096
 
-# Numbers along all axes that a Normalization with constants keeps, and layers that may be before it.
-_MOST_CONSTANTS = 2**20
+# Layers that may be before a Normalization with constants.
 _KEEP_SHAPE = ("Activation", "Dropout", "Identity", "Normalization", "ReLU", "Rescaling")
 
 _CONSTANT = "_CONSTANT_VALUE"
@@ -25,8 +23,7 @@ _CONSTANT = "_CONSTANT_VALUE"
 def check_calls(record: Mapping[str, Any]) -> None:
     """Checks that all layers of a model, and of nested ones, can be called.
 
-    Keras would try for ever to call layers that wait for each other, and follow a nested model each time it is called:
-    thirty models, each of which calls the one before twice, are a thousand million calls.
+    Keras would try for ever to call layers that wait for each other.
 
     Args:
       record: The model as Keras describes it, whose classes `keras2_config.check_classes` has checked.
@@ -34,44 +31,28 @@ def check_calls(record: Mapping[str, Any]) -> None:
     Raises:
       ValueError: If there is no order, there are too many calls, or calls are damaged; names the layer.
     """
-    _Calls().count(record)
+    check_number_of_calls(record, _check_config)
 
 
-class _Calls:
-    def __init__(self):
-        self._shared: dict[Any, int] = {}  # calls by the number under which Keras knows an object that it meets again
-
-    def count(self, record):
-        """The number of calls that building a layer, or calling it once, leads to."""
-        number = max(self._count_new(record), self._shared.get(str(record.get("shared_object_id")), 0))
-        if number > _MOST_CALLS:
-            raise ValueError(
-                f"layer {record['config'].get('name')!r} leads to more than {_MOST_CALLS:,} calls of layers"
-            )
-        if "shared_object_id" in record:
-            self._shared[str(record["shared_object_id"])] = number
-        return number
-
-    def _count_new(self, record):
-        config = record["config"]
-        layers = config if isinstance(config, list) else config.get("layers", [])
-        if "layer" in config:
-            if _has_constants(config["layer"]):
-                raise ValueError(f"layer {config.get('name')!r} wraps a Normalization with constants")
-            return 1 + self.count(config["layer"])
-        if isinstance(config, list) or "input_layers" not in config:
-            if len(layers) > _MOST_LAYERS_IN_SEQUENCE:
-                raise ValueError(f"a Sequential model has more than {_MOST_LAYERS_IN_SEQUENCE:,} layers")
-            for index, layer in enumerate(layers):
-                _check_constants(layer, reversed(layers[: index + 1]))
-            return 1 + sum(map(self.count, layers))
-        by_name = {_name_of(layer): layer for layer in layers}
-        if len(by_name) < len(layers):
-            raise ValueError(f"model {config.get('name')!r} has two layers of one name")
-        _check_order(layers, {name: _nodes_of(layer) for name, layer in by_name.items()})
-        for layer in layers:
-            _check_constants(layer, _go_back(layer, by_name))
-        return 1 + sum(self.count(layer) * (1 + len(_nodes_of(layer))) for layer in layers)
+def _check_config(config):
+    """Checks a model or wrapper, but not what is nested in it."""
+    if "layer" in config:
+        if _has_constants(config["layer"]):
+            raise ValueError(f"layer {config.get('name')!r} wraps a Normalization with constants")
+        return
+    layers = config if isinstance(config, list) else config.get("layers", [])
+    if isinstance(config, list) or "input_layers" not in config:
+        if len(layers) > _MOST_LAYERS_IN_SEQUENCE:
+            raise ValueError(f"a Sequential model has more than {_MOST_LAYERS_IN_SEQUENCE:,} layers")
+        for index, layer in enumerate(layers):
+            _check_constants(layer, reversed(layers[: index + 1]))
+        return
+    by_name = {_name_of(layer): layer for layer in layers}
+    if len(by_name) < len(layers):
+        raise ValueError(f"model {config.get('name')!r} has two layers of one name")
+    _check_order(layers, {name: _nodes_of(layer) for name, layer in by_name.items()})
+    for layer in layers:
+        _check_constants(layer, _go_back(layer, by_name))
 
 
 def _go_back(layer, layers):
@@ -99,12 +80,12 @@ def _check_constants(layer, layers_before):
             break
     try:
         sizes = [int(shape[axis]) for axis in ([axes] if isinstance(axes, int) else axes or [])]
-        if not all(0 <= size <= _MOST_CONSTANTS for size in sizes) or math.prod(sizes) > _MOST_CONSTANTS:
+        if not all(0 <= size <= MOST_CONSTANTS for size in sizes) or math.prod(sizes) > MOST_CONSTANTS:
             raise ValueError
     except (TypeError, ValueError, IndexError):
         raise ValueError(
             f"layer {layer['config'].get('name')!r} normalizes with constants along axes of a size that is not "
-            f"known, or above {_MOST_CONSTANTS:,}; place it after the input"
+            f"known, or above {MOST_CONSTANTS:,}; place it after the input"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import tf_keras as keras
 
 from tf_repvgg.checkpoints import keras3_layers
 from tf_repvgg.checkpoints.keras3_layers import Record
+from tf_repvgg.checkpoints.model_limits import MOST_CONSTANTS, check_number_of_calls
 
 _FUNCTIONAL, _SEQUENTIAL = ("Functional", "Model"), ("Sequential",)
 
@@ -39,6 +41,7 @@ def build_model(record: Record) -> tuple[keras.Model, list[StoredLayer]]:
       ValueError: If something in it has no counterpart in Keras 2. The message names the layer and its class.
     """
     with _name_layer(record):
+        check_number_of_calls(record)
         return _Builder().build(record)
 
 
@@ -168,7 +171,7 @@ def _connect_sequential(config, parts):
     outputs = inputs
     for part, record in zip(parts, records, strict=True):
         with _name_layer(record):
-            outputs = part.call(outputs)
+            outputs = _call_alone(part, outputs)
     return inputs, outputs
 
 
@@ -227,7 +230,20 @@ def _call(part, record, node, find_tensor):
             f"it is called with {len(arguments)} arguments and {', '.join(options) or 'no options'}; known: its inputs "
             "alone, and training=False"
         )
-    return part.call(*arguments)
+    return _call_alone(part, *arguments)
+
+
+def _call_alone(part, inputs):
+    """Calls a layer with its inputs, unless it would spread constants over more numbers than a network needs."""
+    layer = part.call
+    if isinstance(layer, keras.layers.Normalization) and layer.input_mean is not None:
+        sizes = [inputs.shape[axis] for axis in layer.axis]
+        if None in sizes or math.prod(sizes) > MOST_CONSTANTS:
+            raise ValueError(
+                f"it normalizes with constants along axes of the sizes {sizes}, which must be known, and at most "
+                f"{MOST_CONSTANTS:,} together"
+            )
+    return layer(inputs)
 
 
 def _fill(value, find_tensor):

@@ -27,6 +27,7 @@ from tf_repvgg.checkpoints.keras2_file import (
     METADATA,
     WEIGHTS,
     check_contiguous,
+    limit_variables,
     read_member,
 )
 from tf_repvgg.checkpoints.keras3_graph import StoredLayer, build_model
@@ -105,7 +106,8 @@ def _load_keras_3(path, version):
         config = json.loads(read_member(archive, CONFIG, LARGEST_CONFIG))
         weights = io.BytesIO(archive.read(WEIGHTS))
     try:
-        model, stored = build_model(config)
+        with limit_variables(len(weights.getbuffer())):
+            model, stored = build_model(config)
         _load_weights(weights, stored)
     except (OSError, RuntimeError, LookupError, TypeError) as error:  # h5py's, about damaged files
         raise ValueError(f"{str(path)!r} is not a whole Keras model ({error})") from None
