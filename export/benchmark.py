@@ -16,7 +16,7 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tf_repvgg import cli, json_records, provenance, regular_files, runs, storage
+from tf_repvgg import cli, provenance, regular_files, run_records, storage
 from tf_repvgg.data import ClassificationData, Preprocessing
 from tf_repvgg.tflite import METADATA_NAME
 from tf_repvgg.tflite.isolated import Isolated, time_by_turns
@@ -54,6 +54,7 @@ COLUMNS = {
     "top1_percent": "top-1 %",
 }
 THROUGHPUT_RUNS = 10
+RESULTS = ("benchmark.json", "benchmark.csv")
 
 
 def main(_):
@@ -61,16 +62,23 @@ def main(_):
         paths = [Path(name) for name in FLAGS.files]
         if not paths:
             raise ValueError("--files is empty; name at least one .tflite file")
+        output = claim_output(FLAGS.output) if FLAGS.output else None
         files = {str(path): stack.enter_context(Isolated(path.name, _read_file(path), FLAGS.threads)) for path in paths}
         times = time_by_turns(files, FLAGS.runs, FLAGS.warmup_runs, FLAGS.runs_per_turn)
         rows = [measure(path, files[str(path)], times[str(path)], FLAGS.batch) for path in paths]
         if FLAGS.dataset:
             for row in rows:
                 row["top1_percent"] = round(measure_accuracy(row["file"], files[row["file"]]), 3)
-        output = storage.claim_folder(FLAGS.output) if FLAGS.output else None
     print_table(rows)
     if output:
         write_results(output, rows)
+
+
+def claim_output(folder: str) -> Path:
+    """Makes and claims the folder of the results, before anything is measured."""
+    output = storage.claim_folder(folder)
+    storage.check_no_folders(output / name for name in RESULTS)
+    return output
 
 
 def _read_file(path):
@@ -117,7 +125,7 @@ def measure_accuracy(name: str, file: Isolated) -> float:
             f"{name}: no metadata block {METADATA_NAME}, which describes how images are preprocessed; --dataset is for "
             "files of export/main.py"
         )
-    metadata = json_records.parse(content, runs.PreprocessingRecord, f"{name}, metadata block {METADATA_NAME}")
+    metadata = run_records.parse_preprocessing(content, f"{name}, metadata block {METADATA_NAME}")
     data = ClassificationData(FLAGS.dataset, FLAGS.data_dir, Preprocessing.from_metadata(metadata))
     correct, total = 0, data.num_examples(FLAGS.split)
     with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
@@ -139,12 +147,12 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def write_results(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes benchmark.json and benchmark.csv."""
     record = {"flags": cli.key_flags(__name__), "machine": provenance.machine(), "files": rows}
-    storage.write_json(output / "benchmark.json", record)
+    storage.write_json(output / RESULTS[0], record)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    storage.write_bytes(output / "benchmark.csv", table.getvalue().encode())
+    storage.write_bytes(output / RESULTS[1], table.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ _FLOAT_MODEL_FLAGS = (
     *("weight_bits", "granularity", "layer_bits"),
     *("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits"),
 )
+_WEIGHT_BITS = tuple("2345678")
 # Images on which the activations of each layer are compared with the float model's.
 _FIDELITY_IMAGES = 32
 
@@ -176,15 +177,14 @@ def read_settings() -> Settings:
     unknown = [name for name in FLAGS.granularity if name not in GRANULARITIES]
     if unknown or not FLAGS.granularity:
         raise ValueError(f"--granularity is {','.join(FLAGS.granularity)!r}; known: {', '.join(GRANULARITIES)}")
-    weight_bits = tuple(int(text) if text.isdigit() else 0 for text in FLAGS.weight_bits)
-    if not weight_bits or not all(2 <= bits <= 8 for bits in weight_bits):
+    if not FLAGS.weight_bits or not set(FLAGS.weight_bits) <= set(_WEIGHT_BITS):
         raise ValueError(f"--weight_bits is {','.join(FLAGS.weight_bits)!r}; use whole numbers from 2 to 8")
     if FLAGS.layer_bits and not all("=" in part for part in FLAGS.layer_bits.split(",")):
         raise ValueError(f"--layer_bits is {FLAGS.layer_bits!r}; use pattern=bits, as in stem=8,logits=8")
     ptq.parse_method(FLAGS.ptq)
     return Settings(
-        weight_bits=weight_bits,
-        granularities=tuple(FLAGS.granularity),
+        weight_bits=tuple(dict.fromkeys(map(int, FLAGS.weight_bits))),
+        granularities=tuple(dict.fromkeys(FLAGS.granularity)),
         layer_bits=FLAGS.layer_bits,
         ptq=FLAGS.ptq,
         ptq_iterations=FLAGS.ptq_iterations,

@@ -45,6 +45,7 @@ flags.DEFINE_bool("outliers_only", False, "Print the outliers of the network's w
 for module in (sources, integer_files):
     flags.adopt_module_key_flags(module)  # so that export.json holds them
 
+DOCUMENTS = ("export.json", "predictions.npz", "report.html")
 # Keras models that are evaluated beside the files: {key in export.json: label}.
 FORMS = {
     "float_training_form": "float, training form",
@@ -108,6 +109,7 @@ def main(_):
         forms = make_forms(source.model)
         request = make_request(settings, source, forms)
         output = storage.claim_folder(sources.find_output())
+        storage.check_no_folders([*(output / name for name in DOCUMENTS), *output.glob("*.tflite")])
         finished_work = storage.FinishedWork(output / ".unfinished", is_sealed=True)
     for note in source.notes:
         print(note)

@@ -61,6 +61,12 @@ def here(tmp_path_factory, digits):
     (checkpoint / "state.index").write_bytes(b"\0" * 40)
     (checkpoint / "state.data-00000-of-00001").write_bytes(b"\0" * 40)
 
+    for name in ("damaged_run", "truncated_run"):
+        (folder / name / runs.CONFIG_NAME).write_text("--block=repvgg\n")
+    add_run("trained_run", model)
+    for blocked in ("blocked_run/result.json", "blocked_export/export.json"):
+        (folder / blocked).mkdir(parents=True)
+
     (folder / "empty").mkdir()
     (folder / "file").write_text("not a folder")
     (folder / "no_classes" / "train").mkdir(parents=True)
@@ -132,6 +138,16 @@ def test_failed_work_gives_one_line_and_another_status(error, status, capfd):
         cli._run(main, [])
     assert exit_.value.code == status
     assert re.fullmatch(r"\S+: error: [^\n{}]* left on device\n", capfd.readouterr().err)
+
+
+def test_damaged_files_of_a_dataset_are_bad_input(capfd):
+    def main(_):
+        raise tf.errors.DataLossError(None, None, "Graph execution error:\n\ncorrupted at 7\n\t [[{{node Next}}]]\nmore")
+
+    with pytest.raises(SystemExit) as exit_:
+        cli._run(main, [])
+    assert exit_.value.code == 2
+    assert "is damaged (corrupted at 7); remove the dataset's folder" in capfd.readouterr().err
 
 
 def test_interrupted_by_the_user(capfd):

@@ -1,5 +1,7 @@
 """Datasets: splits that are what they say, and refusals that say what is wrong."""
 
+import os
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -89,6 +91,25 @@ def test_datasets_that_are_missing(tmp_path):
     assert not list(tmp_path.rglob("*cifar10*"))
     with pytest.raises(ValueError, match="batch size 5000 is larger than the 1437 training images of 'digits'"):
         ClassificationData("digits", hold_out=False).steps_per_epoch(5000)
+
+
+DAMAGED = {
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "tfrecord-00000-of-00001' is a named pipe"),
+    "missing": (lambda path: path.unlink(), "tfrecord-00000-of-00001' of the dataset 'digits' is missing"),
+    "description": (
+        lambda path: path.with_name("dataset_info.json").write_text("{"),
+        r"TFDS cannot open the dataset 'digits' \(ParseError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_datasets_are_named_before_anything_is_read(case, digits, tmp_path):
+    damage, message = DAMAGED[case]
+    shutil.copytree(Digits().data_path, tmp_path / "digits" / "1.0.0")
+    damage(next(tmp_path.rglob("*train.tfrecord*")))
+    with pytest.raises((OSError, ValueError), match=message):
+        ClassificationData("digits", data_dir=str(tmp_path))
 
 
 def test_dataset_with_three_splits(tmp_path):

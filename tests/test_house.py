@@ -21,12 +21,14 @@ ALL_FOLDERS = ("tf_repvgg", *PROGRAM_FOLDERS, "tests")
 FLOORS = (
     ("regular_files",),
     ("json_records",),
+    ("run_records",),
     (
         "autograph",
         "by_name",
         "converter_errors",
         "graph",
         "interruption",
+        "memory",
         "native_output",
         "provenance",
         "storage",

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,6 +22,10 @@ FAILED, BAD_INPUT, DIVERGED = 1, 2, 3
 _LARGEST_INTEGER = 2**31 - 1
 _LARGEST_FLOAT = 1e30
 _LONGEST_CHAIN_OF_FLAGFILES = 10
+# What Python makes of a byte that is not UTF-8.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Of tf.data, where a dataset's description states another number of examples than its files hold.
+_WRONG_COUNT = "dataset was expected to contain"
 
 # The flag counts as that of the program's module that calls `define_trust_flag`.
 flags.disclaim_key_flags()
@@ -76,7 +81,21 @@ def _run(main, argv):
     except OSError as error:
         _exit(error, FAILED)
     except tf.errors.ResourceExhaustedError as error:  # memory, or the disk of TensorBoard's events
-        _exit(error.message.splitlines()[0].rpartition("}} ")[2], FAILED)
+        _exit(_reason(error), FAILED)
+    except (tf.errors.DataLossError, tf.errors.FailedPreconditionError) as error:
+        if isinstance(error, tf.errors.FailedPreconditionError) and _WRONG_COUNT not in error.message:
+            raise
+        folder = flags.FLAGS.flag_values_dict().get("data_dir") or "the data directory of TFDS"
+        _exit(
+            f"a file of the dataset in {folder} is damaged ({_reason(error)}); remove the dataset's folder there and "
+            "prepare it again"
+        )
+
+
+def _reason(error):
+    """The message of an error of TensorFlow without the places in the graph, which are before it or after it."""
+    line = re.search(r"(\S[^\n]*)\n\s*\[\[\{\{node", error.message)
+    return (line[1] if line else error.message.splitlines()[0]).rpartition("}} ")[2]
 
 
 def _parse_flags(argv):
@@ -108,7 +127,9 @@ def _check_flagfiles(arguments, chain=()):
 
 
 def check_values(flag_values: flags.FlagValues) -> None:
-    """Checks what the types of absl's flags leave open: numbers are finite and not too large, and text is not empty.
+    """Checks what the types of absl's flags leave open.
+
+    Numbers are finite and not too large. Text is not empty, and a line in UTF-8, which a flagfile can hold.
 
     Args:
       flag_values: Parsed flags.
@@ -138,6 +159,9 @@ def _check_value(name, flag):
     value = flag.value
     if value == "":  # from an unset variable of the shell, perhaps
         raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and (text.splitlines() != [text] or _SURROGATE.search(text)):
+            raise ValueError(f"--{name} is {value!r}; give one line of text in UTF-8 (files can be renamed)")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not math.isfinite(value):

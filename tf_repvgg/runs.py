@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any
 
 import tf_keras as keras
-from msgspec import Meta
 
-from tf_repvgg import json_records, provenance, regular_files, storage
+from tf_repvgg import json_records, provenance, regular_files, run_records, storage
 from tf_repvgg.checkpoints import load_keras
 
 MODEL_NAME = "model.keras"
@@ -17,49 +16,7 @@ INPUT_NAME = "input.json"
 METRICS_NAME = "metrics.jsonl"
 RESULT_NAME = "result.json"
 
-_Name = Annotated[str, Meta(min_length=1)]
-_Side = Annotated[int, Meta(ge=1, le=2**15)]
-_Pixel = Annotated[float, Meta(ge=-1e6, le=1e6)]
-_Deviation = Annotated[float, Meta(ge=1e-6, le=1e6)]
-_Count = Annotated[int, Meta(ge=0, le=2**53)]
-_Seconds = Annotated[float, Meta(ge=0, le=1e12)]
-
-
-class PreprocessingRecord(TypedDict):
-    """How images are preprocessed, in input.json and in the metadata block of integer files.
-
-    Older versions did not write all keys; see `tf_repvgg.data.Preprocessing.from_metadata`.
-    """
-
-    size: NotRequired[tuple[_Side, _Side] | None]
-    mean: NotRequired[_Pixel | Annotated[list[_Pixel], Meta(min_length=1, max_length=4)]]
-    std: NotRequired[_Deviation | Annotated[list[_Deviation], Meta(min_length=1, max_length=4)]]
-    resize_shorter_side: NotRequired[_Side | None]
-
-
-class InputRecord(PreprocessingRecord):
-    """Content of input.json."""
-
-    dataset: _Name
-    validation_held_out: NotRequired[bool]
-    labels: NotRequired[Annotated[list[str], Meta(min_length=1)]]
-
-
-class EpochRecord(TypedDict):
-    """A line of metrics.jsonl, without the metrics, whose names depend on the run."""
-
-    epoch: _Count
-    seconds: _Seconds
-
-
-class ResultRecord(TypedDict):
-    """Content of result.json."""
-
-    split: NotRequired[_Name]
-    images: NotRequired[_Count]
-    top1_percent: NotRequired[Annotated[float, Meta(ge=0, le=100)]]
-    training_seconds: NotRequired[_Seconds]
-    machine: NotRequired[dict[str, str | int | None]]
+_FILES = (MODEL_NAME, CONFIG_NAME, INPUT_NAME, METRICS_NAME, RESULT_NAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +82,19 @@ class Run:
 
         Raises:
           OSError: If another process has claimed it, or nothing can be written there; see `storage.claim_folder`. Or
-            if a folder in it is a link.
+            if a folder in it is a link, or has the name of a file that the run writes.
+          ValueError: If the workdir holds a run whose settings are missing.
         """
         if self.path.exists():
             for folder in (self.checkpoints_path, self.tensorboard_path):
                 regular_files.check_no_link(folder)
+            storage.check_no_folders(self.path / name for name in _FILES)
+            has_begun = self.is_trained or any(self.checkpoints_path.glob("ckpt-*"))
+            if has_begun and not (self.path / CONFIG_NAME).exists():
+                raise ValueError(
+                    f"workdir {str(self.path)!r} holds a run without {CONFIG_NAME}, its settings; put the file back, "
+                    "or use another workdir"
+                )
             storage.claim_folder(self.path)
 
     def check_settings(self, settings: Mapping[str, Setting], may_differ: Collection[str] = ()) -> None:
@@ -228,7 +193,7 @@ def read_epochs(path: str | Path, count: int | None = None) -> list[dict[str, An
     for number, line in enumerate(regular_files.read_text(path).splitlines()[:count], start=1):
         name = f"{path}, line {number}"
         record = json_records.parse(line, dict[str, float], name)
-        json_records.check(record, EpochRecord, name)
+        json_records.check(record, run_records.EpochRecord, name)
         records.append(record)
     return records
 
@@ -248,7 +213,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
       ...     runs.read_result(f"{workdir}/result.json")["images"]
       360
     """
-    return json_records.read(path, ResultRecord) if Path(path).exists() else {}
+    return json_records.read(path, run_records.ResultRecord) if Path(path).exists() else {}
 
 
 def folder_of(path: str | Path) -> Path:
@@ -295,7 +260,7 @@ def read_input(path: str | Path) -> dict[str, Any]:
     path = folder_of(path) / INPUT_NAME
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; it says which dataset and image size the model expects")
-    return json_records.read(path, InputRecord)
+    return run_records.parse_input(regular_files.read_bytes(path), str(path))
 
 
 def load_model(path: str | Path, trust_model: bool = False) -> keras.Model:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -217,6 +217,23 @@ def claim_folder(path: str | Path) -> Path:
     _claims[path.resolve()] = file
     remove_partial_files(path)
     return path
+
+
+def check_no_folders(paths: Iterable[str | Path]) -> None:
+    """Checks, before long work, that no folder is where a file will be written.
+
+    Raises:
+      IsADirectoryError: If one is; names it.
+
+    Example:
+      >>> import tempfile
+      >>> from tf_repvgg import storage
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     storage.check_no_folders([f"{folder}/export.json"])
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a folder, but a file will be written there; remove the folder")
 
 
 @contextlib.contextmanager

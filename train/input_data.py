@@ -25,10 +25,14 @@ flags.DEFINE_enum(
     CROPS,
     "Random crops for training: of the padded image, or of a random window of the stored image, resized.",
 )
-flags.DEFINE_integer("crop_padding", 2, "Pixels that --crop=pad adds on every side.", lower_bound=0, upper_bound=2**14)
+flags.DEFINE_integer("crop_padding", 2, "Pixels that --crop=pad adds on every side.", lower_bound=0, upper_bound=1024)
 flags.DEFINE_boolean("flip", None, "Mirror half of the training images; by default all datasets but those of digits.")
 flags.DEFINE_integer(
-    "randaugment", 0, "Number of operations that RandAugment applies to each image; 0 for none.", lower_bound=0
+    "randaugment",
+    0,
+    "Number of operations that RandAugment applies to each image; 0 for none.",
+    lower_bound=0,
+    upper_bound=rand_augment.MAX_OPERATIONS,
 )
 flags.DEFINE_float(
     "randaugment_magnitude",

@@ -33,7 +33,11 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("identity_gain", 0.1, "Gain of --identity=constant.")
 flags.DEFINE_float(
-    "bn_epsilon", 1e-5, "Constant added to the variance in every batch normalization.", lower_bound=1e-12
+    "bn_epsilon",
+    1e-5,
+    "Constant added to the variance in every batch normalization.",
+    lower_bound=1e-12,
+    upper_bound=1,
 )
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is that of PyTorch.")
 

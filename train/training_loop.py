@@ -1,12 +1,13 @@
 """How a run trains: the flags for its schedule, optimizer, losses and randomness, and the loop that they describe."""
 
 import itertools
+import math
 
 import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import interruption, runs
+from tf_repvgg import interruption, memory, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.training import averages, checkpoints, distillation, divergence, logs, optimization
 
@@ -98,8 +99,14 @@ def count_steps_per_epoch(data: ClassificationData) -> int:
     """The number of training steps in an epoch.
 
     Raises:
-      ValueError: If the data have fewer batches than that, or none.
+      ValueError: If the data have fewer batches than that, or none, or a batch is larger than the memory.
     """
+    batch_bytes = 4 * FLAGS.batch_size * math.prod(data.image_shape)
+    if batch_bytes > memory.limit():
+        raise ValueError(
+            f"a batch of {FLAGS.batch_size} images of {data.image_shape} takes {batch_bytes / 2**30:,.1f} GiB, and "
+            f"this process may use {memory.limit() / 2**30:,.1f} GiB; use a smaller --batch_size or --image_size"
+        )
     batches = data.steps_per_epoch(FLAGS.batch_size)
     if FLAGS.steps_per_epoch and FLAGS.steps_per_epoch > batches:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a model may ask for when it is built: a few lines of its configuration can state millions of calls or numbers."""
+"""What a model may ask for when it is built: a few lines of a configuration can state millions of calls or numbers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

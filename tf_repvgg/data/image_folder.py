@@ -171,7 +171,13 @@ def _find_split_folders(root):
 
 def _list_classes(folder):
     """{label: everything in its folder}."""
-    return {path.name: _list_entries(path) for path in _list_entries(folder) if path.is_dir()}
+    classes = [path for path in _list_entries(folder) if path.is_dir()]
+    for path in classes:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:  # no JSON file could hold the label
+            raise ValueError(f"the name of the class folder {str(path)!r} is not UTF-8; rename the folder") from None
+    return {path.name: _list_entries(path) for path in classes}
 
 
 def _check_classes(files, name, splits_may_differ):

@@ -10,15 +10,17 @@ import numpy as np
 import tensorflow as tf
 
 MAX_MAGNITUDE = 30
+# The paper (arXiv:1909.13719) uses up to 3. Each takes its time for each image.
+MAX_OPERATIONS = 16
 
 
 def check_settings(operations: int, magnitude: float) -> None:
     """
     Raises:
-      ValueError: If the number of operations is below 0, or the magnitude is not from 0 to 30.
+      ValueError: If the number of operations is not from 0 to 16, or the magnitude is not from 0 to 30.
     """
-    if operations < 0:
-        raise ValueError(f"RandAugment's number of operations is {operations}; it must be 0 or more")
+    if not 0 <= operations <= MAX_OPERATIONS:
+        raise ValueError(f"RandAugment's number of operations is {operations}; it must be from 0 to {MAX_OPERATIONS}")
     if not 0 <= magnitude <= MAX_MAGNITUDE:
         raise ValueError(f"RandAugment's magnitude is {magnitude:g}; it must be from 0 to {MAX_MAGNITUDE}")
 

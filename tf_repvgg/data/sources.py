@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import re
+import sys
 import urllib.parse
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import requests
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tf_repvgg import storage
+from tf_repvgg import regular_files, storage
 from tf_repvgg.data.digits import Digits
 
 _SHUFFLE_IMAGES = 50_000
@@ -18,6 +20,7 @@ _SHUFFLE_BYTES = 1024**3
 _NO_FLIP = frozenset({"digits", "mnist", "mnist_corrupted", "svhn_cropped", "emnist", "kmnist"})
 # Their "test" has no labels: every label is -1.
 _UNLABELLED_TEST = frozenset({"imagenet2012"})
+_NAME = re.compile(r"[a-z]\w*(/[^/:=,\s]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 _SERVERS_TO_TRY = 2
 _SECONDS_TO_ANSWER = 5
 
@@ -48,6 +51,7 @@ class TfdsSource:
         if not self._builder.is_prepared():
             self._builder = _prepare(self._builder, name, data_dir)
         info = self._builder.info
+        _check_shards(info, name)
         self.labels = tuple(info.features["label"].names)
         self.image_shape = info.features["image"].shape
         self.flips = self._builder.name not in _NO_FLIP
@@ -85,14 +89,41 @@ class TfdsSource:
 
 
 def _make_builder(name, data_dir):
-    if name == Digits.name:
-        return Digits(data_dir=data_dir)
+    if not _NAME.fullmatch(name):  # TFDS reads other names as arguments of functions, or looks for them in a network
+        raise ValueError(f"dataset {name!r} is no name of TFDS: NAME, NAME/CONFIG or NAME:1.2.3, with both if need be")
+    if data_dir is not None and "://" not in data_dir:
+        _check_files(Path(data_dir, re.split("[/:]", name)[0]))
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        return Digits(data_dir=data_dir) if name == Digits.name else tfds.builder(name, data_dir=data_dir)
     except (tfds.core.registered.DatasetNotFoundError, AssertionError):  # the latter for unknown versions
         raise ValueError(
             f"dataset {name!r} is not in TFDS; known: digits, cifar10, folder:PATH, and every TFDS name"
         ) from None
+    except Exception as error:  # of many kinds, about damaged descriptions
+        raise ValueError(
+            f"TFDS cannot open the dataset {name!r} ({type(error).__name__}: {error}); if its folder is damaged, "
+            "remove it and prepare it again"
+        ) from None
+
+
+def _check_files(folder):
+    """Checks that a prepared dataset has regular files alone: TFDS would wait for a pipe for ever.
+
+    Raises:
+      OSError: If it has others; names one.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            regular_files.open_to_read(path, sys.maxsize).close()
+
+
+def _check_shards(info, name):
+    for split in info.splits.values():
+        for path in split.filepaths:
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{str(path)!r} of the dataset {name!r} is missing; remove the folder and prepare it again"
+                )
 
 
 def _check_features(features, name):

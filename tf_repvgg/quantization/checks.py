@@ -96,7 +96,7 @@ def clusters_by_layer(
 
 def _numbers_by_layer(model, value, description, allowed, classes):
     def parse_number(number):
-        if isinstance(number, str) and number.isdigit():
+        if isinstance(number, str) and number.isascii() and number.isdigit():
             number = int(number)
         is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)  # includes those of NumPy
         if not (is_whole and number in allowed):

@@ -1,6 +1,5 @@
 """Files of unknown origin in LiteRT, each in a process of its own: a crash or a hang stays in that process."""
 
-import os
 import re
 import resource
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tf_repvgg import converter_errors
+from tf_repvgg import converter_errors, memory
 from tf_repvgg.tflite import complexity, interpreter, reader, timing
 from tf_repvgg.tflite.clean_process import ProcessEnded, RemoteError, RemoteObject
 
@@ -171,9 +170,7 @@ def time_by_turns(
 
 def memory_limit() -> int:
     """Bytes of address space that a file may use: the memory of the machine, 16 GiB, or the limit of this process."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
-    return min(memory, _LARGEST_MEMORY, *limits)
+    return min(memory.limit(), _LARGEST_MEMORY)
 
 
 def _describe_limit():
