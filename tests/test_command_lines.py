@@ -142,7 +142,9 @@ def test_failed_work_gives_one_line_and_another_status(error, status, capfd):
 
 def test_damaged_files_of_a_dataset_are_bad_input(capfd):
     def main(_):
-        raise tf.errors.DataLossError(None, None, "Graph execution error:\n\ncorrupted at 7\n\t [[{{node Next}}]]\nmore")
+        raise tf.errors.DataLossError(
+            None, None, "Graph execution error:\n\ncorrupted at 7\n\t [[{{node Next}}]]\nmore"
+        )
 
     with pytest.raises(SystemExit) as exit_:
         cli._run(main, [])

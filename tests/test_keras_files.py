@@ -1,20 +1,16 @@
 """Models that Keras 3 has saved, read without it: reference files, what is refused, and damaged or hostile files."""
 
-import io
-import json
-import resource
 import zipfile
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import tf_keras as keras
+from helpers.keras3_files import FOLDER, rewrite, set_argument
 
 from tf_repvgg import tflite
 from tf_repvgg.checkpoints import keras_file, load_keras
 
-FOLDER = Path(__file__).parent / "reference" / "keras3"
 NAMES = ("convolutions", "sequences", "operations", "nested", "classifier", "half_precision")
 
 
@@ -69,22 +65,6 @@ def test_everything_else_is_named_and_refused(name):
     assert "\n" not in str(error.value)
 
 
-def rewrite(path, change_config=lambda config: None, change_weights=lambda file: None, compression=zipfile.ZIP_STORED):
-    """Writes a changed copy of the classifier's file."""
-    with zipfile.ZipFile(FOLDER / "classifier.keras") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    config = json.loads(members["config.json"])
-    change_config(config)
-    weights = io.BytesIO(members["model.weights.h5"])
-    with h5py.File(weights, "a") as file:
-        change_weights(file)
-    members |= {"config.json": json.dumps(config).encode(), "model.weights.h5": weights.getvalue()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
-
-
 def move_to_other_file(file):
     """A weight whose content is in a file of the reader's, which a poisoned file may ask for."""
     del file["layers/dense/vars/1"]
@@ -122,10 +102,6 @@ def test_weights_that_do_not_fit_are_refused(case, tmp_path):
     assert message in str(error.value)
 
 
-def set_argument(name, value, layer=2):
-    return lambda config: config["config"]["layers"][layer]["config"].__setitem__(name, value)
-
-
 POISONED = {
     "unknown argument": (set_argument("shear", 3), "layer 'conv2d' (Conv2D): its argument shear=3 has no counterpart"),
     "object as an argument": (
@@ -152,41 +128,6 @@ def test_configurations_of_no_sense_are_refused(case, tmp_path):
         load_keras(rewrite(tmp_path / "model.keras", change_config=change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def spread_constants(config):
-    """A Normalization whose two constants Keras would spread over 400 million pixels."""
-    images = config["config"]["layers"][0]["config"]
-    images["batch_shape"] = [None, 20_000, 20_000, 3]
-    arguments = {"name": "spread", "axis": [1, 2], "mean": 0.0, "variance": 1.0, "invert": False, "dtype": "float32"}
-    config["config"]["layers"][1] = {"class_name": "Normalization", "module": "keras.layers", "config": arguments}
-
-
-def nest(config):
-    """Thirty models, each of which calls the one before twice."""
-    model = config.copy()
-    for number in range(30):
-        inner = {**model, "inbound_nodes": [{"args": [], "kwargs": {}}] * 2}
-        model = {**config, "class_name": "Functional", "config": {"name": f"outer{number}", "layers": [inner]}}
-    config |= model
-
-
-GREEDY = {
-    "weights": (set_argument("filters", 10**8), "its layers have more weights than the file, which has"),
-    "constants": (spread_constants, "layer 'spread' (Normalization): it normalizes with constants along axes of the"),
-    "calls": (nest, "leads to more than 10,000 calls of layers"),
-}
-
-
-@pytest.mark.parametrize("case", GREEDY)
-def test_configurations_that_ask_for_too_much_are_refused_before_they_get_it(case, tmp_path):
-    change, message = GREEDY[case]
-    path = rewrite(tmp_path / "model.keras", change_config=change)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError) as error:
-        load_keras(path)
-    assert message in str(error.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 2**10  # kB
 
 
 def test_files_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):

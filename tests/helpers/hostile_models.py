@@ -41,6 +41,7 @@ from helpers.hostile_files import (
     write_extra,
     write_twice,
 )
+from helpers.keras3_files import nest_models, rewrite, set_argument, spread_constants_over_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,5 +216,14 @@ HOSTILE_MODELS = {
     ),
     "virtual weights": HostileModel(lambda w: w.write_hdf5(make_virtual), "/virtual refers to another file"),
     "weights that are not there": HostileModel(lambda w: w.write_weights(state_shape), "/large states 40000000000"),
+    "Keras 3, more weights than the file": HostileModel(
+        lambda w: rewrite(w.folder / "hostile.keras", set_argument("filters", 10**8)), "have more weights than the file"
+    ),
+    "Keras 3, constants for every pixel": HostileModel(
+        lambda w: rewrite(w.folder / "hostile.keras", spread_constants_over_images), "'spread' (Normalization): it norm"
+    ),
+    "Keras 3, models that call each other": HostileModel(
+        lambda w: rewrite(w.folder / "hostile.keras", nest_models), "leads to more than 10,000 calls of layers"
+    ),
     "weights that inflate": HostileModel(lambda w: w.write_hdf5(compress), "/large is stored in chunks"),
 }
