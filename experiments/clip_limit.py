@@ -29,6 +29,7 @@ def measure(candidate):
     train(CONFIG, workdir, validation=True, data_dir=FLAGS.data_dir, **schedule, **candidate)
     result = export(
         workdir,
+        ptq="min_max",
         weight_bits=",".join(map(str, BITS)),
         granularity=",".join(GRANULARITIES),
         evaluation_split="validation",

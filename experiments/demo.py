@@ -40,7 +40,7 @@ def measure(config):
     """Trains and exports one model; returns its part of the record."""
     workdir = f"{FOLDER}/{config}"
     training = train(config, workdir)
-    exported = export(workdir, weight_bits=",".join(map(str, BITS)), granularity=",".join(GRANULARITIES))
+    exported = export(workdir, ptq="min_max", weight_bits=",".join(map(str, BITS)), granularity=",".join(GRANULARITIES))
     codebooks = export_codebooks(workdir)
     return {"config": f"configs/{config}.flags", "training": training, "export": exported, "codebooks": codebooks}
 

@@ -96,7 +96,9 @@ def measure(config):
     workdir = f"{FLAGS.runs}/{config}"
     schedule = {name: FLAGS[name].value for name in SCHEDULE}
     training = train(config, workdir, validation=True, data_dir=FLAGS.data_dir, **schedule)
-    exported = export(workdir, weight_bits="8", granularity=",".join(GRANULARITIES), data_dir=FLAGS.data_dir)
+    exported = export(
+        workdir, ptq="min_max", weight_bits="8", granularity=",".join(GRANULARITIES), data_dir=FLAGS.data_dir
+    )
     metadata = runs.read_input(ROOT / workdir)
     data = ClassificationData(metadata["dataset"], FLAGS.data_dir, Preprocessing.from_metadata(metadata), hold_out=True)
     model = runs.load_model(ROOT / workdir)

@@ -33,6 +33,7 @@ def measure(config):
     training = train(config, workdir, data_dir=FLAGS.data_dir)
     exported = export(
         workdir,
+        ptq="min_max",
         weight_bits=",".join(map(str, BITS)),
         granularity=",".join(GRANULARITIES),
         data_dir=FLAGS.data_dir,

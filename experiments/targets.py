@@ -21,8 +21,8 @@ flags.DEFINE_string("accelerator", "ethos_u55_128", "Ethos-U that Vela compiles 
 
 # (flags of export/main.py, targets beside LiteRT and the accelerator)
 EXPORTS = (
-    ({"weight_bits": "8", "granularity": "per_tensor,per_channel"}, ("edge_tpu",)),
-    ({"weight_bits": "4", "granularity": "per_channel"}, ("litert_int4", "tflm_lut")),
+    ({"weight_bits": "8", "granularity": "per_tensor,per_channel", "ptq": "min_max"}, ("edge_tpu",)),
+    ({"weight_bits": "4", "granularity": "per_channel", "ptq": "min_max"}, ("litert_int4", "tflm_lut")),
     ({"weight_bits": "3", "granularity": "per_tensor", "ptq": "codebook"}, ("tflm_lut",)),
 )
 

@@ -67,6 +67,8 @@ def here(tmp_path_factory, digits):
     for blocked in ("blocked_run/result.json", "blocked_export/export.json"):
         (folder / blocked).mkdir(parents=True)
 
+    shutil.copytree(folder / "truncated_run", folder / "configured_run")
+    (folder / "configured_run" / runs.INPUT_NAME).unlink()
     (folder / "empty").mkdir()
     (folder / "file").write_text("not a folder")
     (folder / "no_classes" / "train").mkdir(parents=True)

@@ -91,3 +91,8 @@ def test_dfq_without_statistics():
             ptq.quantize(model, method)
     with pytest.raises(ValueError, match="there are no calibration images"):
         ptq.quantize(model, "dfq_data_free", calibration=[])
+
+
+def test_without_images_nothing_shows_that_a_network_takes_pixels():
+    with pytest.raises(ValueError, match="images are from 0 to 255, but methods without images need normalized ones"):
+        ptq.quantize(build_measured_repvgg(), "dfq_data_free", input_range=(0.0, 255.0))

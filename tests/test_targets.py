@@ -239,4 +239,4 @@ def test_from_the_command_line(run_forked, trained_digits, digits, tmp_path):
     refused = run_forked("export/main.py", f"--workdir={run}", "--targets=litert_int4", f"--output={tmp_path / 'no'}")
     assert refused.status == 2
     assert "int8_w8_per_channel.tflite, target litert_int4: no weights fit into 4 bits" in refused.stderr
-    assert {path.name for path in (tmp_path / "no").iterdir()} <= {".lock"}
+    assert {path.name for path in (tmp_path / "no").iterdir()} <= {".lock", ".unfinished"}

@@ -83,18 +83,19 @@ class Run:
         Raises:
           OSError: If another process has claimed it, or nothing can be written there; see `storage.claim_folder`. Or
             if a folder in it is a link, or has the name of a file that the run writes.
-          ValueError: If the workdir holds a run whose settings are missing.
+          ValueError: If the workdir holds a run whose settings, or the description of its images, are missing.
         """
         if self.path.exists():
             for folder in (self.checkpoints_path, self.tensorboard_path):
                 regular_files.check_no_link(folder)
             storage.check_no_folders(self.path / name for name in _FILES)
             has_begun = self.is_trained or any(self.checkpoints_path.glob("ckpt-*"))
-            if has_begun and not (self.path / CONFIG_NAME).exists():
-                raise ValueError(
-                    f"workdir {str(self.path)!r} holds a run without {CONFIG_NAME}, its settings; put the file back, "
-                    "or use another workdir"
-                )
+            for name in (CONFIG_NAME, INPUT_NAME):
+                if has_begun and not (self.path / name).exists():
+                    raise ValueError(
+                        f"workdir {str(self.path)!r} holds a run without {name}, which says how it was trained; put the "
+                        "file back, or use another workdir"
+                    )
             storage.claim_folder(self.path)
 
     def check_settings(self, settings: Mapping[str, Setting], may_differ: Collection[str] = ()) -> None:

@@ -65,6 +65,12 @@ BAD_COMMANDS = {
     "path of two lines": (TRAIN, ["--workdir={new}", "--init_from=a\nb"], r"--init_from is 'a\nb'", "one line of text"),
     "path that is not UTF-8": (TRAIN, ["--workdir={new}", "--init_from=\udcff"], r"--init_from is '\udcff'", "UTF-8"),
     "run without its settings": (TRAIN, ["--workdir={here}/trained_run"], "a run without config.flags", "put the file"),
+    "run without its input": (
+        TRAIN,
+        ["--workdir={here}/configured_run", "--block=repvgg"],
+        "holds a run without input.json",
+        "put the file",
+    ),
     "folder in place of a result": (
         TRAIN,
         ["--workdir={here}/blocked_run"],

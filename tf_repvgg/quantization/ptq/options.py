@@ -1,10 +1,10 @@
 """Settings of post-training quantization beside the method, bits and granularity."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from tf_repvgg.quantization.activation_quantizer import ACTIVATION_BITS
-from tf_repvgg.quantization.input_scale import LARGEST_INPUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Options:
       number_of_clusters: Number of clusters of each codebook, from 2 to 256, or numbers by layer name like bits; None
         for 2^bits.
       activation_bits: Width of activations, 8 or 16.
-      input_range: Lowest and highest value of a normalized image, for methods without calibration images. The default
-        is that of pixels from 0 to 255 normalized to [-1, 1).
+      input_range: Lowest and highest value of an image, for methods without calibration images. The default is that of
+        pixels from 0 to 255 normalized to [-1, 1).
       seed: Seed of all random draws.
       progress: Whether long methods show a progress bar.
 
@@ -41,8 +41,8 @@ class Options:
 
     def __post_init__(self) -> None:
         low, high = self.input_range
-        if not -LARGEST_INPUT <= low < high <= LARGEST_INPUT:
-            raise ValueError(f"input_range is {self.input_range!r}; it must be (lowest, highest) of normalized images")
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"input_range is {self.input_range!r}; it must be (lowest, highest) of an image")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile!r}; it must be above 50, and at most 100")
         if self.activation_bits not in ACTIVATION_BITS:

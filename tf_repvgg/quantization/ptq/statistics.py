@@ -9,6 +9,7 @@ import tf_keras as keras
 
 from tf_repvgg import graph
 from tf_repvgg.quantization.activations import relu_name
+from tf_repvgg.quantization.input_scale import LARGEST_INPUT
 from tf_repvgg.quantization.ptq.network import Network, spread_over_kernel
 
 # Standard deviations on either side of the mean that a range holds (arXiv:1906.04721, section 5); fewer where the
@@ -75,10 +76,13 @@ def predict(network: Network, absorbed: Mapping[str, np.ndarray] | None = None) 
       absorbed: {layer name: amount [output channels] that absorption has taken from its bias}.
 
     Raises:
-      ValueError: If the network holds a layer of a kind that distributions cannot be followed through; names it.
+      ValueError: If the network holds a layer of a kind that distributions cannot be followed through; names it. Or if
+        images are pixels: without images, nothing shows whether the network takes them.
     """
     absorbed = absorbed or {}
     low, high = network.options.input_range
+    if max(-low, high) > LARGEST_INPUT:
+        raise ValueError(f"images are from {low:g} to {high:g}, but methods without images need normalized ones")
     inputs, linear, activations = {}, {}, {}
     distributions = {}  # by the graph's key of the tensor
     for tensor in network.float.inputs:
