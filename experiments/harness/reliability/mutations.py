@@ -77,7 +77,7 @@ class Mutations:
         self._sandbox = arena.path / "sandbox" / "a" / "b"
         exported = renew_folder(arena.path / "uninterrupted")
         arena.complete(SHORT_EXPORT, exported)
-        integer_file = exported / "export" / "int8_w8_per_channel.tflite"
+        integer_file = exported / "export" / "int8_w8_per_channel_min_max.tflite"
         outcome = self._run_batch(self._materials, arena.prepared / "run", integer_file)
         if outcome.status:
             raise RuntimeError(f"making files to mutate failed: {outcome.stderr[-1000:]}")

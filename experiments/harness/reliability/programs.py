@@ -49,7 +49,7 @@ class Work:
 
 
 SHORT_TRAINING = Work("train, one epoch", (*_TRAIN, "--epochs=1", "--workdir={folder}/run"))
-SHORT_EXPORT = Work("export, min_max", (*_EXPORT, "--weight_bits=8,4", "--latency_runs=0"))
+SHORT_EXPORT = Work("export, min_max", (*_EXPORT, "--ptq=min_max", "--weight_bits=8,4", "--latency_runs=0"))
 WORKS = (
     Work("train", (*_TRAIN, "--epochs=2", "--workdir={folder}/run")),
     Work("ClusterQAT", ("train/main.py", "--flagfile=configs/digits_oabn_clusterqat.flags", *_FINE_TUNE)),
