@@ -1,8 +1,45 @@
-"""mobileone_cifar.json, as an object that answers the template's questions about its numbers."""
+"""mobileone.json and mobileone_cifar.json, as objects that answer the template's questions about their numbers."""
 
 from collections.abc import Mapping
 
+from harness.mobileone.rows import FLOAT, SETS
+from harness.ptq.cells import AI_EDGE
 from harness.results.sources import name_machines
+
+
+class MobileOneImageNet:
+    """mobileone.json.
+
+    Args:
+      record: Content of the file.
+    """
+
+    def __init__(self, record: Mapping) -> None:
+        self._rows = {
+            (row["method"], row["bits"], row["granularity"], row["activation_bits"]): row for row in record["rows"]
+        }
+        self.fp32 = self._read(self._rows[FLOAT, 8, "per_channel", 8])
+        self.calibration_images = record["calibration_images"]
+        self.machine = name_machines([record["machine"]])
+
+    def top1(self, method: str, bits: int, granularity: str) -> list[float]:
+        """Top-1 on photographs of classes that calibration shows, and of others."""
+        return self._read(self._rows[method, bits, granularity, 8])
+
+    def loss(self, method: str, bits: int, granularity: str) -> float:
+        """The larger of the losses on the two sets, in points."""
+        return max(fp32 - top1 for fp32, top1 in zip(self.fp32, self.top1(method, bits, granularity), strict=True))
+
+    def google(self, bits: int, granularity: str) -> list[list[float]]:
+        """Top-1 of ai-edge-quantizer's methods."""
+        return [self.top1(AI_EDGE + method, bits, granularity) for method in ("min_max", "octav")]
+
+    def seconds(self, method: str, bits: int, granularity: str) -> float:
+        """Seconds from the float network to a checked file."""
+        return self._rows[method, bits, granularity, 8]["seconds"]
+
+    def _read(self, row):
+        return [row[f"{name}_top1_percent"] for name in SETS]
 
 
 class MobileOneCifar:
