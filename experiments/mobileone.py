@@ -92,6 +92,22 @@ def measure_alone(row, settings, float_classes):
         return pool.submit(measure, row, settings, float_classes).result()
 
 
+def write(settings, results):
+    """Writes the table of all rows that are measured; returns the page."""
+    record = {
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name != "data_dir"},
+        "machine": provenance.machine(),
+        "rows": [
+            {key: value for key, value in result.items() if not key.endswith("_classes")}
+            for result in results.values()
+            if result is not None
+        ],
+    }
+    page = render(record)
+    write_results(ROOT / FLAGS.results, "mobileone_validation" if FLAGS.validation else "mobileone", record, page)
+    return page
+
+
 def main(_):
     with cli.bad_input_exits():
         check_flags()
@@ -99,27 +115,21 @@ def main(_):
         FLAGS.data_dir, FLAGS.validation, FLAGS.calibration_images, FLAGS.iterations, FLAGS.scored_images
     )
     kept = FinishedWork(ROOT / FLAGS.kept / ("validation" if FLAGS.validation else "test"))
-    record = {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name != "data_dir"},
-        "machine": provenance.machine(),
-        "rows": [],
-    }
+    results = {row: kept.find(row.name, settings.find_inputs(row)) for row in list_rows()}
+    write(settings, results)
     float_classes, failures = None, []
-    for row in tqdm(list_rows(), "rows", unit="row"):
-        inputs = settings.find_inputs(row)
-        try:
-            result = kept.find(row.name, inputs)
-            if result is None:
-                result = kept.keep(row.name, inputs, measure_alone(row, settings, float_classes))
-        except (ValueError, RuntimeError) as error:
-            failures.append(f"experiments/mobileone.py: error: {row.name}: {error}")
-            continue
+    for row in tqdm(results, "rows", unit="row"):
+        if results[row] is None:
+            try:
+                measured = measure_alone(row, settings, float_classes)
+            except (ValueError, RuntimeError) as error:
+                failures.append(f"experiments/mobileone.py: error: {row.name}: {error}")
+                continue
+            results[row] = kept.keep(row.name, settings.find_inputs(row), measured)
+            write(settings, results)
         if row.method == FLOAT:
-            float_classes = {name: result[f"{name}_classes"] for name in SETS}
-        record["rows"].append({key: value for key, value in result.items() if not key.endswith("_classes")})
-        name = "mobileone_validation" if FLAGS.validation else "mobileone"
-        write_results(ROOT / FLAGS.results, name, record, render(record))
-    print(render(record))
+            float_classes = {name: results[row][f"{name}_classes"] for name in SETS}
+    print(write(settings, results))
     if failures:
         sys.exit("\n".join(failures))
 
