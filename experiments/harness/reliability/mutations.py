@@ -20,7 +20,13 @@ _MEMORY_BYTES = 16 * 2**30
 
 # The last check of each program refuses these folders, so that a program that has accepted all others ends soon.
 _TRAIN = ("train/main.py", "--epochs=1", "--novalidation", "--workdir={file}/last")
-_EXPORT_FILE = ("export/main.py", "--output={file}/last", "--calibration_images=16", "--latency_runs=0")
+_EXPORT_FILE = (
+    "export/main.py",
+    "--ptq=min_max",
+    "--output={file}/last",
+    "--calibration_images=16",
+    "--latency_runs=0",
+)
 _EXPORT = (*_EXPORT_FILE, "--workdir={run}")
 _BENCHMARK = ("export/benchmark.py", "--files={integer}", "--runs=10", "--warmup_runs=0", "--output={file}/last")
 _LAST_CHECK = "last' cannot be written to"
