@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _PROGRAM_FOLDERS = ("train", "export", "experiments", "benchmarks")
@@ -128,6 +129,13 @@ def is_requested() -> bool:
     return _received is not None
 
 
+def request_end() -> None:
+    """Does as if SIGTERM had been received and deferred: another process of the same training has received a signal."""
+    global _received
+    if _received is None:
+        _received = signal.SIGTERM
+
+
 def raise_received() -> None:
     """Raises the exception of the signal that was deferred.
 
@@ -152,9 +160,18 @@ def _raise(number, frame):
 
 
 def _end(number, frame):
-    """Ends without clean-up, which may take long or fail half-way; every file is whole or absent in any case."""
-    os.write(_stderr, f"{os.path.relpath(sys.argv[0])}: error: {describe(number)}\n".encode())
-    os._exit(status_of(number))
+    end_at_once(describe(number), status_of(number))
+
+
+def end_at_once(message: str, status: int) -> NoReturn:
+    """Ends this process without clean-up, which may take long or fail half-way; every file is whole or absent anyway.
+
+    Args:
+      message: Line for stderr.
+      status: Exit status.
+    """
+    os.write(_stderr, f"{os.path.relpath(sys.argv[0])}: error: {message}\n".encode())
+    os._exit(status)
 
 
 def _end_if_interrupted(unraisable):

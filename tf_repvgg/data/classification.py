@@ -144,18 +144,13 @@ class ClassificationData:
         """Images (uint8) and labels (int64) of a split in their stored order, resized, cached if they are few."""
         return self._images[split].images()
 
-    def evaluation(
-        self, split: str, batch_size: int | None = None, shard: Shard = WHOLE
-    ) -> tf.data.Dataset:
+    def evaluation(self, split: str, batch_size: int | None = None, shard: Shard = WHOLE) -> tf.data.Dataset:
         """Batches of normalized images and labels: every image of a split once, in order, not augmented.
 
         Args:
           split: "train", "validation" or "test".
           batch_size: Images in a batch; by default `evaluation_batch_size`.
           shard: Replicas of this process. Of each batch, the parts of its replicas follow each other.
-
-        Raises:
-          ValueError: If there are more replicas than images in a batch.
         """
         batch_size = batch_size or self.evaluation_batch_size
         if shard.is_whole:
@@ -197,6 +192,36 @@ class ClassificationData:
             raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
         return count // batch_size if drop_remainder else -(-count // batch_size)
 
+    def check_replicas(
+        self, replicas: int, batch_size: int, drop_remainder: bool, evaluated_split: str | None = None
+    ) -> None:
+        """Checks that every batch can be split over replicas.
+
+        Args:
+          replicas: Number of replicas.
+          batch_size: Images in a batch, for all replicas together.
+          drop_remainder: Whether images that fill no batch are left out.
+          evaluated_split: Split that is evaluated on the replicas, too; None for none.
+
+        Raises:
+          ValueError: If a batch cannot be split.
+        """
+        if batch_size % replicas:
+            raise ValueError(
+                f"batch size {batch_size} cannot be split evenly over {replicas} replicas; give a multiple of "
+                f"{replicas}"
+            )
+        remainder = self.num_examples("train") % batch_size
+        smallest = [remainder] if remainder and not drop_remainder else []
+        if evaluated_split:
+            smallest.append(self.num_examples(evaluated_split) // self.evaluation_steps(evaluated_split))
+        for size in smallest:
+            if size < replicas:
+                raise ValueError(
+                    f"a batch of {size} image{'s' * (size != 1)} cannot be split over {replicas} replicas; choose "
+                    "another batch size, drop the remainder, or train on fewer replicas"
+                )
+
     def training(
         self,
         batch_size: int,
@@ -229,11 +254,7 @@ class ClassificationData:
         Raises:
           ValueError: If a batch cannot be split over the replicas.
         """
-        if batch_size % shard.total:
-            raise ValueError(
-                f"batch size {batch_size} cannot be split evenly over {shard.total} replicas; give a multiple of "
-                f"{shard.total}"
-            )
+        self.check_replicas(shard.total, batch_size, drop_remainder)
         steps = steps_per_epoch or self.steps_per_epoch(batch_size, drop_remainder)
         batches = self._training.epochs(batch_size, epochs, image_size, steps, first_step, drop_remainder, shard)
         return batches.prefetch(_PREFETCHED_BATCHES)

@@ -60,16 +60,8 @@ class Shard:
         Returns:
           For each image of the epoch, whether this process computes it; and the number of images in the part of each
           replica of this process: those of the first batch, those of the second, and so on.
-
-        Raises:
-          ValueError: If a replica gets no image of a batch.
         """
         sizes = np.asarray(batch_sizes, np.int64)
-        if (smallest := int(sizes.min())) < self.total:
-            raise ValueError(
-                f"a batch of {smallest} image{'s' * (smallest != 1)} cannot be split over {self.total} replicas; "
-                "choose another batch size, drop the remainder, or train on fewer replicas"
-            )
         positions = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         first, end = (np.repeat(bound, sizes) for bound in self.bounds(sizes))
         borders = np.arange(self.replicas.start, self.replicas.stop + 1) * sizes[:, np.newaxis] // self.total
