@@ -132,7 +132,7 @@ def train(
     model = network.finish()
     if distribution.is_chief:
         run.save_model(model)
-    distribution.agree()  # that the chief has saved it
+    distribution.wait()  # until the chief has saved it
 
 
 def check_agreement(

@@ -112,10 +112,8 @@ class TrainingBatches:
 
         def finish(number, batch):
             images, labels = batch
-            seeds = [seed, number]
-            if not shard.is_whole:
-                step, replica = number // len(shard.replicas), shard.replicas.start + number % len(shard.replicas)
-                seeds = tf.unstack(tf.random.fold_in(tf.stack([tf.cast(seed, tf.int64), step]), replica))
+            step, own = number // len(shard.replicas), number % len(shard.replicas)
+            seeds = [seed, step * shard.total + shard.replicas.start + own]  # of this step on this replica alone
             if settings.rand_augment_operations:
                 images = rand_augment.rand_augment(
                     images, settings.rand_augment_operations, settings.rand_augment_magnitude, seeds

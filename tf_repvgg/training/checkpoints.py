@@ -177,7 +177,7 @@ class Checkpoints(keras.callbacks.Callback):
                 self._state.write(str(Path(folder, "state")))
         else:
             self._write(position)
-        self._distribution.agree()  # that the chief has written it
+        self._distribution.wait()  # until the chief has written it
         self._saved = time.monotonic()
 
     def _write(self, position):

@@ -70,6 +70,10 @@ class Distribution:
         counts = self._add_up(np.array(list(conditions.values()), np.int32))
         return {name: bool(count) for name, count in zip(conditions, counts, strict=True)}
 
+    def wait(self) -> None:
+        """Waits until all processes have called this."""
+        self.agree(is_waiting=True)
+
     def check_agreement(self, **values: Mapping[str, str | int]) -> None:
         """Checks that all processes have the same values. All must call this.
 
