@@ -224,15 +224,6 @@ def bad_input_exits() -> Iterator[None]:
         _exit(error)
 
 
-def end_at_once(error: Exception) -> None:
-    """Ends the process with the line of an error and exit status 2, from any thread and whatever native code waits for.
-
-    Args:
-      error: Error in what the user has given.
-    """
-    interruption.end_at_once(" ".join(str(error).split()), BAD_INPUT)
-
-
 def _exit(error: object, status: int = BAD_INPUT) -> NoReturn:
     print(f"{os.path.relpath(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _PROGRAM_FOLDERS = ("train", "export", "experiments", "benchmarks")
@@ -96,6 +95,13 @@ def raise_signals() -> Iterator[None]:
         end_at_signals()
 
 
+def renew_handlers() -> None:
+    """Takes signals back from native code that has set a handler of its own, as TensorFlow's clusters do for SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.getsignal(number))
+
+
 @contextlib.contextmanager
 def allow_deferral() -> Iterator[None]:
     """A context in which `defer_signals` has an effect; a deferred signal raises at its end at the latest."""
@@ -160,18 +166,9 @@ def _raise(number, frame):
 
 
 def _end(number, frame):
-    end_at_once(describe(number), status_of(number))
-
-
-def end_at_once(message: str, status: int) -> NoReturn:
-    """Ends this process without clean-up, which may take long or fail half-way; every file is whole or absent anyway.
-
-    Args:
-      message: Line for stderr.
-      status: Exit status.
-    """
-    os.write(_stderr, f"{os.path.relpath(sys.argv[0])}: error: {message}\n".encode())
-    os._exit(status)
+    """Ends without clean-up, which may take long or fail half-way; every file is whole or absent in any case."""
+    os.write(_stderr, f"{os.path.relpath(sys.argv[0])}: error: {describe(number)}\n".encode())
+    os._exit(status_of(number))
 
 
 def _end_if_interrupted(unraisable):

@@ -4,7 +4,6 @@ import os
 
 from absl import flags
 
-from tf_repvgg import cli
 from tf_repvgg.training import cluster, distribution
 
 FLAGS = flags.FLAGS
@@ -46,7 +45,7 @@ def connect(workers: cluster.Cluster | None) -> distribution.Distribution:
       workers: Workers of --strategy=multi_worker.
 
     Raises:
-      ValueError: If there is no TPU, or this worker cannot listen on its port.
+      ValueError: If there is no TPU; or if this worker cannot listen on its port, or others do not answer in time.
     """
     match FLAGS.strategy:
         case "mirrored":
@@ -55,5 +54,5 @@ def connect(workers: cluster.Cluster | None) -> distribution.Distribution:
             return distribution.connect_tpu(FLAGS.tpu)
         case "multi_worker":
             assert workers is not None
-            return distribution.Distribution(workers.connect(FLAGS.connect_seconds, cli.end_at_once), workers)
+            return distribution.Distribution(workers.connect(FLAGS.connect_seconds), workers)
     return distribution.Distribution()

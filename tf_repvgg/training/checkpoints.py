@@ -125,10 +125,10 @@ class Checkpoints(keras.callbacks.Callback):
                 metric.set_weights([value + np.float32(before) for value, before in sums])
         interruption.defer_signals()
         is_due = self._distribution.is_chief and time.monotonic() - self._saved >= 60 * (self._minutes or math.inf)
-        is_due = self._agree(is_due)
+        is_due, is_ending = self._agree(is_due)
         # After the first step of a continued epoch the sums above are added; in the last step Keras computes what it
         # logs for the epoch. So at least two steps must remain.
-        if (is_due or interruption.is_requested()) and batch + 2 < self.params["steps"]:
+        if (is_due or is_ending) and batch + 2 < self.params["steps"]:
             check_finite(self.model)
             self._save(
                 epoch=self._epoch,
@@ -140,20 +140,19 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Saves a checkpoint."""
-        self._agree(is_due=True)
         self._save(epoch=epoch + 1, step=0, seconds=0.0, metrics=[])
         self._end_if_requested()
 
-    def _agree(self, is_due):
-        """Whether a checkpoint is due in any process; a signal to one of them counts for all from now on."""
+    def _agree(self, is_due=False):
+        """Whether a checkpoint is due for any process, and whether a signal asks any of them to end."""
         agreement = self._distribution.agree(is_due=is_due, is_ending=interruption.is_requested())
-        if agreement["is_ending"]:
-            interruption.request_end()
-        return agreement["is_due"]
+        return agreement["is_due"], agreement["is_ending"]
 
     def _end_if_requested(self):
-        """After a checkpoint, so that a program that is asked to end loses nothing."""
-        if interruption.is_requested():
+        """After a checkpoint, so that a program that is asked to end loses nothing; the others wait for the chief."""
+        _, is_ending = self._agree()
+        if is_ending:
+            interruption.request_end()
             interruption.raise_received()
 
     def _restore(self, checkpoint):
@@ -177,7 +176,6 @@ class Checkpoints(keras.callbacks.Callback):
                 self._state.write(str(Path(folder, "state")))
         else:
             self._write(position)
-        self._distribution.wait()  # until the chief has written it
         self._saved = time.monotonic()
 
     def _write(self, position):

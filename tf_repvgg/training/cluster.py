@@ -1,20 +1,26 @@
 """The workers of a training on several machines: read from TF_CONFIG, connected within a time, and named when lost."""
 
+import contextlib
 import dataclasses
+import faulthandler
+import json
 import re
 import socket
 import threading
-from collections.abc import Callable
+import time
 from typing import Annotated, TypedDict
 
 import tensorflow as tf
 from msgspec import Meta
 
-from tf_repvgg import json_records, native_output
+from tf_repvgg import interruption, json_records
 
 VARIABLE = "TF_CONFIG"
 _FORM = '{"cluster": {"worker": ["host:port", "host:port"]}, "task": {"type": "worker", "index": 0}}'
 _SECONDS_TO_ANSWER = 2
+_SECONDS_BETWEEN_CALLS = 0.1
+_SECONDS_TO_FORM = 60
+_LONGEST_GREETING = 2**20
 # What TensorFlow raises where another process has ended.
 _LOSSES = (
     tf.errors.UnavailableError,
@@ -101,32 +107,26 @@ class Cluster:
         """Number and address of a worker, for messages."""
         return f"worker {index} ({self.addresses[index]})"
 
-    def connect(
-        self, seconds: float, end: Callable[[ValueError], None]
-    ) -> tf.distribute.MultiWorkerMirroredStrategy:
-        """Waits for all workers.
+    def connect(self, seconds: float) -> tf.distribute.MultiWorkerMirroredStrategy:
+        """Waits for all workers, and connects them. Nothing may have run in TensorFlow before.
 
-        Nothing may have run in TensorFlow before.
+        TensorFlow waits for others without end, and Python stands still meanwhile. So workers meet before, and a wait
+        that is too long ends the process.
 
         Args:
-          seconds: Time after which `end` is called.
-          end: Function that ends the process, in a thread of its own, with an error that names who is missing.
+          seconds: Time to wait for the other workers.
 
         Raises:
-          ValueError: If the port of this worker is in use, or TensorFlow refuses the cluster.
+          ValueError: If this worker cannot listen on its port, another one does not answer in time, or has another
+            cluster in TF_CONFIG; names it.
         """
-        self._check_port()
-        timer = threading.Timer(seconds, lambda: end(self._explain_absence(seconds)))
-        timer.daemon = True
-        timer.start()
+        self._meet(seconds)
+        faulthandler.dump_traceback_later(seconds + _SECONDS_TO_FORM, exit=True)
         try:
-            with native_output.hide():
-                return tf.distribute.MultiWorkerMirroredStrategy()
-        except (tf.errors.OpError, RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{self.describe(self.index)} cannot join the others: {reason}; see {VARIABLE}") from None
+            return tf.distribute.MultiWorkerMirroredStrategy()
         finally:
-            timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+            interruption.renew_handlers()
 
     def explain_loss(self, error: Exception) -> str | None:
         """Says which worker an error of TensorFlow means.
@@ -147,33 +147,78 @@ class Cluster:
         names = " and ".join(self.describe(index) for index in lost)
         return f"lost {names}; start the same command on all workers again to continue from the last checkpoint"
 
-    def _check_port(self):
+    def _meet(self, seconds):
+        """Waits until all other workers have answered."""
+        end = time.monotonic() + seconds
+        absent = set(range(len(self.addresses))) - {self.index}
+        with self._greet():
+            while absent:
+                absent -= {index for index in sorted(absent) if self._answers(index)}
+                if absent and time.monotonic() > end:
+                    names = " and ".join(map(self.describe, sorted(absent)))
+                    raise ValueError(
+                        f"{names} did not answer within --connect_seconds={seconds:g}; start the same command there, "
+                        f"or correct {VARIABLE}"
+                    )
+                time.sleep(_SECONDS_BETWEEN_CALLS if absent else 0)
+
+    @contextlib.contextmanager
+    def _greet(self):
+        """A context in which whoever calls this worker hears its index and the cluster that it knows."""
         host, _, port = self.addresses[self.index].rpartition(":")
         try:
-            socket.create_server(("", int(port))).close()
+            server = socket.create_server(("", int(port)))
         except (OSError, OverflowError) as error:
             raise ValueError(
                 f"{self.describe(self.index)} cannot listen on port {port} of {host} "
                 f"({getattr(error, 'strerror', None) or error}); give another one in {VARIABLE}"
             ) from None
+        server.settimeout(_SECONDS_BETWEEN_CALLS)
+        is_over = threading.Event()
+
+        def answer():
+            while not is_over.is_set():
+                with contextlib.suppress(OSError):
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.sendall(self._greeting(self.index))
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        try:
+            yield
+        except ValueError:
+            time.sleep(_SECONDS_TO_ANSWER)  # so that others hear why
+            raise
+        finally:
+            is_over.set()
+            thread.join()
+            server.close()
+
+    def _greeting(self, index):
+        return json.dumps({"index": index, "workers": self.addresses}).encode() + b"\n"
 
     def _answers(self, index):
+        """Whether a worker answers: with its greeting, or as TensorFlow, which it has started since.
+
+        Raises:
+          ValueError: If it has another cluster in TF_CONFIG.
+        """
         host, _, port = self.addresses[index].rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER).close()
-            return True
+            connection = socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER)
         except (OSError, OverflowError):
             return False
-
-    def _explain_absence(self, seconds):
-        absent = [index for index in range(len(self.addresses)) if index != self.index and not self._answers(index)]
-        if not absent:
-            return ValueError(
-                f"all workers answer, but they have not formed a cluster within --connect_seconds={seconds:g}; give "
-                f"all of them the same {VARIABLE} but for task.index, and no two the same index"
+        with connection:
+            try:
+                greeting = connection.makefile("rb").readline(_LONGEST_GREETING)
+            except TimeoutError:
+                return True  # TensorFlow waits for the first word
+            except OSError:
+                return False
+        if greeting.startswith(b"{") and greeting != self._greeting(index):
+            raise ValueError(
+                f"{self.describe(index)} has another cluster or index in {VARIABLE}, {greeting.decode().strip()}; give "
+                "all workers the same addresses, and each its own index"
             )
-        names = " and ".join(self.describe(index) for index in absent)
-        return ValueError(
-            f"{names} did not answer within --connect_seconds={seconds:g}; start the same command there, or correct "
-            f"{VARIABLE}"
-        )
+        return bool(greeting)
