@@ -62,7 +62,9 @@ def test_two_workers_train_like_one_process_however_they_are_interrupted(start_p
     workers.signal_at(interrupted / "checkpoints" / "ckpt-6", signal.SIGKILL, 1)
     statuses, (lines, _) = workers.wait()
     assert statuses == [1, -signal.SIGKILL], lines
-    assert re.search(r"main.py: error: lost worker 1 \(127.0.0.1:\d+\); start the same command on all", lines[-1]), lines
+    assert re.search(r"main.py: error: lost worker 1 \(127.0.0.1:\d+\); start the same command on all", lines[-1]), (
+        lines
+    )
     assert not (interrupted / runs.MODEL_NAME).exists()
     assert start_pair(interrupted).wait()[0] == [0, 0]
     for actual, expected in zip(read_weights(interrupted), read_weights(pair), strict=True):

@@ -82,7 +82,9 @@ def test_evaluation_sees_every_image_once_and_gives_every_replica_some(digits, l
     replicas = LAYOUTS[layout]
     (everything,) = digits.evaluation("test", 360).as_numpy_iterator()
     parts = read_parts(replicas, lambda shard: digits.evaluation("test", 100, shard))
-    assert all(len(part) == digits.evaluation_steps("test", 100) * len(own) for part, own in zip(parts, replicas, strict=True))
+    assert all(
+        len(part) == digits.evaluation_steps("test", 100) * len(own) for part, own in zip(parts, replicas, strict=True)
+    )
     assert all(len(labels) for part in parts for _, labels in part)
     images = np.concatenate([images for part in parts for images, _ in part])
     assert sorted(hashable(images)) == sorted(hashable(everything[0]))

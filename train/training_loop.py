@@ -29,7 +29,10 @@ flags.DEFINE_boolean(
 )
 flags.DEFINE_enum("optimizer", "sgd", optimization.OPTIMIZERS, "SGD, or AdamW with the decay rates of Keras.")
 flags.DEFINE_float(
-    "learning_rate", 0.1, "Peak of the cosine schedule, for the whole batch; AdamW needs a lower one, about 0.001.", lower_bound=0
+    "learning_rate",
+    0.1,
+    "Peak of the cosine schedule, for the whole batch; AdamW needs a lower one, about 0.001.",
+    lower_bound=0,
 )
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
 flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
