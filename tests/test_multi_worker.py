@@ -43,7 +43,7 @@ def start_pair(forked_programs, tmp_path):
 
 
 def test_two_workers_train_like_one_process_however_they_are_interrupted(start_pair, tmp_path, run_forked):
-    """SIGTERM to one of them saves; a kill loses what came after the last checkpoint; both continue to the same bits."""
+    """SIGTERM to one saves; a kill loses what came after the last checkpoint; both continue to the same bits."""
     single, pair, interrupted = tmp_path / "single", tmp_path / "pair", tmp_path / "interrupted"
     outcome = run_forked("train/main.py", *TRAIN, f"--workdir={single}")
     assert outcome.status == 0, outcome.stderr[-3000:]

@@ -96,7 +96,7 @@ def raise_signals() -> Iterator[None]:
 
 
 def renew_handlers() -> None:
-    """Takes signals back from native code that has set a handler of its own, as TensorFlow's clusters do for SIGTERM."""
+    """Takes signals back from native code with a handler of its own, which TensorFlow's clusters have for SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, signal.getsignal(number))

@@ -33,7 +33,10 @@ _LOSSES = (
 )
 
 _Addresses = Annotated[list[Annotated[str, Meta(pattern=r"^\S+:\d{1,5}$")]], Meta(min_length=1)]
-_Workers = TypedDict("_Workers", {"worker": _Addresses})
+
+
+class _Workers(TypedDict):
+    worker: _Addresses
 
 
 class _Task(TypedDict):

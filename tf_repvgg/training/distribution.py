@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -85,9 +85,9 @@ class Distribution:
         """
         if not (self._has_others and self._cluster):
             return
-        chief, *others = map(json.loads, self._exchange(json.dumps(values)))
+        chief, *others = map(json.loads, self._exchange(self._cluster, json.dumps(values)))
         for index, records in enumerate(others, start=1):
-            for kind, names in values.items():
+            for kind in values:
                 record, expected = records[kind], chief[kind]
                 for name in sorted(expected.keys() | record.keys()):
                     if record.get(name) != expected.get(name):
@@ -116,31 +116,32 @@ class Distribution:
     def _has_others(self):
         return self._cluster is not None and len(self._cluster.addresses) > 1
 
-    def _exchange(self, text):
+    def _exchange(self, cluster, text):
         """The texts of all workers."""
         content = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        lengths = self._gather(np.array([len(content)], np.int32))[:, 0]
-        rows = self._gather(np.pad(content, (0, lengths.max() - len(content))))
+        lengths = self._gather(cluster, np.array([len(content)], np.int32))[:, 0]
+        rows = self._gather(cluster, np.pad(content, (0, lengths.max() - len(content))))
         return [bytes(row[:length].astype(np.uint8)).decode() for row, length in zip(rows, lengths, strict=True)]
 
-    def _gather(self, row):
+    def _gather(self, cluster, row):
         """A row of numbers of each worker."""
-        rows = np.zeros([len(self._cluster.addresses), len(row)], np.int32)
-        rows[self._cluster.index] = row
+        rows = np.zeros([len(cluster.addresses), len(row)], np.int32)
+        rows[cluster.index] = row
         local_replicas = self.replicas // len(rows)
         return self._add_up(rows) // local_replicas
 
-    def _add_up(self, numbers):
-        """The sum over all replicas."""
-        return self._strategy.experimental_local_results(self._all_reduce(tf.constant(numbers)))[0].numpy()
-
     @functools.cached_property
-    def _all_reduce(self):
+    def _add_up(self):
+        """A function that returns the sum of an array over all replicas."""
+        strategy = self._strategy
+        assert strategy is not None
+
         def add(numbers):
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce("SUM", tf.identity(numbers))  # on the replica's own device
 
-        return tf.function(lambda numbers: self._strategy.run(add, (numbers,)), reduce_retracing=True)
+        run = tf.function(lambda numbers: strategy.run(add, (numbers,)), reduce_retracing=True)
+        return lambda numbers: strategy.experimental_local_results(run(tf.constant(numbers)))[0].numpy()
 
 
 def mirror() -> Distribution:
