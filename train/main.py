@@ -66,24 +66,14 @@ def main(_):
         is_chief = cluster is None or cluster.is_chief
         run = open_run(FLAGS.workdir, settings, FLAGS.evaluate_only or not is_chief, FLAGS.validation)
         trains = not (FLAGS.evaluate_only or run.is_trained)
-        distribution = devices.connect(cluster) if trains else None  # before anything runs in TensorFlow
+        distribution = devices.connect(cluster) if trains else Distribution()  # before anything runs in TensorFlow
         data = input_data.load_data(FLAGS.seed)
-    if distribution:
-        with distribution.explain_losses():
+    with distribution.explain_losses():
+        if trains:
             train(run, settings, data, distribution)
-    if not is_chief:
-        return
-    with cli.bad_input_exits():
-        model = runs.load_model(run.path, FLAGS.trust_model)
-        finished_runs.check_fits(model, data)
-    outliers.report(model, print_fn=print)
-    if not quantizers(model):
-        print()
-        outliers.report_activations(model, data.first_batches(OUTLIER_IMAGES), print_fn=print)
-    result = evaluate(model, data, input_data.evaluation_split())
-    if not FLAGS.evaluate_only:
-        run.write_result(result)
-    print(f"top-1 on the {result['split']} split ({result['images']} images): {result['top1_percent']:.2f} %")
+        if is_chief:
+            summarize(run, data)
+        distribution.wait()  # TensorFlow takes workers that end before others for lost
 
 
 def settle_flags() -> dict[str, runs.Setting]:
@@ -110,6 +100,21 @@ def open_run(
     return run
 
 
+def summarize(run: runs.Run, data: ClassificationData) -> None:
+    """Prints the outliers of the final model and its accuracy, which is written too."""
+    with cli.bad_input_exits():
+        model = runs.load_model(run.path, FLAGS.trust_model)
+        finished_runs.check_fits(model, data)
+    outliers.report(model, print_fn=print)
+    if not quantizers(model):
+        print()
+        outliers.report_activations(model, data.first_batches(OUTLIER_IMAGES), print_fn=print)
+    result = evaluate(model, data, input_data.evaluation_split())
+    if not FLAGS.evaluate_only:
+        run.write_result(result)
+    print(f"top-1 on the {result['split']} split ({result['images']} images): {result['top1_percent']:.2f} %")
+
+
 def train(
     run: runs.Run, settings: dict[str, runs.Setting], data: ClassificationData, distribution: Distribution
 ) -> None:
@@ -132,7 +137,6 @@ def train(
     model = network.finish()
     if distribution.is_chief:
         run.save_model(model)
-    distribution.wait()  # until the chief has saved it
 
 
 def check_agreement(
