@@ -4,23 +4,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from helpers.replicas import CLASSES, TINY
 
 from tf_repvgg import fusion
-from tf_repvgg.models import Variant, build_repvgg
-from tf_repvgg.quantization import cluster_quantize, learned_step_quantize
+from tf_repvgg.models import build_repvgg
+from tf_repvgg.quantization import cluster_quantize
 from tf_repvgg.training import optimization
 
-CLASSES = 3
-TINY = Variant(4, widths=(4,), depths=(1,), stem_stride=1, strides=(1,))
 NETWORKS = {
     "OABN": lambda images: build(norm="oabn", oabn_k=0.1),
-    "OABN, synchronized": lambda images: build(norm="oabn", oabn_k="4std", synchronized=True),
     "QARepVGG": lambda images: build(block="qarepvgg"),
     "ClusterQAT": lambda images: cluster_quantize(fusion.fuse(build()), 4, calibration=images, centroid_update_steps=1),
     "ClusterQAT, 64 clusters": lambda images: cluster_quantize(
         fusion.fuse(build()), 64, None, True, calibration=images, train_centroids=True
     ),
-    "LSQ": lambda images: learned_step_quantize(fusion.fuse(build()), 4, calibration=images),
 }
 
 
