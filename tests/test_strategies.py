@@ -59,7 +59,8 @@ def assert_same_training(workdir, expected_workdir):
     metrics, expected_metrics = read_metrics(workdir), read_metrics(expected_workdir)
     assert metrics.keys() == expected_metrics.keys() >= {"loss", "val_loss", "val_top1_percent"}
     for name, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=2e-3, err_msg=name)
+        atol = 1.0 if name.endswith("percent") else 0.0  # an image or two
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=atol, err_msg=name)
 
 
 @pytest.fixture(scope="module")

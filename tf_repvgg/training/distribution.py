@@ -160,10 +160,8 @@ def connect_tpu(name: str | None) -> Distribution:
       ValueError: If there is no such TPU.
     """
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name or "local")
-        tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(name or "local")
         return Distribution(tf.distribute.TPUStrategy(resolver))
     except Exception as error:  # of many kinds: no such machine, no library, no permission
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(f"no TPU {name or 'on this machine'} ({reason}); name one with --tpu") from None
