@@ -3,7 +3,8 @@
 Arithmetic, not a measurement: from the step and the bytes in results/distributed.json and the input in
 results/input.json, for hosts of eight accelerators that one network connects. The step of another network takes time in
 proportion to its MACs. An accelerator is so many times as fast as the two cores of that measurement; measure yours, and
-give the factor with --speedup. Nothing overlaps: first the step, then the exchange of gradients.
+give the factor with --speedup. Nothing overlaps: first the step, then the exchange of gradients. Cores are those of a
+host that decode its images, and that read the records of a TFDS dataset, which every host reads completely.
 """
 
 import json
@@ -23,7 +24,7 @@ flags.DEFINE_list("gigabits", ["10", "100", "400"], "Speeds of the network of a 
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MEASURED, LAYOUT, EXCHANGE = "RepVGG-A0, 224x224, batch 16", "1 process, 2 cores", "2 workers, 1 core each"
-STAGE = "TFDS: read, decode a window, resize, normalize"
+DECODING, READING = "TFDS: read, decode a window, resize, normalize", "TFDS: read"
 PER_HOST = 8
 GOAL = 0.8
 HEADERS = (
@@ -35,24 +36,28 @@ HEADERS = (
     "efficiency",
     "images/s",
     "decoded per host and s",
-    "cores per host for that",
+    "cores for that",
+    "cores that read TFDS",
     f"batch for {GOAL:.0%}",
 )
 
 
 def read_measurements():
-    """(images per second of A0 on two cores, bytes carried over those of the variables, images per second decoded)."""
+    """Images per second of A0 on two cores; bytes carried over those of the variables; images per second of a core that
+    decodes, and of one that only reads records.
+    """
     rows = json.loads((RESULTS / "distributed.json").read_text(encoding="utf-8"))["cases"][MEASURED]
     stages = json.loads((RESULTS / "input.json").read_text(encoding="utf-8"))["stages"]
     exchange = rows[EXCHANGE]
     # Of two workers each sends once what the ring of gradients needs; both directions were counted.
     overhead = exchange["bytes_per_step"] / 2 / exchange["trained_bytes"]
-    return rows[LAYOUT]["images_per_second_p50"], overhead, stages[STAGE]["images_per_second_p50"]
+    decoded, read = (stages[stage]["images_per_second_p50"] for stage in (DECODING, READING))
+    return rows[LAYOUT]["images_per_second_p50"], overhead, decoded, read
 
 
 def plan(variant, relative_macs, trained_bytes):
     """The rows of a network."""
-    speed, overhead, decoded = read_measurements()
+    speed, overhead, decoded, read = read_measurements()
     step = FLAGS.batch * relative_macs / (speed * FLAGS.speedup)
     for accelerators in map(int, FLAGS.accelerators):
         hosts = max(1, accelerators // PER_HOST)
@@ -73,6 +78,7 @@ def plan(variant, relative_macs, trained_bytes):
                 f"{images:,.0f}",
                 f"{images / hosts:,.0f}",
                 f"{images / hosts / decoded:.1f}",
+                f"{images / read:.1f}",  # every host reads the records of all
                 f"{batch:.0f}" if hosts > 1 else "",
             ]
             if hosts == 1:

@@ -270,6 +270,16 @@ def test_every_picture_of_the_documentation_has_a_program():
     assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == programs - {"style"}
 
 
+def test_numbers_about_several_machines_are_those_of_the_results():
+    page = "\n".join(line for table in find_tables(read("docs/distributed.md")) for line in table)
+    for rows in json.loads(read("results/distributed.json"))["cases"].values():
+        for layout, row in rows.items():
+            cells = f"{row['images_per_second_p50']:.1f} | {row['speed_over_one_core_p50']:.2f}"
+            assert f"| {layout} | {cells} |" in page
+    for stage, row in json.loads(read("results/input.json"))["stages"].items():
+        assert f"| {stage} | {row['images_per_second_p50']:g} | {row['cores_per_training_core_p50']:g} |" in page
+
+
 def run_script(number, folder, python, **variables):
     """Runs a shell script of BUILD.md with a program in place of Python; returns the lines that it prints."""
     scripts = re.findall(r"^(    #!/bin/sh\n(?:    .*\n)+)", read("BUILD.md"), re.MULTILINE)

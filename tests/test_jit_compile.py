@@ -15,9 +15,6 @@ NETWORKS = {
     "OABN": lambda images: build(norm="oabn", oabn_k=0.1),
     "QARepVGG": lambda images: build(block="qarepvgg"),
     "ClusterQAT": lambda images: cluster_quantize(fusion.fuse(build()), 4, calibration=images, centroid_update_steps=1),
-    "ClusterQAT, 64 clusters": lambda images: cluster_quantize(
-        fusion.fuse(build()), 64, None, True, calibration=images, train_centroids=True
-    ),
 }
 
 
