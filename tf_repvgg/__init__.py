@@ -25,8 +25,9 @@ if interruption.is_in_program():
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 # Errors only, unless the user asks for more. Of workers that are lost, for which TensorFlow has long messages, programs
 # tell in one line.
-is_worker = interruption.is_in_program() and "TF_CONFIG" in os.environ
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if is_worker else "2")
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL", "3" if interruption.is_in_program() and "TF_CONFIG" in os.environ else "2"
+)
 
 with native_output.hide():
     import tensorflow as tf
