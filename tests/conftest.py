@@ -78,14 +78,20 @@ def run_program():
 
 
 @pytest.fixture(scope="session")
-def run_forked(tmp_path_factory):
+def forked_programs(tmp_path_factory):
+    """Programs in processes that need not import TensorFlow again: see helpers/forked_programs.py."""
+    with ForkedPrograms(tmp_path_factory.mktemp("forked")) as programs:
+        yield programs
+
+
+@pytest.fixture(scope="session")
+def run_forked(forked_programs):
     """run_forked("train/main.py", "--epochs=1", ...) -> Outcome; imports TensorFlow only once.
 
     With import_from="train", a script somewhere else imports modules as the programs in that folder do. With
     kill={"folder": path, "event": number, "seconds": delay}, the program is killed: see helpers/preloaded.py.
     """
-    with ForkedPrograms(tmp_path_factory.mktemp("forked")) as programs:
-        yield programs.run
+    return forked_programs.run
 
 
 @pytest.fixture(scope="module")

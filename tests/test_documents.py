@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tf_repvgg import runs
 from tf_repvgg.models import VARIANTS
 from tf_repvgg.quantization.ptq import METHODS, parse_method
 from tf_repvgg.tflite.targets import TARGETS
+from tf_repvgg.training.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -37,7 +39,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 CHECKPOINTS = sorted((ROOT / "results" / "checkpoints").iterdir())
 FOLDERS = "configs|experiments|benchmarks|results|tests|train|export|docs|tf_repvgg"
 # Flags of other programs: absl, TensorBoard, LiteRT's benchmark_model, pip, pytest.
-FOREIGN_FLAGS = {"flagfile", "help", "logdir", "graph", "num_threads"}
+FOREIGN_FLAGS = {"flagfile", "help", "logdir", "graph", "num_threads", "array", "nodes"}
 # Old paths, and placeholders for names that the reader chooses.
 PATHS_THAT_DO_NOT_EXIST = re.compile(r"NAME")
 
@@ -266,6 +268,47 @@ def test_drawings_are_those_of_their_programs(figure, monkeypatch):
 def test_every_picture_of_the_documentation_has_a_program():
     programs = {path.stem for path in (ROOT / "docs" / "figures").glob("*.py")}
     assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == programs - {"style"}
+
+
+def test_numbers_about_several_machines_are_those_of_the_results():
+    page = "\n".join(line for table in find_tables(read("docs/distributed.md")) for line in table)
+    for rows in json.loads(read("results/distributed.json"))["cases"].values():
+        for layout, row in rows.items():
+            cells = f"{row['images_per_second_p50']:.1f} | {row['speed_over_one_core_p50']:.2f}"
+            assert f"| {layout} | {cells} |" in page
+    for stage, row in json.loads(read("results/input.json"))["stages"].items():
+        assert f"| {stage} | {row['images_per_second_p50']:g} | {row['cores_per_training_core_p50']:g} |" in page
+
+
+def run_script(number, folder, python, **variables):
+    """Runs a shell script of BUILD.md with a program in place of Python; returns the lines that it prints."""
+    scripts = re.findall(r"^(    #!/bin/sh\n(?:    .*\n)+)", read("BUILD.md"), re.MULTILINE)
+    (folder / "script.sh").write_text(textwrap.dedent(scripts[number]))
+    for name, text in {"python": python, "scontrol": "printf 'host1\\nhost2\\n'"}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    command = ["sh", "script.sh"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+
+
+def test_a_queue_runs_each_line_of_flags(tmp_path, run_forked):
+    """Slurm's arrays and indexed jobs of Kubernetes; the flags of BUILD.md's example are understood."""
+    cells = re.findall(r"^    (--workdir=.*)$", read("BUILD.md"), re.MULTILINE)
+    (tmp_path / "cells.txt").write_text("\n".join(cells) + "\n")
+    for number, name in enumerate(("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID")):
+        program, *arguments = run_script(1, tmp_path, 'printf "%s\\n" "$@"', **{name: str(number)})
+        assert (program, arguments) == ("export/main.py", cells[number].split())
+        outcome = run_forked(program, *arguments)
+        assert outcome.status == 2 and "does not exist" in outcome.stderr, outcome.stderr
+
+
+def test_slurm_gives_each_worker_its_cluster(tmp_path):
+    variables = {"SLURM_JOB_NODELIST": "host[1-2]", "SLURM_PROCID": "1"}
+    (text,) = run_script(0, tmp_path, 'echo "$TF_CONFIG"', **variables)
+    assert Cluster.read(text) == Cluster(("host1:2222", "host2:2222"), 1)
 
 
 def test_citation_names_version_and_papers():

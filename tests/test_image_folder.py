@@ -110,9 +110,9 @@ def test_every_kind_of_image_is_converted_or_reported(zoo, capfd):
     paths = [os.path.basename(path.decode()) for path in folder._files["train"][0].numpy()]
     assert folder.num_examples("train") == 6 + len(IMAGES) - len(DEFECTS)
     assert not set(paths) & DEFECTS.keys()
-    for path, (content, _) in zip(paths, folder.read_encoded("train").as_numpy_iterator(), strict=True):
+    for path, (reference, _) in zip(paths, folder.list_examples("train"), strict=True):
         if path in IMAGES:
-            image = folder.decode(content).numpy()
+            image = folder.decode(folder.read(reference)).numpy()
             assert image.dtype == np.uint8 and image.shape[-1] == 3
             np.testing.assert_allclose(image[0, 0].astype(int), IMAGES[path][1], atol=3, err_msg=path)
 
@@ -179,7 +179,7 @@ def test_layout_and_order(tmp_path):
     data = ClassificationData(f"folder:{root}", None, Preprocessing((8, 8)))
     assert [data.num_examples(split) for split in ("train", "validation", "test")] == [27, 3, 30]
     assert data.num_classes == 3 and data.image_shape == (8, 8, 3)
-    labels = [label for _, label in folder.read_encoded("train").as_numpy_iterator()]
+    labels = [label for _, label in folder.list_examples("train").as_numpy_iterator()]
     assert sorted(labels) == [0] * 10 + [1] * 10 + [2] * 10
     assert len(set(labels[:8])) == 3  # mixed, so that a tenth has images of every class
     for images, image_labels in data.evaluation("test", 30).as_numpy_iterator():
@@ -190,7 +190,7 @@ def test_layout_and_order(tmp_path):
     plain().save(root / "train" / "red" / "another.png")
     more = list(ImageFolder(f"folder:{root}")._files["train"][0].numpy())
     assert [path for path in more if b"another" not in path] == paths
-    first, second = ([label for _, label in folder.read_encoded("train", shuffle_seed=seed)] for seed in (1, 2))
+    first, second = ([label for _, label in folder.list_examples("train", shuffle_seed=seed)] for seed in (1, 2))
     assert list(map(int, first)) != list(map(int, second))
 
 

@@ -40,7 +40,7 @@ def test_resizing():
 def test_resizing_the_shorter_side_and_cutting_out_the_centre(pictures):
     """Against Pillow's resize and crop, as torchvision's Resize and CenterCrop do it."""
     data = ClassificationData("tiny", pictures, Preprocessing((20, 18), resize_shorter_side=24))
-    stored = data._images["test"].read_encoded().map(lambda content, _: tf.io.decode_image(content))
+    stored = data._images["test"].list_examples().map(lambda content, _: tf.io.decode_image(content))
     results = data.images("test").map(lambda image, _: image)
     for image, result in zip(stored.as_numpy_iterator(), results.as_numpy_iterator(), strict=True):
         height, width, _ = image.shape

@@ -23,8 +23,11 @@ if interruption.is_in_program():
 
 # The one place that selects Keras 2: TensorFlow reads this when ``tf.keras`` is first touched.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-# Errors only, unless the user asks for more.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Errors only, unless the user asks for more. Of workers that are lost, for which TensorFlow has long messages, programs
+# tell in one line.
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL", "3" if interruption.is_in_program() and "TF_CONFIG" in os.environ else "2"
+)
 
 with native_output.hide():
     import tensorflow as tf

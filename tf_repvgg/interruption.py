@@ -95,6 +95,13 @@ def raise_signals() -> Iterator[None]:
         end_at_signals()
 
 
+def renew_handlers() -> None:
+    """Takes signals back from native code with a handler of its own, which TensorFlow's clusters have for SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.getsignal(number))
+
+
 @contextlib.contextmanager
 def allow_deferral() -> Iterator[None]:
     """A context in which `defer_signals` has an effect; a deferred signal raises at its end at the latest."""
@@ -126,6 +133,13 @@ def is_requested() -> bool:
       False
     """
     return _received is not None
+
+
+def request_end() -> None:
+    """Does as if SIGTERM had been received and deferred: another process of the same training has received a signal."""
+    global _received
+    if _received is None:
+        _received = signal.SIGTERM
 
 
 def raise_received() -> None:

@@ -4,10 +4,11 @@ import new_network
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import checkpoints, fusion, models, quantization, runs
+from tf_repvgg import checkpoints, fusion, graph, models, quantization, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.quantization import GRANULARITIES, QuantizedLayer
 from tf_repvgg.training import finished_runs
+from tf_repvgg.training.distribution import Distribution
 
 FLAGS = flags.FLAGS
 
@@ -160,6 +161,7 @@ class FineTuning:
       seed: Seed of --ptq_start.
       is_continued: Whether a checkpoint will be restored; --ptq_start is skipped then, since it would have no effect.
       trust_model: Whether the model file may run code; see `runs.load_model`.
+      distribution: Devices of the training.
 
     Attributes:
       model: Network to train.
@@ -178,6 +180,7 @@ class FineTuning:
         seed: int,
         is_continued: bool,
         trust_model: bool,
+        distribution: Distribution,
     ) -> None:
         self._data = data
         self._epochs = epochs
@@ -185,17 +188,19 @@ class FineTuning:
         self._seed = seed
         self._starts_from_ptq = FLAGS.ptq_start is not None and not is_continued
         self._base = self._load_base(init_from, trust_model)
-        self.model = self._prepare()
+        network, steps = self._start()
+        with distribution.scope():
+            self.model = self._prepare(network, steps)
 
     def print_summary(self) -> None:
         """Prints the parameters and MACs of the network, layer by layer."""
         models.summary(self._base)
 
-    def make_callbacks(self, run: runs.Run) -> list[keras.callbacks.Callback]:
-        """Callbacks that only this kind of training needs."""
+    def make_callbacks(self, run: runs.Run, is_chief: bool) -> list[keras.callbacks.Callback]:
+        """Callbacks that only this kind of training needs, and only the chief if they write."""
         clustering = quantization.qat.clustering
         callbacks: list[keras.callbacks.Callback] = []
-        if FLAGS.quantize == "clusterqat":
+        if FLAGS.quantize == "clusterqat" and is_chief:
             callbacks.append(clustering.ClusterLog(run.tensorboard_path / "clusters"))
         if FLAGS.freeze_epochs:
             first_frozen_step = self._steps(self._epochs) - self._steps(FLAGS.freeze_epochs)
@@ -237,12 +242,11 @@ class FineTuning:
             )
         return model
 
-    def _prepare(self):
-        """The network to train."""
+    def _prepare(self, network, steps):
+        """The network to train; `network` and `steps` are those of `_start`."""
         per_channel = FLAGS.granularity == "per_channel"
         match FLAGS.quantize:
             case "lsq":
-                network, steps = self._start()
                 return quantization.learned_step_quantize(
                     network,
                     FLAGS.weight_bits,
@@ -252,7 +256,6 @@ class FineTuning:
                     calibration=self._calibration(),
                 )
             case "clusterqat":
-                network, _ = self._start()
                 return quantization.cluster_quantize(
                     network,
                     FLAGS.number_of_clusters,
@@ -278,7 +281,8 @@ class FineTuning:
                 )
             case "tfmot_quantization":
                 return quantization.qat.tfmot_baseline.tfmot_quantize(self._base)
-        return self._base
+        # A copy, since a strategy needs variables of its own.
+        return graph.rebuild(network, graph.copy_layer)
 
     def _start(self):
         """The float network that training starts from and, after --ptq_start, its weight scales by layer, or None."""

@@ -5,6 +5,7 @@ from absl import flags
 
 from tf_repvgg import checkpoints, fusion, layers, models, runs
 from tf_repvgg.data import ClassificationData
+from tf_repvgg.training.distribution import Distribution
 
 FLAGS = flags.FLAGS
 
@@ -39,6 +40,12 @@ flags.DEFINE_float(
     lower_bound=1e-12,
     upper_bound=1,
 )
+flags.DEFINE_boolean(
+    "synchronized_bn",
+    False,
+    "Normalize with the statistics of the whole batch where --strategy splits it; otherwise each device has those of "
+    "its own images.",
+)
 flags.DEFINE_enum("padding", "same", layers.PADDINGS, "Padding of strided blocks; 'symmetric' is that of PyTorch.")
 
 
@@ -57,6 +64,7 @@ class NewNetwork:
       init_from: Folder of a run, a .keras file, or a checkpoint of a PyTorch network, whose weights training starts
         from; None for random weights.
       trust_model: Whether the model file may run code; see `runs.load_model`.
+      distribution: Devices of the training.
 
     Attributes:
       model: Network to train. It takes images of any size, since early epochs may train on smaller ones.
@@ -67,10 +75,18 @@ class NewNetwork:
     """
 
     def __init__(
-        self, data: ClassificationData, seed: int, precision: str, init_from: str | None, trust_model: bool
+        self,
+        data: ClassificationData,
+        seed: int,
+        precision: str,
+        init_from: str | None,
+        trust_model: bool,
+        distribution: Distribution,
     ) -> None:
         self._final_model = _build_model(data.image_shape, data.num_classes, seed, "float32")
-        self.model = _build_model((None, None, data.channels), data.num_classes, seed, precision)
+        any_size = (None, None, data.channels)
+        with distribution.scope():
+            self.model = _build_model(any_size, data.num_classes, seed, precision, FLAGS.synchronized_bn)
         if init_from:
             if checkpoints.is_torch_file(init_from):
                 _load_torch(init_from, self.model)
@@ -81,14 +97,14 @@ class NewNetwork:
         """Prints the parameters and MACs of the network, layer by layer."""
         models.summary(self._final_model)
 
-    def make_callbacks(self, run: runs.Run) -> list[keras.callbacks.Callback]:
+    def make_callbacks(self, run: runs.Run, is_chief: bool) -> list[keras.callbacks.Callback]:
         """Callbacks that only this kind of training needs: none."""
         return []
 
     def finish(self) -> keras.Model:
         """The model that the run leaves: the trained weights, in float32, for images of one size."""
         keras.mixed_precision.set_global_policy("float32")
-        self._final_model.set_weights([weight.numpy() for weight in self.model.weights])
+        self._final_model.set_weights(self.model.get_weights())
         return self._final_model
 
 
@@ -118,7 +134,11 @@ def _load_torch(path: str, model: keras.Model) -> None:
 
 
 def _build_model(
-    image_shape: tuple[int | None, int | None, int], num_classes: int, seed: int, precision: str
+    image_shape: tuple[int | None, int | None, int],
+    num_classes: int,
+    seed: int,
+    precision: str,
+    synchronized: bool = False,
 ) -> keras.Model:
     keras.utils.set_random_seed(seed)
     keras.mixed_precision.set_global_policy(precision)
@@ -135,4 +155,5 @@ def _build_model(
         identity_gain=FLAGS.identity_gain,
         padding=FLAGS.padding,
         epsilon=FLAGS.bn_epsilon,
+        synchronized=synchronized,
     )

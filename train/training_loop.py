@@ -1,5 +1,7 @@
 """How a run trains: the flags for its schedule, optimizer, losses and randomness, and the loop that they describe."""
 
+import contextlib
+import functools
 import itertools
 import math
 
@@ -7,9 +9,10 @@ import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
-from tf_repvgg import interruption, memory, runs
+from tf_repvgg import graph, interruption, memory, runs
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.training import averages, checkpoints, distillation, divergence, logs, optimization
+from tf_repvgg.training.distribution import Distribution
 
 FLAGS = flags.FLAGS
 
@@ -19,10 +22,18 @@ flags.DEFINE_integer("early_epochs", 0, "Number of epochs at the start that trai
 flags.DEFINE_integer(
     "early_crop", 24, "Height and width of the crops of --early_epochs.", lower_bound=1, upper_bound=2**14
 )
-flags.DEFINE_integer("batch_size", 128, "Images per training step.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 128, "Images per training step, on all devices together.", lower_bound=1)
+flags.DEFINE_boolean(
+    "drop_remainder",
+    True,
+    "Leave the images that fill no batch out of an epoch, others in each; otherwise they are its last batch.",
+)
 flags.DEFINE_enum("optimizer", "sgd", optimization.OPTIMIZERS, "SGD, or AdamW with the decay rates of Keras.")
 flags.DEFINE_float(
-    "learning_rate", 0.1, "Peak of the cosine schedule; AdamW needs a lower one, about 0.001.", lower_bound=0
+    "learning_rate",
+    0.1,
+    "Peak of the cosine schedule, for the whole batch; AdamW needs a lower one, about 0.001.",
+    lower_bound=0,
 )
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs of linear warm-up before the cosine.", lower_bound=0)
 flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
@@ -84,8 +95,11 @@ def seed_everything() -> None:
     keras.utils.set_random_seed(FLAGS.seed)
 
 
-def check_flags_for_fine_tuning() -> None:
+def check_flags_for_fine_tuning(replicas: int) -> None:
     """Checks that the flags of this file go together with --quantize.
+
+    Args:
+      replicas: Number of replicas of the network.
 
     Raises:
       ValueError: If one does not; names it.
@@ -93,21 +107,38 @@ def check_flags_for_fine_tuning() -> None:
     for name, value in _UNSUPPORTED_WITH_QUANTIZE.items():
         if FLAGS[name].value != value:
             raise ValueError(f"--{name}={FLAGS[name].value} does not go with --quantize; leave it at {value}")
+    if replicas > 1 and FLAGS.quantize.startswith("tfmot"):
+        raise ValueError(
+            f"--quantize={FLAGS.quantize} trains on one device only, since tfmot's variables would differ between "
+            "devices; leave --strategy out"
+        )
+    if replicas > 1 and FLAGS.batch_norm_statistics == "running":
+        raise ValueError(
+            "--batch_norm_statistics=running trains on one device only; use --batch_norm_statistics=frozen, or leave "
+            "--strategy out"
+        )
 
 
-def count_steps_per_epoch(data: ClassificationData) -> int:
+def count_steps_per_epoch(data: ClassificationData, replicas: int) -> int:
     """The number of training steps in an epoch.
 
+    Args:
+      data: Data of the training.
+      replicas: Number of replicas that a batch is split over.
+
     Raises:
-      ValueError: If the data have fewer batches than that, or none, or a batch is larger than the memory.
+      ValueError: If the data have fewer batches than that, or none, batches cannot be split, or a replica's part of one
+        is larger than the memory.
     """
-    batch_bytes = 4 * FLAGS.batch_size * math.prod(data.image_shape)
+    images = -(-FLAGS.batch_size // replicas)
+    batch_bytes = 4 * images * math.prod(data.image_shape)
     if batch_bytes > memory.limit():
         raise ValueError(
-            f"a batch of {FLAGS.batch_size} images of {data.image_shape} takes {batch_bytes / 2**30:,.1f} GiB, and "
-            f"this process may use {memory.limit() / 2**30:,.1f} GiB; use a smaller --batch_size or --image_size"
+            f"a batch of {images} images of {data.image_shape} takes {batch_bytes / 2**30:,.1f} GiB, and this process "
+            f"may use {memory.limit() / 2**30:,.1f} GiB; use a smaller --batch_size or --image_size"
         )
-    batches = data.steps_per_epoch(FLAGS.batch_size)
+    batches = data.steps_per_epoch(FLAGS.batch_size, FLAGS.drop_remainder)
+    data.check_replicas(replicas, FLAGS.batch_size, FLAGS.drop_remainder, "validation" if FLAGS.validation else None)
     if FLAGS.steps_per_epoch and FLAGS.steps_per_epoch > batches:
         raise ValueError(
             f"--steps_per_epoch={FLAGS.steps_per_epoch} is more than the {batches} batches of one pass over the data"
@@ -119,6 +150,8 @@ def make_trainer(
     model: keras.Model, teacher: keras.Model | None, data: ClassificationData, steps_per_epoch: int
 ) -> keras.Model:
     """Compiles a network with optimizer, losses and metric; with a teacher, puts a `Distiller` around it.
+
+    To be called in the scope of the distribution.
 
     Args:
       model: Network to train, image [batch, height, width, channels] -> logits [batch, classes].
@@ -133,6 +166,8 @@ def make_trainer(
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
         )
+    if teacher:
+        teacher = graph.rebuild(teacher, graph.copy_layer)  # with variables in the scope
     trainer = (
         distillation.Distiller(model, teacher, FLAGS.distill_weight, FLAGS.distill_temperature) if teacher else model
     )
@@ -163,20 +198,31 @@ class TrainingLoop:
       trainer: Compiled model. The last checkpoint is restored into it, if there is one.
       steps_per_epoch: Number of steps in an epoch.
       checkpoint_minutes: Minutes between checkpoints within an epoch; 0 for none.
+      distribution: Devices and processes of the training. All processes train; the chief alone writes.
 
     Raises:
       ValueError: If the last checkpoint, or the log of earlier epochs, is damaged or of another network.
     """
 
-    def __init__(self, run: runs.Run, trainer: keras.Model, steps_per_epoch: int, checkpoint_minutes: float) -> None:
+    def __init__(
+        self,
+        run: runs.Run,
+        trainer: keras.Model,
+        steps_per_epoch: int,
+        checkpoint_minutes: float,
+        distribution: Distribution,
+    ) -> None:
         self._run = run
+        self._distribution = distribution
         self._trainer = trainer
         self._steps_per_epoch = steps_per_epoch
         self._average = averages.MovingAverage(trainer, FLAGS.ema) if FLAGS.ema else None
         variables = {"averages": self._average.averages} if self._average else {}
-        self._checkpoints = checkpoints.Checkpoints(run.checkpoints_path, trainer, checkpoint_minutes, **variables)
+        self._checkpoints = checkpoints.Checkpoints(
+            run.checkpoints_path, trainer, checkpoint_minutes, distribution, **variables
+        )
         self._check_position()
-        self._log = logs.MetricsLog(run.metrics_path, self._checkpoints.first_epoch, self._checkpoints.seconds_before)
+        self._logs = self._make_logs() if distribution.is_chief else []
 
     def fit(
         self,
@@ -200,7 +246,15 @@ class TrainingLoop:
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {self._advise()}") from None
         if self._average:
-            self._average.replace_weights()
+            with self._distribution.scope():
+                self._average.replace_weights()
+
+    def _make_logs(self):
+        first_epoch, seconds_before = self._checkpoints.first_epoch, self._checkpoints.seconds_before
+        return [
+            logs.MetricsLog(self._run.metrics_path, first_epoch, seconds_before),
+            keras.callbacks.TensorBoard(str(self._run.tensorboard_path), write_graph=False),
+        ]
 
     def _check_position(self):
         """Checks that the checkpoint is one of this run: its optimizer has made as many steps as its position says."""
@@ -223,23 +277,41 @@ class TrainingLoop:
         callbacks = [
             divergence.StopOnNaN(),
             *([self._average] if self._average else []),
-            self._log,
-            keras.callbacks.TensorBoard(str(self._run.tensorboard_path), write_graph=False),
+            *self._logs,
             *extra_callbacks,
             self._checkpoints,
         ]
-        with logs.ProgressBar(self._steps_per_epoch, FLAGS.epochs, first_epoch, first_step) as bar:
+        validation = {}
+        if validation_split:
+            validation = {
+                "validation_data": self._distribution.distribute(
+                    lambda shard: data.evaluation(validation_split, shard=shard)
+                ),
+                "validation_steps": data.evaluation_steps(validation_split),
+            }
+        with contextlib.ExitStack() as stack:
+            if self._distribution.is_chief:
+                bar = logs.ProgressBar(self._steps_per_epoch, FLAGS.epochs, first_epoch, first_step)
+                callbacks.insert(0, stack.enter_context(bar))
             for start, end in itertools.pairwise(borders):
                 steps_done = first_step if start == first_epoch else 0
-                crop = FLAGS.early_crop if start < early_end else None
+                make_batches = functools.partial(
+                    data.training,
+                    FLAGS.batch_size,
+                    range(start, end),
+                    FLAGS.early_crop if start < early_end else None,
+                    self._steps_per_epoch,
+                    steps_done,
+                    FLAGS.drop_remainder,
+                )
                 self._trainer.fit(
-                    data.training(FLAGS.batch_size, range(start, end), crop, self._steps_per_epoch, steps_done),
+                    self._distribution.distribute(make_batches),
                     steps_per_epoch=self._steps_per_epoch - steps_done,
                     initial_epoch=start,
                     epochs=end,
-                    validation_data=data.evaluation(validation_split) if validation_split else None,
                     verbose=0,
-                    callbacks=[bar, *callbacks],
+                    callbacks=callbacks,
+                    **validation,
                 )
 
     def _advise(self):

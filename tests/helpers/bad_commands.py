@@ -15,6 +15,13 @@ BAD_COMMANDS = {
     "empty workdir": (TRAIN, ["--workdir="], "--workdir is empty; give a value", ""),
     "no workdir": (TRAIN, [], "workdir", "required|None"),
     "no such flagfile": (TRAIN, ["--flagfile={new}/x.flags"], "x.flags", ""),
+    "workers without a cluster": (
+        TRAIN,
+        ["--workdir={new}", "--strategy=multi_worker"],
+        "TF_CONFIG is not set",
+        "host:port",
+    ),
+    "a TPU without its strategy": (TRAIN, ["--workdir={new}", "--tpu=x"], "--tpu=x has no effect", "--strategy=tpu"),
     "unknown dataset": (TRAIN, ["--workdir={new}", "--dataset=digitz"], "'digitz' is not in TFDS", "digits, cifar10"),
     "data_dir without the dataset": (
         TRAIN,

@@ -64,10 +64,8 @@ class ForkedPrograms:
           *command: Program, relative to the repository or absolute, and its arguments.
           **options: Options of preloaded.py.
         """
-        request = {"command": [str(argument) for argument in command], "output": str(self._output), **options}
         started = time.monotonic()
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        status = int(self._server.stdout.readline())
+        status = self._request(command=[str(argument) for argument in command], output=str(self._output), **options)
         seconds = time.monotonic() - started
         counts = self._output.with_suffix(".counts")
         return Outcome(
@@ -77,3 +75,22 @@ class ForkedPrograms:
             seconds=seconds,
             **(json.loads(counts.read_text()) if counts.exists() else {}),
         )
+
+    def start(self, output: Path, *command: object, **options: Any) -> int:
+        """Starts a program that runs beside others, and returns the ID of its process.
+
+        Args:
+          output: Start of the paths of what it prints; .out and .err follow.
+          *command: Program and its arguments, as for `run`.
+          **options: Options of preloaded.py.
+        """
+        arguments = [str(argument) for argument in command]
+        return self._request(command=arguments, output=str(output), background=True, **options)
+
+    def wait(self, process: int) -> int:
+        """Waits for a program that `start` has started, and returns its exit status; -N after signal N."""
+        return self._request(wait=process)
+
+    def _request(self, **request):
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())

@@ -13,6 +13,9 @@ SIGKILL by default, that long after its Python code has touched files in a folde
 renamed, removed). So it dies at the same place of the program every time, and with a delay also while TensorFlow's
 native code writes. Without a folder, the delay counts from its start.
 
+With "environment": {name: value}, it has further environment variables. With "background": true, the answer is the ID
+of its process, without waiting for its end; {"wait": process ID} waits for that.
+
 With "watch": folder, the numbers of touches and of writes go to output + ".counts". With "fault": {"number": number,
 "ending": "full" or "kill"} beside it, a write to that folder fails: see write_faults.py.
 """
@@ -65,8 +68,18 @@ def signal_after(folder=None, event=1, seconds=0, number=signal.SIGKILL):
 
 
 def run(
-    command, output, import_from=None, cwd=None, seconds=TIMEOUT_SECONDS, memory=None, kill=None, watch=None, fault=None
+    command,
+    output,
+    import_from=None,
+    cwd=None,
+    environment=None,
+    seconds=TIMEOUT_SECONDS,
+    memory=None,
+    kill=None,
+    watch=None,
+    fault=None,
 ):
+    os.environ.update(environment or {})
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
@@ -117,11 +130,19 @@ def main():
     gc.freeze()  # children need not look through what is imported
     for line in sys.stdin:
         request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        is_in_background = request.pop("background", False)
         counts = request["output"] + ".counts"
         if os.path.exists(counts):
             os.remove(counts)
         if (child := os.fork()) == 0:
             run(**request)
+        if is_in_background:
+            print(child, flush=True)
+            continue
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

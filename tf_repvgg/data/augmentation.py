@@ -47,9 +47,17 @@ class Augmentation:
             raise ValueError(f"mixup's alpha is {self.mixup_alpha:g}; it must be 0 or more")
 
 
-def pad_and_crop(
-    images: tf.Tensor, size: tuple[int, int], padding: int, flip: bool, seed: tf.Tensor | Sequence[int]
-) -> tf.Tensor:
+def draw_crops(count: int | tf.Tensor, seed: tf.Tensor | Sequence[int]) -> tf.Tensor:
+    """Draws what `pad_and_crop` does with each image of a batch: float32 [3, count, 1], from 0 to 1.
+
+    Args:
+      count: Number of images in the batch.
+      seed: Two integers.
+    """
+    return tf.random.stateless_uniform([3, count, 1], seed)
+
+
+def pad_and_crop(images: tf.Tensor, size: tuple[int, int], padding: int, flip: bool, draws: tf.Tensor) -> tf.Tensor:
     """Pads a batch of images, crops each image at random, and on request mirrors half of them.
 
     It works on whole batches: image by image, these few small operations took a tenth of a training step.
@@ -59,15 +67,14 @@ def pad_and_crop(
       size: Height and width of the crops.
       padding: Pixels added on every side.
       flip: Whether half of the images are mirrored.
-      seed: Two integers.
+      draws: Random numbers of these images, see `draw_crops`.
 
     Returns:
       Images [batch, *size, channels].
     """
     height, width = size
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-    count, padded_height, padded_width, _ = tf.unstack(tf.shape(padded))
-    draws = tf.random.stateless_uniform([3, count, 1], seed)
+    _, padded_height, padded_width, _ = tf.unstack(tf.shape(padded))
     offsets = tf.cast(tf.stack([padded_height - height + 1, padded_width - width + 1]), tf.float32)
     top, left = tf.unstack(tf.cast(draws[:2] * offsets[:, tf.newaxis, tf.newaxis], tf.int32))
     rows = tf.gather(padded, top + tf.range(height), batch_dims=1, axis=1)

@@ -146,10 +146,14 @@ class NumberedSource:
         """Number of images in a split, or in a part or sum of splits."""
         return self._source.num_examples(split)
 
-    def read_encoded(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """Image files (bytes) and int64 labels, the network's numbers, in a fixed order or shuffled."""
-        examples = self._source.read_encoded(split, shuffle_seed)
-        return examples.map(lambda content, label: (content, tf.gather(self._numbers, label)))
+    def list_examples(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """References to images and int64 labels, the network's numbers, in a fixed order or shuffled."""
+        examples = self._source.list_examples(split, shuffle_seed)
+        return examples.map(lambda reference, label: (reference, tf.gather(self._numbers, label)))
+
+    def read(self, reference: tf.Tensor) -> tf.Tensor:
+        """Reads an image file (bytes)."""
+        return self._source.read(reference)
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
         """Decodes an image file to uint8 [height, width, channels]."""

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_repvgg.data import image_folder
@@ -10,6 +11,7 @@ from tf_repvgg.data.augmentation import Augmentation
 from tf_repvgg.data.class_numbers import ClassNumbers, NumberedSource
 from tf_repvgg.data.image_split import ImageSource, ImageSplit
 from tf_repvgg.data.preprocessing import Preprocessing
+from tf_repvgg.data.shards import WHOLE, Shard
 from tf_repvgg.data.training_batches import TrainingBatches
 
 _PREFETCHED_BATCHES = 4
@@ -142,15 +144,32 @@ class ClassificationData:
         """Images (uint8) and labels (int64) of a split in their stored order, resized, cached if they are few."""
         return self._images[split].images()
 
-    def evaluation(self, split: str, batch_size: int | None = None) -> tf.data.Dataset:
+    def evaluation(self, split: str, batch_size: int | None = None, shard: Shard = WHOLE) -> tf.data.Dataset:
         """Batches of normalized images and labels: every image of a split once, in order, not augmented.
 
         Args:
           split: "train", "validation" or "test".
           batch_size: Images in a batch; by default `evaluation_batch_size`.
+          shard: Replicas of this process. Of each batch, the parts of its replicas follow each other.
         """
-        batches = self.images(split).batch(batch_size or self.evaluation_batch_size)
+        batch_size = batch_size or self.evaluation_batch_size
+        if shard.is_whole:
+            batches = self.images(split).batch(batch_size)
+        else:
+            # Batches of about one size, so that no replica is without an image in the last one.
+            borders = np.linspace(0, self.num_examples(split), self.evaluation_steps(split, batch_size) + 1)
+            is_computed, sizes = shard.split(np.diff(borders.astype(int)).tolist())
+            batches = self._images[split].images(is_computed).batch(batch_size).rebatch(list(sizes))
         return batches.map(lambda images, labels: (self.preprocessing(images), labels)).prefetch(_PREFETCHED_BATCHES)
+
+    def evaluation_steps(self, split: str, batch_size: int | None = None) -> int:
+        """Number of batches of `evaluation`.
+
+        Args:
+          split: "train", "validation" or "test".
+          batch_size: Images in a batch; by default `evaluation_batch_size`.
+        """
+        return -(-self.num_examples(split) // (batch_size or self.evaluation_batch_size))
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -158,8 +177,12 @@ class ClassificationData:
         height, width, channels = self.image_shape
         return max(1, min(_EVALUATION_IMAGES, _EVALUATION_BYTES // (4 * height * width * channels)))
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full batches in one pass over the training split.
+    def steps_per_epoch(self, batch_size: int, drop_remainder: bool = True) -> int:
+        """Number of batches in one pass over the training split.
+
+        Args:
+          batch_size: Images in a batch.
+          drop_remainder: Whether images that fill no batch are left out; otherwise they are the last batch.
 
         Raises:
           ValueError: If there is no full batch.
@@ -167,7 +190,37 @@ class ClassificationData:
         count = self.num_examples("train")
         if count < batch_size:
             raise ValueError(f"batch size {batch_size} is larger than the {count} training images of {self.name!r}")
-        return count // batch_size
+        return count // batch_size if drop_remainder else -(-count // batch_size)
+
+    def check_replicas(
+        self, replicas: int, batch_size: int, drop_remainder: bool, evaluated_split: str | None = None
+    ) -> None:
+        """Checks that every batch can be split over replicas.
+
+        Args:
+          replicas: Number of replicas.
+          batch_size: Images in a batch, for all replicas together.
+          drop_remainder: Whether images that fill no batch are left out.
+          evaluated_split: Split that is evaluated on the replicas, too; None for none.
+
+        Raises:
+          ValueError: If a batch cannot be split.
+        """
+        if batch_size % replicas:
+            raise ValueError(
+                f"batch size {batch_size} cannot be split evenly over {replicas} replicas; give a multiple of "
+                f"{replicas}"
+            )
+        remainder = self.num_examples("train") % batch_size
+        smallest = [remainder] if remainder and not drop_remainder else []
+        if evaluated_split:
+            smallest.append(self.num_examples(evaluated_split) // self.evaluation_steps(evaluated_split))
+        for size in smallest:
+            if size < replicas:
+                raise ValueError(
+                    f"a batch of {size} image{'s' * (size != 1)} cannot be split over {replicas} replicas; choose "
+                    "another batch size, drop the remainder, or train on fewer replicas"
+                )
 
     def training(
         self,
@@ -176,22 +229,34 @@ class ClassificationData:
         image_size: int | None = None,
         steps_per_epoch: int | None = None,
         first_step: int = 0,
+        drop_remainder: bool = True,
+        shard: Shard = WHOLE,
     ) -> tf.data.Dataset:
         """Augmented, shuffled batches of the given epochs.
 
         Order and augmentation depend on seed, epoch and step alone, so a run that continues anywhere sees the batches
         of an uninterrupted one. Labels are integers [batch], or with mixup probabilities [batch, classes].
 
+        Where several replicas train together, batches and crops are those of a single one, whatever the number of
+        replicas. RandAugment and mixup draw anew for each replica, and mixup mixes images of the same replica.
+
         Args:
-          batch_size: Images in a batch.
+          batch_size: Images in a batch, for all replicas together.
           epochs: Numbers of the epochs, from 0.
           image_size: Height and width of the crops; by default those of the images. Smaller crops take less time to
             train on.
           steps_per_epoch: Batches of each epoch; by default all.
           first_step: Step, from 0, at which the first epoch starts; earlier batches are skipped.
+          drop_remainder: Whether images that fill no batch are left out of an epoch, which shuffling chooses anew for
+            each epoch; otherwise they are its last batch.
+          shard: Replicas of this process. Of each batch, the parts of its replicas follow each other.
+
+        Raises:
+          ValueError: If a batch cannot be split over the replicas.
         """
-        steps = steps_per_epoch or self.steps_per_epoch(batch_size)
-        batches = self._training.epochs(batch_size, epochs, image_size, steps, first_step)
+        self.check_replicas(shard.total, batch_size, drop_remainder)
+        steps = steps_per_epoch or self.steps_per_epoch(batch_size, drop_remainder)
+        batches = self._training.epochs(batch_size, epochs, image_size, steps, first_step, drop_remainder, shard)
         return batches.prefetch(_PREFETCHED_BATCHES)
 
     def calibration(self, count: int, split: str = "train") -> tf.data.Dataset:

@@ -114,8 +114,8 @@ class ImageFolder:
         """Number of images in a split, or in a part or sum of splits as TFDS writes them: "train[:90%]"."""
         return sum(len(indices) for _, indices in self._read_parts(split))
 
-    def read_encoded(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """Image files (bytes) and int64 labels, in a fixed order that mixes the classes, or shuffled as a whole."""
+    def list_examples(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """Paths of images and int64 labels, in a fixed order that mixes the classes, or shuffled as a whole."""
         parts = [
             tf.data.Dataset.from_tensor_slices(self._files[name]).skip(indices.start).take(len(indices))
             for name, indices in self._read_parts(split)
@@ -123,7 +123,11 @@ class ImageFolder:
         dataset = functools.reduce(tf.data.Dataset.concatenate, parts)
         if shuffle_seed is not None:
             dataset = dataset.shuffle(self.num_examples(split), shuffle_seed, reshuffle_each_iteration=False)
-        return dataset.map(lambda path, label: (tf.io.read_file(path), label))
+        return dataset
+
+    def read(self, reference: tf.Tensor) -> tf.Tensor:
+        """Reads the image file (bytes) of a path."""
+        return tf.io.read_file(reference)
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
         """Decodes an image file to uint8 [height, width, 3]."""

@@ -1,14 +1,16 @@
 """One split of a dataset: its images decoded, resized, and cached if they are few."""
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from tf_repvgg.data.preprocessing import Preprocessing
 
-PARALLEL_CALLS = 2
+PARALLEL_CALLS = os.cpu_count() or 1
 _CACHE_BYTES = 2 * 1024**3
 _SHUFFLE_IMAGES = 50_000
 
@@ -39,8 +41,11 @@ class ImageSource(Protocol):
     def num_examples(self, split: str) -> int:
         """Number of images in a split, or in a part or sum of splits as TFDS writes them: "train[:90%]"."""
 
-    def read_encoded(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """Image files (bytes) and int64 labels, in a fixed order or shuffled."""
+    def list_examples(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """References to images, for `read`, and int64 labels, in a fixed order or shuffled."""
+
+    def read(self, reference: tf.Tensor) -> tf.Tensor:
+        """Reads an image file (bytes)."""
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
         """Decodes an image file to uint8 [height, width, channels]."""
@@ -67,23 +72,35 @@ class ImageSplit:
     def __len__(self) -> int:
         return self._source.num_examples(self._split)
 
-    def read_encoded(self, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """Image files (bytes) and labels, in their stored order or shuffled as well as memory allows."""
-        return self._source.read_encoded(self._split, shuffle_seed=shuffle_seed)
+    def list_examples(self, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """References to images, for `read`, and labels, in their stored order or shuffled as well as memory allows."""
+        return self._source.list_examples(self._split, shuffle_seed)
+
+    def read(self, reference: tf.Tensor) -> tf.Tensor:
+        """Reads an image file (bytes)."""
+        return self._source.read(reference)
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
         """Decodes an image file to uint8 [height, width, channels], not resized."""
         return self._source.decode(encoded)
 
-    def images(self) -> tf.data.Dataset:
-        """Images and labels in their stored order, cached if they are few."""
-        dataset = self._decode_and_resize(self.read_encoded().with_options(without_autotuning()))
+    def images(self, is_wanted: np.ndarray | None = None) -> tf.data.Dataset:
+        """Images and labels in their stored order, cached if they are few.
+
+        Args:
+          is_wanted: Whether to read each image, bool [images]; None for all.
+        """
+        examples = self.list_examples().with_options(without_autotuning())
+        if is_wanted is not None:
+            selection = tf.constant(is_wanted)
+            examples = examples.enumerate().filter(lambda index, _: selection[index]).map(lambda _, example: example)
+        dataset = self._decode_and_resize(examples)
         return dataset.cache() if self._fits_cache else dataset
 
     def shuffle_images(self, seed: int) -> tf.data.Dataset:
         """Images and labels shuffled, from a cache that all calls share, if the images are few."""
         if not self._fits_cache:
-            return self._decode_and_resize(self.read_encoded(shuffle_seed=seed))
+            return self._decode_and_resize(self.list_examples(shuffle_seed=seed))
         # Iterating again gives the same order: Keras may start an iterator, drop it, and start another.
         count = min(len(self), _SHUFFLE_IMAGES)
         return self._cached_images.shuffle(count, seed=seed, reshuffle_each_iteration=False)
@@ -97,14 +114,14 @@ class ImageSplit:
         height, width, channels = self.image_shape
         return len(self) * height * width * channels <= _CACHE_BYTES
 
-    def _decode_and_resize(self, encoded):
-        def decode_and_resize(content, label):
-            image = self._source.decode(content)
+    def _decode_and_resize(self, examples):
+        def decode_and_resize(reference, label):
+            image = self._source.decode(self.read(reference))
             if self._is_resized:
                 image = tf.ensure_shape(self._preprocessing.resize(image), self.image_shape)
             return image, label
 
-        return encoded.map(decode_and_resize, num_parallel_calls=PARALLEL_CALLS)
+        return examples.map(decode_and_resize, num_parallel_calls=PARALLEL_CALLS)
 
 
 def without_autotuning() -> tf.data.Options:

@@ -62,8 +62,10 @@ class TfdsSource:
         """Number of images in a split, or in a part or sum of splits as TFDS writes them: "train[:90%]"."""
         return self._builder.info.splits[split].num_examples
 
-    def read_encoded(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """Image files (bytes) and int64 labels, in the stored order or shuffled as well as memory allows.
+    def list_examples(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """References to images, here their files (bytes), and int64 labels, in the stored order or shuffled.
+
+        They are shuffled as well as memory allows.
 
         The shuffle buffer holds encoded images, at most 1 GiB. Larger datasets are stored in many files, whose order
         is drawn too.
@@ -82,6 +84,10 @@ class TfdsSource:
         bytes_per_image = max(info.num_bytes // max(info.num_examples, 1), 1)
         count = min(info.num_examples, _SHUFFLE_IMAGES, _SHUFFLE_BYTES // bytes_per_image)
         return dataset.shuffle(count, shuffle_seed, reshuffle_each_iteration=False)
+
+    def read(self, reference: tf.Tensor) -> tf.Tensor:
+        """An image file (bytes), which `list_examples` has read already."""
+        return reference
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
         """Decodes an image file to uint8 [height, width, channels]."""

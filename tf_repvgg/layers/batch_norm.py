@@ -63,6 +63,9 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
         straight_through   the gradient unchanged; the stored gamma may drift beyond the limit
         return_only        unchanged inside the limit; outside, only gradients whose descent leads back inside
 
+    Under a distribution strategy all replicas have the same limit: with `synchronized=True` the running variance is
+    that of the global batch; otherwise it follows the mean of the replicas' variances.
+
     Args:
       k: Limit of |gamma_hat| / sqrt(variance_running + epsilon): a number above 0; infinity gives exactly
         BatchNormalization; "6std" means six standard deviations of the merged kernel without its identity branch,
@@ -121,6 +124,11 @@ class OutlierAwareBatchNormalization(keras.layers.BatchNormalization):
     def add_weight(self, name: str | None = None, constraint: Any = None, **kwargs: Any) -> tf.Variable:
         if name == "gamma" and self.clip_mode == "project" and self.clips:
             constraint = _ProjectGamma(self, constraint)
+        if name == "moving_variance" and self.clips:
+            # The limit on gamma must be the same on all replicas of a distribution strategy. Keras lets the running
+            # variances of replicas differ until they are read; here each step averages them.
+            aggregation = tf.VariableAggregation.NONE if self.synchronized else tf.VariableAggregation.MEAN
+            kwargs |= {"synchronization": tf.VariableSynchronization.AUTO, "aggregation": aggregation}
         return super().add_weight(name=name, constraint=constraint, **kwargs)
 
     @property

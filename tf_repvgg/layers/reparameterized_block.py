@@ -51,6 +51,8 @@ class ReparameterizedBlock(keras.layers.Layer):
       se_reduction: Reduction of a squeeze-and-excite between the sum and the activation; None for no such layer.
       momentum: Momentum of the running statistics of every batch normalization in the block.
       epsilon: Epsilon of every batch normalization in the block.
+      synchronized: Whether every batch normalization computes the statistics of the global batch under a distribution
+        strategy; otherwise each replica has those of its own images.
       kernel_initializer: Initializer of all convolutions, anything that `keras.initializers.get` accepts.
       convolutions: Kernel sizes of the convolutions by suffix, given by the subclass: odd numbers, the largest first.
       **kwargs: Arguments of `keras.layers.Layer`.
@@ -83,6 +85,7 @@ class ReparameterizedBlock(keras.layers.Layer):
         se_reduction: int | None = None,
         momentum: float = 0.9,
         epsilon: float = 1e-5,
+        synchronized: bool = False,
         kernel_initializer: Any = "he_normal",
         convolutions: Mapping[str, int] = _CONVOLUTIONS,
         **kwargs: Any,
@@ -109,6 +112,7 @@ class ReparameterizedBlock(keras.layers.Layer):
         self.se_reduction = se_reduction
         self.momentum = momentum
         self.epsilon = epsilon
+        self.synchronized = synchronized
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_size = max(convolutions.values())
         self._suffixes = tuple(convolutions)
@@ -151,9 +155,14 @@ class ReparameterizedBlock(keras.layers.Layer):
         """Whether "symmetric" padding differs from Keras's "same"; it costs a PAD operation in the exported file."""
         return self.padding == "symmetric" and self.strides > 1 and self.kernel_size > 1
 
-    def _make_batch_norm(self, name):
-        return keras.layers.BatchNormalization(
-            momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype_policy, name=name
+    def _make_batch_norm(self, name, kind=keras.layers.BatchNormalization, **options):
+        return kind(
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            synchronized=self.synchronized,
+            dtype=self.dtype_policy,
+            name=name,
+            **options,
         )
 
     def build(self, input_shape: Any) -> None:
@@ -345,5 +354,6 @@ class ReparameterizedBlock(keras.layers.Layer):
             "se_reduction": self.se_reduction,
             "momentum": self.momentum,
             "epsilon": self.epsilon,
+            "synchronized": self.synchronized,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }

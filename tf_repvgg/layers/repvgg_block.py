@@ -88,14 +88,7 @@ class RepVGGBlock(ReparameterizedBlock):
         is_clipped = self.norm == "oabn" and (self.oabn_branches == "all" or name == "norm_identity")
         if not is_clipped:
             return self._make_batch_norm(name)
-        norm = OutlierAwareBatchNormalization(
-            k=self.oabn_k,
-            clip_mode=self.clip_mode,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype_policy,
-            name=name,
-        )
+        norm = self._make_batch_norm(name, OutlierAwareBatchNormalization, k=self.oabn_k, clip_mode=self.clip_mode)
         norm.kernel_spread = self._conv_kernel_spread
         return norm
 

@@ -32,6 +32,7 @@ def build_network(
     padding: str = "same",
     momentum: float = 0.9,
     epsilon: float = 1e-5,
+    synchronized: bool = False,
 ) -> keras.Model:
     """Builds a training-form classifier of any family that ends in logits.
 
@@ -51,6 +52,8 @@ def build_network(
       padding: Padding of the blocks: "same", or "symmetric" for weights trained in PyTorch.
       momentum: Momentum of the running statistics of every batch normalization.
       epsilon: Epsilon of every batch normalization.
+      synchronized: Whether batch normalizations compute the statistics of the global batch under a distribution
+        strategy.
 
     Returns:
       A functional model from images [batch, height, width, channels] to float32 logits [batch, num_classes]. Its
@@ -69,7 +72,8 @@ def build_network(
     if isinstance(variant, str):
         variant = find_variant(variant)
     block = _check_block(variant.family, block)
-    options: dict[str, Any] = {"padding": padding, "momentum": momentum, "epsilon": epsilon}
+    options: dict[str, Any] = {"padding": padding}
+    options |= {"momentum": momentum, "epsilon": epsilon, "synchronized": synchronized}
     is_normalized_by_branch = issubclass(BLOCKS[block], RepVGGBlock)
     if is_normalized_by_branch:
         options |= {"norm": norm, "oabn_branches": oabn_branches, "clip_mode": clip_mode}

@@ -30,6 +30,7 @@ class ActivationQuantizer(keras.layers.Layer):
     In training, the range is a running average over batches; the first batch sets it. A step computes with the range
     that its own batch has updated:
     `range = momentum * range + (1 - momentum) * range of the batch`.
+    Under a distribution strategy, that batch is the one of all replicas, which so have the same range.
 
     A range that was neither trained nor set is NaN, and so are all outputs.
 
@@ -146,8 +147,16 @@ class ActivationQuantizer(keras.layers.Layer):
     def _update_range(self, values):
         momentum = self.momentum if self.calibration_momentum is None else self.calibration_momentum
         shares = tf.constant([momentum, 1 - momentum], tf.float32)
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            measure = share_graph(_measure_unless_frozen, (), (2,), None)
+            batch = _widen_over_replicas(replica, measure(self.is_frozen, self.range, values, self.nonnegative))
+            # On two values instead of the activations: the range of the global batch is their minimum and maximum.
+            values, nonnegative = batch, False
+        else:
+            nonnegative = self.nonnegative
         update = share_graph(_update, (), (2,), None, (2,))
-        updated, bounds = update(self.is_frozen, self.range, values, shares, self.nonnegative, self.bits)
+        updated, bounds = update(self.is_frozen, self.range, values, shares, nonnegative, self.bits)
         self.range.assign(updated)
         return bounds
 
@@ -208,6 +217,27 @@ def _straight_through(outputs, values, minimum, maximum):
     return replace_gradient(values.op.inputs[0] if is_after_relu else values)
 
 
+def _measure(values, nonnegative):
+    """[minimum, maximum] of a batch, extended to include zero."""
+    minimum = 0.0 if nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
+    return tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
+
+
+def _measure_unless_frozen(is_frozen, running, values, nonnegative):
+    return tf.cond(is_frozen, lambda: running, lambda: _measure(values, nonnegative))
+
+
+def _widen_over_replicas(replica, batch):
+    """The smallest range that holds those of all replicas.
+
+    Strategies reduce by sums and means only, so each replica adds its range to a row of its own.
+    """
+    count = replica.num_replicas_in_sync
+    is_own = tf.range(count) == replica.replica_id_in_sync_group
+    ranges = replica.all_reduce("SUM", tf.where(is_own[:, tf.newaxis], batch, tf.zeros([count, 2])))
+    return tf.stack([tf.reduce_min(ranges[:, 0]), tf.reduce_max(ranges[:, 1])])
+
+
 def _update(is_frozen, running, values, shares, nonnegative, bits):
     """Updates the running range by a batch; `shares` weigh the running range and that of the batch.
 
@@ -216,8 +246,7 @@ def _update(is_frozen, running, values, shares, nonnegative, bits):
     """
 
     def average():
-        minimum = 0.0 if nonnegative else tf.minimum(tf.reduce_min(values), 0.0)
-        batch = tf.stack([minimum, tf.maximum(tf.reduce_max(values), 0.0)])
+        batch = _measure(values, nonnegative)
         return tf.where(tf.math.is_nan(running), batch, shares[0] * running + shares[1] * batch)
 
     updated = tf.cond(is_frozen, lambda: running, average)

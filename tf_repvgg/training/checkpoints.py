@@ -1,8 +1,10 @@
 """Checkpoints of a run in training, and continuing from them."""
 
 import json
+import math
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -13,9 +15,11 @@ import tf_keras as keras
 from msgspec import Meta
 
 from tf_repvgg import interruption, json_records, regular_files, storage
+from tf_repvgg.training.distribution import Distribution
 from tf_repvgg.training.divergence import check_finite
 
 _KEPT = 2
+_ALONE = Distribution()
 _POSITION_NAME = "position.json"
 _Number = Annotated[int, Meta(ge=0, le=2**53)]
 
@@ -38,10 +42,14 @@ class Checkpoints(keras.callbacks.Callback):
     appears whole or not at all; the two latest are kept. It also holds the metrics of the epoch so far, so that an
     interrupted epoch is logged like any other, and checksums.
 
+    Where several processes train together, a signal to any of them counts for all, and the chief writes. All restore
+    the same checkpoint, so they must see the same folder.
+
     Args:
       folder: Folder of the checkpoints; made unless it exists.
       trainer: Compiled model.
       minutes: Minutes between checkpoints within an epoch; 0 for none.
+      distribution: Processes of the training.
       **others: Further variables, or lists of variables, to save and restore.
 
     Attributes:
@@ -67,11 +75,20 @@ class Checkpoints(keras.callbacks.Callback):
       0 1 ckpt-0
     """
 
-    def __init__(self, folder: str | Path, trainer: keras.Model, minutes: float = 0.0, **others: Any) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        trainer: keras.Model,
+        minutes: float = 0.0,
+        distribution: Distribution = _ALONE,
+        **others: Any,
+    ) -> None:
         super().__init__()
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        storage.remove_partial_files(self._folder)
+        self._distribution = distribution
+        if distribution.is_chief:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            storage.remove_partial_files(self._folder)
         self._minutes = minutes
         # The optimizer's slots must exist before they can be restored.
         trainer.optimizer.build(trainer.trainable_variables)
@@ -82,7 +99,7 @@ class Checkpoints(keras.callbacks.Callback):
         if latest := self.latest:
             self._restore(latest)
             self._remove_outdated()  # which a run that was killed after its last checkpoint has left
-        elif any(self._folder.iterdir()):
+        elif self._folder.exists() and any(self._folder.iterdir()):
             raise ValueError(
                 f"{str(self._folder)!r} holds no checkpoint that this version reads; delete it to start over"
             )
@@ -107,10 +124,11 @@ class Checkpoints(keras.callbacks.Callback):
                 sums = zip(metric.get_weights(), sums_before, strict=True)
                 metric.set_weights([value + np.float32(before) for value, before in sums])
         interruption.defer_signals()
+        is_due = self._distribution.is_chief and time.monotonic() - self._saved >= 60 * (self._minutes or math.inf)
+        is_due, is_ending = self._agree(is_due)
         # After the first step of a continued epoch the sums above are added; in the last step Keras computes what it
         # logs for the epoch. So at least two steps must remain.
-        is_due = self._minutes and time.monotonic() - self._saved >= 60 * self._minutes
-        if (is_due or interruption.is_requested()) and batch + 2 < self.params["steps"]:
+        if (is_due or is_ending) and batch + 2 < self.params["steps"]:
             check_finite(self.model)
             self._save(
                 epoch=self._epoch,
@@ -125,9 +143,16 @@ class Checkpoints(keras.callbacks.Callback):
         self._save(epoch=epoch + 1, step=0, seconds=0.0, metrics=[])
         self._end_if_requested()
 
+    def _agree(self, is_due=False):
+        """Whether a checkpoint is due for any process, and whether a signal asks any of them to end."""
+        agreement = self._distribution.agree(is_due=is_due, is_ending=interruption.is_requested())
+        return agreement["is_due"], agreement["is_ending"]
+
     def _end_if_requested(self):
-        """After a checkpoint, so that a program that is asked to end loses nothing."""
-        if interruption.is_requested():
+        """After a checkpoint, so that a program that is asked to end loses nothing; the others wait for the chief."""
+        _, is_ending = self._agree()
+        if is_ending:
+            interruption.request_end()
             interruption.raise_received()
 
     def _restore(self, checkpoint):
@@ -145,6 +170,15 @@ class Checkpoints(keras.callbacks.Callback):
         self.seconds_before, self._metrics_before = position["seconds"], position["metrics"]
 
     def _save(self, **position):
+        if not self._distribution.is_chief:
+            # Running statistics differ between replicas until they are read, for which all processes are needed.
+            with tempfile.TemporaryDirectory() as folder:
+                self._state.write(str(Path(folder, "state")))
+        else:
+            self._write(position)
+        self._saved = time.monotonic()
+
+    def _write(self, position):
         step = int(self.model.optimizer.iterations.numpy())
         with storage.atomic_write(self._folder / f"ckpt-{step}") as folder:
             self._state.write(str(folder / "state"))
@@ -152,9 +186,10 @@ class Checkpoints(keras.callbacks.Callback):
             record = json_records.seal({**position, "files": files})
             (folder / _POSITION_NAME).write_text(json.dumps(record) + "\n", encoding="utf-8")
         self._remove_outdated()
-        self._saved = time.monotonic()
 
     def _remove_outdated(self):
+        if not self._distribution.is_chief:
+            return
         for outdated in list_checkpoints(self._folder)[_KEPT:]:
             shutil.rmtree(outdated)
 

@@ -8,6 +8,7 @@ import tf_keras as keras
 
 from tf_repvgg.data import ClassificationData
 from tf_repvgg.training import finished_runs
+from tf_repvgg.training.optimization import balance_replicas
 
 
 def load_teacher(path: str | Path, data: ClassificationData, trust_model: bool = False) -> keras.Model:
@@ -77,6 +78,7 @@ class Distiller(keras.Model):
         with tf.GradientTape() as tape:
             logits = self(images, training=True)
             soft = self._weight * distillation_loss(teacher_logits, logits, self._temperature)
+            soft = balance_replicas(soft, logits)
             loss = self.compiled_loss(labels, logits, regularization_losses=[*self.losses, soft])
         self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
         return self.compute_metrics(images, labels, logits, None)

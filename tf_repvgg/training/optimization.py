@@ -122,9 +122,32 @@ class CrossEntropy(keras.losses.Loss):
         """The loss of each image, [batch]."""
         if not _are_probabilities(labels, logits):
             labels = tf.one_hot(tf.cast(tf.reshape(labels, [-1]), tf.int32), self.num_classes)
-        return keras.losses.categorical_crossentropy(
+        losses = keras.losses.categorical_crossentropy(
             labels, logits, from_logits=True, label_smoothing=self.label_smoothing
         )
+        return balance_replicas(losses, logits)
+
+
+def balance_replicas(losses: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """Losses whose gradient has the weight of the images of this replica among those of all.
+
+    A strategy takes the mean over replicas of their mean gradients. In the last batch of an epoch one replica may have
+    an image more than another; with this weight the result is the mean over all images.
+
+    Args:
+      losses: Losses of any shape.
+      outputs: Tensor whose first dimension is the number of images. If that is known while a graph is built, all
+        replicas have the same, and nothing is changed.
+
+    Returns:
+      The same values, whose gradient is scaled.
+    """
+    replica = tf.distribute.get_replica_context()
+    if outputs.shape[0] is not None or replica is None or replica.num_replicas_in_sync == 1:
+        return losses
+    count = tf.cast(tf.shape(outputs)[0], tf.float32)
+    weight = count * replica.num_replicas_in_sync / replica.all_reduce("SUM", count)
+    return weight * losses + tf.stop_gradient((1 - weight) * losses)
 
 
 def make_top1(name: str = "top1") -> keras.metrics.Metric:
