@@ -21,7 +21,7 @@ def codebook(network: Network) -> None:
     for name in network.show_progress(network.layers, "codebooks"):
         kernel, clusters = network.kernel(name), network.clusters[name]
         importance = np.broadcast_to(_second_moment(network, walk, name, kernel.shape), kernel.shape)
-        columns = kernel.shape[-1] if network.per_channel else 1
+        columns = kernel.shape[-1] if network.per_channel[name] else 1
         values, weights = (array.reshape(-1, columns) for array in (kernel, importance))
         books = [k_means(values[:, column], weights[:, column], clusters) for column in range(columns)]
         network.set_kernel(name, _round_to_books(kernel, books, network.min_scale(name)))
