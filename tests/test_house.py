@@ -38,6 +38,7 @@ FLOORS = (
     ("quantization", "runs"),
     ("quantization.ptq", "quantization.qat"),
     ("tflite",),
+    ("quantization.fitting",),
     ("training",),
     ("report",),
     ("cli", "image_flags"),

@@ -221,6 +221,36 @@ BAD_COMMANDS = {
         "--weight_bits=['4'] does not go with a model that was trained quantized",
         "",
     ),
+    "export: a budget that is none": (
+        EXPORT,
+        ["--workdir={here}/run", "--targets=tflm_lut", "--fit=flash:9kB"],
+        "the budget 'flash:9kB' holds 'flash:9kB'",
+        "write weights:256kB",
+    ),
+    "export: a budget for two targets": (
+        EXPORT,
+        ["--workdir={here}/run", "--targets=tflm_lut,litert_int4", "--fit=weights:9kB"],
+        "--targets is 'tflm_lut,litert_int4'; --fit is for one target",
+        "",
+    ),
+    "export: codebooks in 4 bits": (
+        EXPORT,
+        ["--workdir={here}/run", "--targets=litert_int4", "--fit=weights:9kB", "--ptq=codebook"],
+        "target litert_int4 stores no codebooks",
+        "such as adaquant",
+    ),
+    "export: a budget that cannot be met": (
+        EXPORT,
+        ["--workdir={here}/run", "--targets=tflm_lut", "--fit=weights:1kB", "--ptq=codebook", "--calibration_images=8"],
+        "a file of 1,000 bytes cannot be met on tflm_lut: the smallest choice, 2",
+        "clusters in each layer, is a file of",
+    ),
+    "granularity for no layer": (
+        TRAIN,
+        ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--granularity=stm=per_channel"],
+        "pattern 'stm' of granularities matches no layer",
+        "",
+    ),
     "nothing to quantize": (
         TRAIN,
         ["--workdir={new}", "--quantize=clusterqat"],
