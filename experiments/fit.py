@@ -25,6 +25,7 @@ from tf_repvgg.storage import FinishedWork
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "TFDS data directory with the dataset; by default TFDS's own.")
+flags.DEFINE_string("runs", "runs/fit", "Folder of the damages, which are kept while sources stay the same.")
 flags.DEFINE_string("results", "results", "Folder of the table; its folder fit keeps the cells.")
 flags.DEFINE_list("models", ["cifar10_oabn", "cifar10_bn"], "Names of folders in results/checkpoints.")
 flags.DEFINE_list("methods", ["codebook", "codebook_adaquant"], "Methods, as of export/main.py --ptq.")
@@ -96,7 +97,7 @@ def main(_):
         inputs, group = cell.find_inputs(settings), (cell.model, cell.target, cell.method, cell.clusters, cell.field)
         result = kept.find(cell.name, inputs)
         if result is None:
-            result = kept.keep(cell.name, inputs, measure(cell, settings, budgets.get(group), kept))
+            result = kept.keep(cell.name, inputs, measure(cell, settings, budgets.get(group), ROOT / FLAGS.runs))
         if cell.way == "uniform":
             budgets[group] = result["measured"][cell.field]
         record["cells"].append(result)

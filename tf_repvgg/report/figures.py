@@ -154,7 +154,7 @@ def _list_sizes(run):
 @return_svg
 def draw_fit_curve(axes: Axes, curve: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Top-1 by size of the target's file: fitted levels as a line, uniform ones as points, by granularity."""
-    series = {"fitted to the size": curve["fitted"]}
+    series = {"fitted to the size": list(curve["fitted"])}
     for point in curve["uniform"]:
         series.setdefault(f"uniform, {point['name'].partition(' ')[2]}", []).append(point)
     for number, (name, points) in enumerate(series.items()):

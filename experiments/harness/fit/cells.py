@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from pathlib import Path
 
 import numpy as np
 import tf_keras as keras
@@ -62,17 +63,17 @@ class Cell:
         }
 
 
-def measure(cell: Cell, settings: Settings, budget: float | None, kept: FinishedWork) -> dict:
+def measure(cell: Cell, settings: Settings, budget: float | None, folder: Path) -> dict:
     """Chooses the levels of a cell, writes the file and runs it over the test split.
 
     Args:
       cell: Cell.
       settings: Settings that all cells share.
       budget: Cost of the uniform choice, in the unit of the cell's field; None for the uniform choice itself.
-      kept: Keeps the damages of layers.
+      folder: Folder in which damages of layers are kept; a subfolder for each model and target.
     """
     data, started = load_data(cell.workdir, settings), time.monotonic()
-    fitter = load_fitter(cell.workdir, cell.target, cell.method, settings, kept)
+    fitter = load_fitter(cell.workdir, cell.target, cell.method, settings, folder)
     loaded = time.monotonic()
     fitted = _choose(cell, fitter, budget)
     seconds = time.monotonic() - loaded
@@ -107,7 +108,7 @@ def _choose(cell, fitter: Fitter, budget: float | None) -> Fitted:
 
 
 @functools.lru_cache(1)
-def load_fitter(workdir: str, target: str, method: str, settings: Settings, kept: FinishedWork | None) -> Fitter:
+def load_fitter(workdir: str, target: str, method: str, settings: Settings, folder: Path | None) -> Fitter:
     """A fitter of a model, with the damages of all levels.
 
     Args:
@@ -115,7 +116,7 @@ def load_fitter(workdir: str, target: str, method: str, settings: Settings, kept
       target: Name of the target.
       method: Method of post-training quantization.
       settings: Settings that all cells share.
-      kept: Keeps the damages of layers.
+      folder: Folder in which damages of layers are kept; None measures them.
     """
     data = load_data(workdir, settings)
     return Fitter(
@@ -123,7 +124,7 @@ def load_fitter(workdir: str, target: str, method: str, settings: Settings, kept
         target,
         data.calibration,
         method,
-        finished_work=kept,
+        finished_work=folder and FinishedWork(folder / f"{Path(workdir).name}_{target}"),
         iterations=settings.iterations,
         input_range=data.input_range,
     )

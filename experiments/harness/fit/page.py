@@ -23,20 +23,26 @@ def render(record: dict) -> str:
         without labels, seed 0. {IMAGES} Machine: {machine["cpu"]}, {machine["cores"]} cores."""
     )
     sections = ["# The best network that fits", introduction]
-    for model in record["models"]:
-        for (target, method, field), cells in _group(record["cells"], model).items():
-            sections.append(f"## {model}, {target}, {method}, {_COSTS[field]}")
-            sections.append(_make_table(cells, field))
+    sections += [make_tables(record, target) for target in dict.fromkeys(cell["target"] for cell in record["cells"])]
     sections += ["## Sums of damages beside measured errors", _make_correlations(record)]
     return "\n\n".join(sections)
 
 
-def _group(cells, model):
+def make_tables(record: dict, target: str) -> str:
+    """The tables of a target, one for each model, method and kind of cost.
+
+    Args:
+      record: Content of fit.json.
+      target: Name of the target.
+    """
     groups: dict[tuple, list] = {}
-    for cell in cells:
-        if cell["model"] == model:
-            groups.setdefault((cell["target"], cell["method"], cell["field"]), []).append(cell)
-    return groups
+    for cell in record["cells"]:
+        if cell["target"] == target:
+            groups.setdefault((cell["model"], cell["method"], cell["field"]), []).append(cell)
+    return "\n\n".join(
+        f"{model}, `{target}`, `{method}`, budget in {_COSTS[field]}:\n\n{_make_table(cells, field)}"
+        for (model, method, field), cells in groups.items()
+    )
 
 
 def _make_table(cells, field):

@@ -8,6 +8,7 @@ import jinja2
 
 from harness.any_model import page as any_model_page
 from harness.commands import CHECKPOINTS
+from harness.fit import page as fit_page
 from harness.low_bit import page as low_bit_page
 from harness.oabn_limit import clip_page, codebook_page
 from harness.pages import int8_collapse as int8_collapse_page
@@ -81,6 +82,7 @@ def _make_sources(results, folder):
         "reliability": sources.Reliability(results["reliability"]),
         "ptq_methods": headline.count_ptq_methods(results["ptq"]),
         "targets": sources.Targets(results["targets"]),
+        "fit": sources.Fit(results["fit"]),
         "mobileone_cifar": MobileOneCifar(results["mobileone_cifar"]),
         "low_bit": sources.LowBit(results["low_bit"], folder / "low_bit"),
         "codebook_limit": sources.CodebookLimit(results["codebook_limit"]),
@@ -117,6 +119,7 @@ def _make_tables(results):
         "networks": any_model_page.make_applications_table(results["any_model"]["applications"]["networks"]),
         "reliability": reliability_page.make_total_table(results["reliability"]),
         "targets": targets_page.make_runtimes_table(results["targets"]),
+        "fit": fit_page.make_tables(results["fit"], "tflm_lut"),
         "mobileone_cifar": mobileone_cifar_page.make_models_table(results["mobileone_cifar"]),
         "mobileone_weights": mobileone_cifar_page.make_weights_table(results["mobileone_cifar"]),
         "lead": low_bit_page.make_lead_table(results["low_bit"]["peers"]),

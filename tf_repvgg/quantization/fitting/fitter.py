@@ -64,6 +64,15 @@ class Fitted:
       file: The integer file.
       built: Result of building the file for the target.
       record: Description of the search, for JSON.
+
+    Example:
+      >>> import numpy as np
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization.fitting import Fitter
+      >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(8, 3, name="conv")])
+      >>> fitted = Fitter(model, "litert_int8", np.ones([4, 8, 8, 3], np.float32), "mse").fit("weights:1MB")
+      >>> len(fitted.file) == fitted.assignment.measured["file_bytes"]
+      True
     """
 
     assignment: Assignment
