@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_a_curve_compares_budgets(exported):
     assert top1[-1] > 90 and np.all(top1 <= 100)
     page = (output / "report.html").read_text()
     assert "Fitted levels" in page
+
+
+def test_a_budget_that_cannot_be_met(run_folder, run_forked, tmp_path):
+    command = ["export/main.py", f"--workdir={run_folder}", f"--output={tmp_path}", "--targets=tflm_lut"]
+    outcome = run_forked(*command, "--fit=weights:1kB", "--ptq=codebook", "--calibration_images=8")
+    assert outcome.status == 2
+    error = outcome.stderr.splitlines()[-1]
+    assert "a file of 1,000 bytes cannot be met on tflm_lut: the smallest choice, 2" in error
+    assert re.search(r"clusters in each layer, is a file of [\d,]+ bytes$", error)
+    assert not (tmp_path / "export.json").exists()
 
 
 def test_fine_tuning_takes_the_flagfile(exported, run_folder, run_forked, tmp_path):

@@ -239,12 +239,6 @@ BAD_COMMANDS = {
         "target litert_int4 stores no codebooks",
         "such as adaquant",
     ),
-    "export: a budget that cannot be met": (
-        EXPORT,
-        ["--workdir={here}/run", "--targets=tflm_lut", "--fit=weights:1kB", "--ptq=codebook", "--calibration_images=8"],
-        "a file of 1,000 bytes cannot be met on tflm_lut: the smallest choice, 2",
-        "clusters in each layer, is a file of",
-    ),
     "granularity for no layer": (
         TRAIN,
         ["--workdir={new}", "--quantize=clusterqat", "--init_from={here}/run", "--granularity=stm=per_channel"],

@@ -19,6 +19,7 @@ from harness.pages import targets as targets_page
 from harness.ptq import page as ptq_page
 from harness.reliability import page as reliability_page
 from harness.results import cost_tables, headline, sources
+from harness.results.fit_source import Fit
 from harness.results.mobileone_source import MobileOneCifar
 from harness.tables import make_bits_table, wrap_page
 
@@ -82,7 +83,7 @@ def _make_sources(results, folder):
         "reliability": sources.Reliability(results["reliability"]),
         "ptq_methods": headline.count_ptq_methods(results["ptq"]),
         "targets": sources.Targets(results["targets"]),
-        "fit": sources.Fit(results["fit"]),
+        "fit": Fit(results["fit"]),
         "mobileone_cifar": MobileOneCifar(results["mobileone_cifar"]),
         "low_bit": sources.LowBit(results["low_bit"], folder / "low_bit"),
         "codebook_limit": sources.CodebookLimit(results["codebook_limit"]),

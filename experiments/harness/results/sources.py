@@ -328,30 +328,6 @@ class CodebookLimit:
         return statistics.stdev(means)
 
 
-class Fit:
-    """fit.json."""
-
-    def __init__(self, record: Mapping) -> None:
-        self._cells = record["cells"]
-        self.correlations = [content["rank_correlation"] for content in record["correlations"].values()]
-        self.images = record["cells"][0]["images"]
-        self.machine = name_machines([record["machine"]])
-
-    def top1(self, model: str, method: str, clusters: int, way: str) -> float:
-        """Top-1 of TFLite Micro's files with the bytes of a uniform number of clusters."""
-        (cell,) = (
-            cell
-            for cell in self._cells
-            if (cell["target"], cell["model"], cell["method"]) == ("tflm_lut", model, method)
-            and (cell["clusters"], cell["way"]) == (clusters, way)
-        )
-        return cell["top1_percent"]
-
-    def lead(self, model: str, method: str, clusters: int) -> float:
-        """Fitted minus uniform top-1."""
-        return self.top1(model, method, clusters, "fitted") - self.top1(model, method, clusters, "uniform")
-
-
 class Recipes:
     """recipes.json."""
 
