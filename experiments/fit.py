@@ -43,22 +43,24 @@ ETHOS_U_CLUSTERS = (4, 16)
 
 
 def list_cells():
-    """Cells in the order in which they are measured; the uniform one of each budget first."""
-    numbers = [int(number) for number in FLAGS.clusters]
-    cells = [
-        Cell(model, str(CHECKPOINTS / model), "tflm_lut", method, number, way)
-        for method in FLAGS.methods
-        for model in FLAGS.models
-        for number in numbers
-        for way in (LEARNED_WAYS if METHODS[method].learns else WAYS)
-    ]
+    """Cells in the order in which they are measured: by number of clusters, the uniform one of each budget first."""
+    codebooks = {
+        number: [
+            Cell(model, str(CHECKPOINTS / model), "tflm_lut", method, number, way)
+            for method in FLAGS.methods
+            for model in FLAGS.models
+            for way in (LEARNED_WAYS if METHODS[method].learns else WAYS)
+        ]
+        for number in map(int, FLAGS.clusters)
+    }
     ethos_u = [
         Cell(FLAGS.models[0], str(CHECKPOINTS / FLAGS.models[0]), ETHOS_U, "codebook", number, way, field)
         for field in ("file_bytes", "time_ms")
         for number in ETHOS_U_CLUSTERS
         for way in ("uniform", "fitted")
     ]
-    return cells + ethos_u * FLAGS.ethos_u
+    first, *others = codebooks.values()
+    return [*first, *ethos_u * FLAGS.ethos_u, *(cell for cells in others for cell in cells)]
 
 
 def measure_correlations(settings, kept):
@@ -78,6 +80,12 @@ def measure_correlations(settings, kept):
     return correlations
 
 
+def write(record, results):
+    """Writes the record with the cells that there are."""
+    record["cells"] = [result for result in results.values() if result]
+    write_results(ROOT / FLAGS.results, "fit", record, render(record))
+
+
 def main(_):
     logging.set_verbosity(logging.ERROR)  # TFDS logs every file that it opens
     with cli.bad_input_exits():
@@ -90,18 +98,16 @@ def main(_):
         "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key != "data_dir"},
         "machine": provenance.machine(),
         "correlations": measure_correlations(settings, kept),
-        "cells": [],
     }
-    budgets = {}
-    for cell in tqdm(list_cells(), "cells", unit="cell"):
-        inputs, group = cell.find_inputs(settings), (cell.model, cell.target, cell.method, cell.clusters, cell.field)
-        result = kept.find(cell.name, inputs)
-        if result is None:
-            result = kept.keep(cell.name, inputs, measure(cell, settings, budgets.get(group), ROOT / FLAGS.runs))
-        if cell.way == "uniform":
-            budgets[group] = result["measured"][cell.field]
-        record["cells"].append(result)
-        write_results(ROOT / FLAGS.results, "fit", record, render(record))
+    cells = list_cells()
+    results = {cell: kept.find(cell.name, cell.find_inputs(settings)) for cell in cells}
+    for cell in tqdm([cell for cell in cells if results[cell] is None], "cells", unit="cell"):
+        uniform = results.get(dataclasses.replace(cell, way="uniform"))
+        budget = uniform["measured"][cell.field] if uniform else None
+        result = measure(cell, settings, budget, ROOT / FLAGS.runs)
+        results[cell] = kept.keep(cell.name, cell.find_inputs(settings), result)
+        write(record, results)
+    write(record, results)
     print(render(record))
 
 

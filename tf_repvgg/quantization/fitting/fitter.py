@@ -14,6 +14,7 @@ import tf_keras as keras
 from tf_repvgg import graph, provenance, storage, tflite
 from tf_repvgg.quantization import ptq
 from tf_repvgg.quantization.checks import check_fused
+from tf_repvgg.quantization.exportability import check_exportable
 from tf_repvgg.quantization.fitting import costs as target_costs
 from tf_repvgg.quantization.fitting.assignment import GRIDS, Assignment, FittedLayer, Level
 from tf_repvgg.quantization.fitting.budget import Budget
@@ -135,6 +136,7 @@ class Fitter:
         images = stack_samples(read_samples(calibration, model))
         self._model, self._calibration = model, dict(zip(graph.input_names(model), images, strict=True))
         lowered = lower(model)
+        check_exportable(lowered, ptq.Options(**options).activation_bits)
         self._network = ptq.Network(lowered, images, ptq.bits_by_layer(lowered, 8), True, ptq.Options(**options))
         self._shapes = {
             name: Shape(self._network.kernel(name).size, len(self._network.bias(name))) for name in self._network.layers
