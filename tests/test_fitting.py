@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from helpers.networks import random_images, small_repvgg
+import tf_keras as keras
+from helpers.networks import model_of_all_weighted_layers, random_images, small_repvgg
 from helpers.ptq import build_measured_repvgg, network_of
 
 from tf_repvgg import quantization, storage, tflite
@@ -101,9 +102,20 @@ def test_budgets_that_are_none(text, message):
         Budget.parse(text)
 
 
-def test_damages_are_errors_of_the_whole_network(images):
+def build_branches():
+    """A layer whose output two branches read, and one that is called twice."""
+    inputs = keras.Input((8, 8, 3))
+    stem = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="stem")(inputs)
+    shared = keras.layers.Conv2D(4, 1, name="shared")
+    gate = keras.layers.Conv2D(4, 1, activation="sigmoid", name="gate")(stem)
+    outputs = keras.layers.Add()([shared(stem), shared(keras.layers.Multiply()([stem, gate]))])
+    return keras.Model(inputs, keras.layers.Dense(5, name="logits")(keras.layers.Flatten()(outputs)))
+
+
+@pytest.mark.parametrize("build", [small_repvgg, model_of_all_weighted_layers, build_branches])
+def test_damages_are_errors_of_the_whole_network(build):
     """Levels of a layer share the layers before it, and leave the network as it was."""
-    network = network_of(small_repvgg(), batch=images)
+    network = network_of(build())
     before = network.float.get_weights()
     outputs = OutputError(network.float, network.calibration)
     for name in network.layers:
