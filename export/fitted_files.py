@@ -67,7 +67,11 @@ def settle_flags() -> None:
         FLAGS.ptq = "codebook_adaquant" if stores_codebooks else "adaquant"
     if not FLAGS["granularity"].present:
         FLAGS.granularity = list(GRANULARITIES)
-    check_settings(target, FLAGS.ptq, FLAGS.granularity)
+    levels = check_settings(target, FLAGS.ptq, FLAGS.granularity)
+    if FLAGS.fit_curve and len({level.number for level in levels}) < 2:
+        raise ValueError(
+            f"--fit_curve has no effect with --targets={target}, whose layers all have 8 bits; leave it out"
+        )
     check_budget(FLAGS.fit, target)
 
 
@@ -176,6 +180,7 @@ def measure_curve(
     points: dict[str, list[dict[str, Any]]] = {"fitted": [], "uniform": []}
     files: dict[str, bytes] = {}
     inputs = _describe_inputs(request) | {"curve": _CURVE_BUDGETS}
+    fitter = _make_fitter(request, finished_work)
 
     def measure(kind, name, build):
         """Builds a point of the curve unless an interrupted run has."""
@@ -187,22 +192,21 @@ def measure_curve(
         files[name] = finished_work.read_content(key)
         points[kind].append({"name": name, **finished["point"]})
 
-    find_fitter = functools.cache(lambda: _make_fitter(request, finished_work))
-
     def build_uniform(level):
-        fitter = find_fitter()
         return fitter.build(dict.fromkeys(fitter.costs, level)), dataclasses.asdict(level)
 
     def build_fitted(limit):
-        fitted = find_fitter().fit(fitting.Budget(file_bytes=limit))
+        fitted = fitter.fit(fitting.Budget(file_bytes=limit))
         return fitted, {"budget_bytes": limit, "error": fitted.assignment.error}
 
-    grid = fitting.FIT_METHODS[request.settings.ptq]
-    for level in list_levels(FLAGS.targets[0], grid, request.settings.granularities):
-        if level.number & (level.number - 1) == 0 or grid == "uniform":  # powers of two alone, of clusters
+    smallest, largest = fitter.find_extremes()
+    for level in list_levels(fitter.target, fitter.grid, request.settings.granularities):
+        is_whole = level.number == max(choice.number for choice in largest.values())
+        # Powers of two alone, of clusters.
+        if not is_whole and (fitter.grid == "uniform" or level.number & (level.number - 1) == 0):
             measure("uniform", str(level), functools.partial(build_uniform, level))
-    sizes = [point["file_bytes"] for point in points["uniform"]]
-    for limit in np.geomspace(1.02 * min(sizes), max(sizes), _CURVE_BUDGETS):
+    low, high = 1.02 * fitter.estimate_bytes(smallest), 0.97 * fitter.estimate_bytes(largest)
+    for limit in np.geomspace(low, high, _CURVE_BUDGETS):
         measure("fitted", f"fitted to {int(limit):,} bytes", functools.partial(build_fitted, int(limit)))
     evaluation = classify(data, split, {name: functools.partial(tflite.predict, file) for name, file in files.items()})
     for point in (*points["uniform"], *points["fitted"]):

@@ -64,7 +64,7 @@ def test_a_curve_compares_budgets(exported):
     for point in curve["fitted"]:
         assert point["file_bytes"] <= point["budget_bytes"]
     levels = [(point["number"], point["per_channel"]) for point in curve["uniform"]]
-    assert levels == [(2**bits, False) for bits in range(1, 9)]
+    assert levels == [(2**bits, False) for bits in range(1, 8)]
     top1 = np.array([point["top1_percent"] for point in curve["fitted"]])
     assert top1[-1] > 90 and np.all(top1 <= 100)
     page = (output / "report.html").read_text()

@@ -67,3 +67,13 @@ class Budget:
     def limits(self) -> dict[str, float]:
         """{name of a field: limit} of the fields that have one."""
         return {field: limit for field, limit in dataclasses.asdict(self).items() if limit is not None}
+
+
+class BudgetError(ValueError):
+    """No assignment is within the budget.
+
+    Example:
+      >>> from tf_repvgg.quantization.fitting import BudgetError
+      >>> issubclass(BudgetError, ValueError)
+      True
+    """

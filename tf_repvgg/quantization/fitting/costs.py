@@ -42,11 +42,13 @@ class FitTarget:
       numbers: {kind of grid: numbers of clusters or bits that differ in cost on this target}.
       estimate: Function (shape, kind of grid, level) -> bytes of a layer; None if the target's compiler decides.
       costs: {field of `Budget`: key in the target's record}; "latency" stands for a measurement in LiteRT.
+      needs_compression: Whether the target refuses files in which no layer is compressed.
     """
 
     numbers: Mapping[str, tuple[int, ...]]
     estimate: Callable[[Shape, str, Level], int] | None
     costs: Mapping[str, str]
+    needs_compression: bool = False
 
 
 def _add_scales(weight_bytes, shape, level, copies=2):
@@ -75,13 +77,16 @@ FIT_TARGETS = {
         {"codebook": _CLUSTERS, "uniform": tuple(WEIGHT_BITS)},
         _estimate_lut,
         {"file_bytes": "file_bytes", "arena_bytes": "arena_bytes"},
+        needs_compression=True,
     ),
     "litert_int8": FitTarget(
         {"codebook": _CLUSTERS[-1:], "uniform": tuple(WEIGHT_BITS[-1:])},
         _estimate_int8,
         {"file_bytes": "file_bytes", "time_ms": "latency"},
     ),
-    "litert_int4": FitTarget({"uniform": (4, 8)}, _estimate_int4, {"file_bytes": "file_bytes", "time_ms": "latency"}),
+    "litert_int4": FitTarget(
+        {"uniform": (4, 8)}, _estimate_int4, {"file_bytes": "file_bytes", "time_ms": "latency"}, needs_compression=True
+    ),
 } | {
     name.replace("-", "_"): FitTarget(
         {"codebook": _CLUSTERS, "uniform": tuple(WEIGHT_BITS)},

@@ -17,7 +17,7 @@ from tf_repvgg.quantization.checks import check_fused
 from tf_repvgg.quantization.exportability import check_exportable
 from tf_repvgg.quantization.fitting import costs as target_costs
 from tf_repvgg.quantization.fitting.assignment import GRIDS, Assignment, FittedLayer, Level
-from tf_repvgg.quantization.fitting.budget import Budget
+from tf_repvgg.quantization.fitting.budget import Budget, BudgetError
 from tf_repvgg.quantization.fitting.choice import choose
 from tf_repvgg.quantization.fitting.costs import FIT_TARGETS, Shape
 from tf_repvgg.quantization.fitting.outputs import OutputError
@@ -43,16 +43,6 @@ _ESTIMATED = ("file_bytes", "time_ms")
 _LARGEST_ROUNDS = 8
 # Number of uniform choices that the local search starts from, beside the exact one.
 _UNIFORM_STARTS = 2
-
-
-class BudgetError(ValueError):
-    """No assignment is within the budget.
-
-    Example:
-      >>> from tf_repvgg.quantization.fitting import BudgetError
-      >>> issubclass(BudgetError, ValueError)
-      True
-    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +230,10 @@ class Fitter:
         started = time.monotonic()
         allowed = {name: list(levels) for name, levels in self.costs.items()}
         offsets = self.compare_with_estimate(self.smallest)
+        self._check_arena(limits)
         for _ in range(_LARGEST_ROUNDS):
             levels, record = self._choose(limits, offsets, allowed)
+            self._check_compression(levels, limits)
             fitted = self.build(levels, fields=limits)
             measured = fitted.assignment.measured
             exceeded = [field for field, limit in limits.items() if measured[field] > limit]
@@ -253,6 +245,34 @@ class Fitter:
                 self._leave_uncompressed(allowed, fitted, limits)
             offsets = self.compare_with_estimate(fitted)
         raise BudgetError(f"{describe_costs(limits)} was missed: the last file has {describe_costs(measured, limits)}")
+
+    def _check_arena(self, limits):
+        """Refuses arenas that not even the file without compression has, whose arena is the smallest."""
+        smallest = self.smallest.built.record.get("arena_bytes_of_int8_file", 0)
+        if limits.get("arena_bytes", smallest) < smallest:
+            raise BudgetError(
+                f"{describe_costs(limits)} cannot be met on {self.target}: the smallest arena, with 8 bits in each "
+                f"layer, has {smallest:,} bytes"
+            )
+
+    def _check_compression(self, levels, limits):
+        """Refuses budgets within which nothing needs to be compressed, if the target is for compressed files only."""
+        target = FIT_TARGETS[self.target]
+        largest = target.numbers[self.grid][-1]
+        if target.needs_compression and all(level.number == largest for level in levels.values()):
+            raise BudgetError(
+                f"{describe_costs(limits)} leaves room for 8 bits in each layer, {self.estimate_bytes(levels):,} bytes, "
+                "for which there is the target litert_int8"
+            )
+
+    def estimate_bytes(self, levels: Levels) -> int:
+        """The bytes of the target's file, as estimated.
+
+        Args:
+          levels: {layer: level in `costs`}.
+        """
+        graph_bytes = self.compare_with_estimate(self.smallest)["file_bytes"]
+        return round(graph_bytes + sum(self.costs[name][level][0] for name, level in levels.items()))
 
     def _choose(self, limits, offsets, allowed):
         """Levels within the limits, and a record of the search."""
@@ -303,8 +323,15 @@ class Fitter:
     @functools.cached_property
     def smallest(self) -> Fitted:
         """The network with the fewest bytes, quantized without learning."""
-        levels = {name: min(costs, key=lambda level: costs[level][0]) for name, costs in self.costs.items()}
-        return self.build(levels, START_METHODS[self.grid])
+        return self.build(self.find_extremes()[0], START_METHODS[self.grid])
+
+    def find_extremes(self) -> tuple[dict[str, Level], dict[str, Level]]:
+        """The levels with the fewest bytes, and those with the largest numbers and then the fewest bytes."""
+        smallest = {name: min(costs, key=lambda level: costs[level][0]) for name, costs in self.costs.items()}
+        largest = {
+            name: min(costs, key=lambda level: (-level.number, costs[level][0])) for name, costs in self.costs.items()
+        }
+        return smallest, largest
 
     def _leave_uncompressed(self, allowed, fitted, limits):
         """Bars the levels that make the arena large: TFLite Micro unpacks a compressed layer there."""
