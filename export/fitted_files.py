@@ -69,9 +69,7 @@ def settle_flags() -> None:
         FLAGS.granularity = list(GRANULARITIES)
     levels = check_settings(target, FLAGS.ptq, FLAGS.granularity)
     if FLAGS.fit_curve and len({level.number for level in levels}) < 2:
-        raise ValueError(
-            f"--fit_curve has no effect with --targets={target}, whose layers all have 8 bits; leave it out"
-        )
+        raise ValueError(f"--fit_curve has no effect with --targets={target}, where all layers have 8 bits")
     check_budget(FLAGS.fit, target)
 
 

@@ -26,8 +26,18 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def fitter(images):
-    return Fitter(build_measured_repvgg(), "tflm_lut", images, "codebook", evaluations=10)
+def digits_images(digits):
+    return np.stack(list(digits.calibration(24).as_numpy_iterator()))
+
+
+@pytest.fixture(scope="module")
+def fitter(fused_digits, digits_images):
+    return Fitter(fused_digits, "tflm_lut", digits_images, "codebook", evaluations=6)
+
+
+def find_budget(fitter, share):
+    """A share of the bytes of a file of 8 bits."""
+    return Budget(file_bytes=int(share * fitter.estimate_bytes(fitter.find_extremes()[1])))
 
 
 def make_problem(seed):
@@ -133,7 +143,7 @@ def test_estimates_are_close_to_files(fitter):
     for pick in (min, max):
         levels = {name: pick(costs, key=lambda level: costs[level][0]) for name, costs in fitter.costs.items()}
         constants.append(fitter.compare_with_estimate(fitter.build(levels))["file_bytes"])
-    assert abs(constants[0] - constants[1]) < 600
+    assert abs(constants[0] - constants[1]) < 1000
 
 
 def test_a_file_fits_and_serves_better_than_a_uniform_one(fitter):
@@ -156,9 +166,9 @@ def test_a_file_fits_and_serves_better_than_a_uniform_one(fitter):
     assert len(table) == len(assignment.layers) + 3
 
 
-def test_an_assignment_is_taken_where_numbers_of_clusters_are(fitter, images):
-    model = build_measured_repvgg()
-    assignment = fitter.fit(Budget(file_bytes=9000)).assignment
+def test_an_assignment_is_taken_where_numbers_of_clusters_are(fitter, fused_digits, digits_images):
+    model, images = fused_digits, digits_images
+    assignment = fitter.fit(find_budget(fitter, 0.5)).assignment
     granularities = assignment.per_channel
     quantized = ptq.quantize(
         model, "codebook", number_of_clusters=assignment, per_channel=granularities, calibration=images
@@ -181,19 +191,17 @@ def test_budgets_that_cannot_be_met(fitter):
         fitter.fit("weights:500B")
     with pytest.raises(BudgetError, match=r"an arena of 100 bytes cannot be met .* the smallest arena"):
         fitter.fit("arena:100B")
-    with pytest.raises(BudgetError, match=r"leaves room for 8 bits in each layer, [\d,]+ bytes, .* litert_int8"):
-        fitter.fit("weights:1MB")
+    with pytest.raises(BudgetError, match=r"leaves room for 8 bits in each layer, [\d,]+ bytes; .* litert_int8"):
+        fitter.fit("weights:9MB")
     with pytest.raises(ValueError, match="does not report a time; a budget for it may hold: file, arena"):
         fitter.fit("time:5ms")
 
 
-def test_an_arena_leaves_layers_uncompressed(fused_digits):
+def test_an_arena_leaves_layers_uncompressed(fitter):
     """TFLite Micro unpacks weights into the arena."""
-    fitter = Fitter(fused_digits, "tflm_lut", random_images(8, (8, 8, 1)), "codebook", ["per_tensor"], evaluations=0)
     smallest = fitter.smallest.assignment.measured["arena_bytes"]
     assert smallest > fitter.smallest.built.record["arena_bytes_of_int8_file"]
-    _, largest = fitter.find_extremes()
-    limits = Budget(file_bytes=int(0.9 * fitter.estimate_bytes(largest)), arena_bytes=int(smallest) - 1)
+    limits = Budget(find_budget(fitter, 0.9).file_bytes, int(smallest) - 1)
     measured = fitter.fit(limits).assignment.measured
     assert all(measured[field] <= limit for field, limit in limits.limits().items())
 

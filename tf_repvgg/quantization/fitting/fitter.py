@@ -260,9 +260,9 @@ class Fitter:
         target = FIT_TARGETS[self.target]
         largest = target.numbers[self.grid][-1]
         if target.needs_compression and all(level.number == largest for level in levels.values()):
+            size = f"{self.estimate_bytes(levels):,} bytes"
             raise BudgetError(
-                f"{describe_costs(limits)} leaves room for 8 bits in each layer, {self.estimate_bytes(levels):,} bytes, "
-                "for which there is the target litert_int8"
+                f"{describe_costs(limits)} leaves room for 8 bits in each layer, {size}; take the target litert_int8"
             )
 
     def estimate_bytes(self, levels: Levels) -> int:
