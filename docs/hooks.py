@@ -22,7 +22,7 @@ PROGRAMS = ("train/main.py", "export/main.py", "export/benchmark.py")
 # Packages whose public classes and functions the API reference must describe.
 PUBLIC_MODULES = (
     *("layers", "models", "checkpoints", "fusion", "outliers", "tflite", "tflite.targets", "data", "report"),
-    *("quantization", "quantization.qat", "quantization.qat.clustering", "quantization.ptq"),
+    *("quantization", "quantization.qat", "quantization.qat.clustering", "quantization.ptq", "quantization.fitting"),
 )
 
 # Whatever a page loads by itself; links to follow may lead anywhere.

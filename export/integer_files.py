@@ -61,7 +61,7 @@ flags.DEFINE_enum(
 
 # Flags that shape files of a float model only: training has quantized the other models already.
 _FLOAT_MODEL_FLAGS = (
-    *("weight_bits", "granularity", "layer_bits"),
+    *("fit", "weight_bits", "granularity", "layer_bits"),
     *("ptq", "ptq_iterations", "ptq_seed", "number_of_clusters", "activation_bits"),
 )
 _WEIGHT_BITS = tuple("2345678")
@@ -151,6 +151,11 @@ class Request:
         return tflite.resolve_inference_type(self.settings.inference_type, self.activation_bits)
 
     @functools.cached_property
+    def calibration_images(self) -> list[np.ndarray]:
+        """All calibration images."""
+        return list(self.calibration.as_numpy_iterator())
+
+    @functools.cached_property
     def fidelity_images(self) -> np.ndarray:
         """Images on which the activations of each layer are compared, [count, height, width, channels]."""
         return np.stack(list(self.calibration.take(_FIDELITY_IMAGES).as_numpy_iterator()))
@@ -238,7 +243,7 @@ def convert_quantized(request: Request) -> IntegerFile:
     """Makes the one file of a quantized model, with its codes and ranges."""
     with cli.bad_input_exits():
         content = tflite.convert(request.model, inference_type=request.inference_type, metadata=request.metadata)
-    record = {"weights": "as trained", "layers": _compare_layers(content, request.model, request)}
+    record = {"weights": "as trained", "layers": compare_layers(content, request.model, request)}
     return IntegerFile(f"{request.inference_type}_trained.tflite", record, content)
 
 
@@ -253,15 +258,15 @@ def round_weights(request: Request) -> Iterator[IntegerFile]:
         record = _describe(request, bits, granularity, started)
         if wide := tflite.find_wide_weights(content, bits):
             record["notes"] = [describe_wide_weights(wide)]
-        record["layers"] = _compare_layers(content, request.file_model, request)
+        record["layers"] = compare_layers(content, request.file_model, request)
         yield IntegerFile(_name_file(request, bits, granularity), record, content)
 
 
 def quantize(request: Request, finished_work: storage.FinishedWork) -> Iterator[IntegerFile]:
     """Makes a file for every width and granularity by a method of post-training quantization."""
     settings = request.settings
-    images = list(request.calibration.as_numpy_iterator()) if ptq.needs_calibration(settings.ptq) else None
-    inputs = _inputs_of_all_files(request, images)
+    images = request.calibration_images if ptq.needs_calibration(settings.ptq) else None
+    inputs = describe_inputs(request, images)
     for bits, granularity in _widths_and_granularities(request):
         name = _name_file(request, bits, granularity)
         inputs |= {"weight_bits": settings.bits_by_pattern(bits), "granularity": granularity}
@@ -274,8 +279,13 @@ def quantize(request: Request, finished_work: storage.FinishedWork) -> Iterator[
         yield file
 
 
-def _inputs_of_all_files(request, images):
-    """Everything that files depend on beside bits and granularity, JSON-serializable."""
+def describe_inputs(request: Request, images: list[np.ndarray] | None) -> dict[str, Any]:
+    """Everything that files depend on beside bits and granularity, JSON-serializable.
+
+    Args:
+      request: The model, and the files to make from it.
+      images: Calibration images; None for methods that need none.
+    """
     settings = dataclasses.asdict(request.settings)
     for name in ("weight_bits", "granularities", "layer_bits"):
         del settings[name]
@@ -315,7 +325,7 @@ def _quantize_once(request, images, bits, granularity, name):
     record = _describe(request, bits, granularity, started)
     record |= {"layer_bits": settings.layer_bits, "notes": network.notes}
     # Not compared with the request's model: methods such as equalize change the float weights before they are rounded.
-    record["layers"] = _compare_layers(content, network.float, request)
+    record["layers"] = compare_layers(content, network.float, request)
     return IntegerFile(name, record, content)
 
 
@@ -338,6 +348,12 @@ def _describe(request, bits, granularity, started) -> dict[str, Any]:
     }
 
 
-def _compare_layers(content, model, request):
-    """The fidelity of each layer, for JSON."""
+def compare_layers(content: bytes, model: keras.Model, request: Request) -> list[dict[str, Any]]:
+    """The fidelity of each layer, for JSON.
+
+    Args:
+      content: Integer file.
+      model: Float model that was rounded.
+      request: Request of the file.
+    """
     return [dataclasses.asdict(layer) for layer in tflite.layers(content, model, request.fidelity_images)]

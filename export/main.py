@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import io
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from typing import Any
 from tf_repvgg import cli, fusion, outliers, provenance, report, runs, storage, tflite
 
 # isort: split
+import fitted_files
 import integer_files
 import numpy as np
 import sources
@@ -42,7 +43,7 @@ flags.DEFINE_integer("latency_runs", 100, "Number of timed inferences, 50 or mor
 flags.register_validator("latency_runs", lambda count: count == 0 or count >= 50, "must be 0, or 50 or more")
 flags.DEFINE_integer("threads", 1, "Interpreter threads of the timed inferences.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_bool("outliers_only", False, "Print the outliers of the network's weights; export nothing.")
-for module in (sources, integer_files):
+for module in (sources, integer_files, fitted_files):
     flags.adopt_module_key_flags(module)  # so that export.json holds them
 
 DOCUMENTS = ("export.json", "predictions.npz", "report.html")
@@ -114,10 +115,7 @@ def main(_):
     for note in source.notes:
         print(note)
     workdir = source.write_run(output)
-    exports = [
-        Export(file, build_targets(file.name, file.content))
-        for file in integer_files.make_files(request, finished_work)
-    ]
+    exports = [Export(file, build_targets(file.name, file.content)) for file in make_files(request, finished_work)]
     write_files(output, exports)  # now that no target refuses one
     evaluation = evaluate(source.data, forms, exports)
     write_predictions(output / "predictions.npz", evaluation)
@@ -125,6 +123,8 @@ def main(_):
     if FLAGS.report and not request.is_quantized:
         record |= describe_activations(request.model, source.data)
     record["files"] = [describe_export(export, forms.reference, evaluation) for export in exports]
+    if FLAGS.fit_curve:
+        record["fit_curve"] = fitted_files.measure_curve(request, finished_work, source.data, FLAGS.evaluation_split)
     record["machine"] = provenance.machine()
     storage.write_json(output / "export.json", record)
     if request.is_resumable:
@@ -137,6 +137,7 @@ def main(_):
 
 def read_settings() -> integer_files.Settings:
     """Checks all flags whose check needs no model, and returns those that describe the files."""
+    fitted_files.settle_flags()
     settings = integer_files.read_settings()
     targets.check_installed(targets.parse(FLAGS.targets))
     if FLAGS.report:
@@ -177,6 +178,13 @@ def make_request(settings: integer_files.Settings, source: sources.Source, forms
     return request
 
 
+def make_files(
+    request: integer_files.Request, finished_work: storage.FinishedWork
+) -> Iterator[integer_files.IntegerFile]:
+    """Makes the files of the flags one after the other, or with --fit the one that fits."""
+    return (fitted_files if FLAGS.fit else integer_files).make_files(request, finished_work)
+
+
 def build_targets(name: str, content: bytes) -> dict[str, targets.Built]:
     """Builds one file for every target; exits if a target refuses it."""
     results = {}
@@ -193,6 +201,8 @@ def write_files(output: Path, exports: Iterable[Export]) -> None:
     """Writes the integer files, and the files of the targets beside them."""
     for export in exports:
         storage.write_bytes(output / export.file.name, export.file.content)
+        if FLAGS.fit:
+            storage.write_bytes(output / fitted_files.FLAGFILE, fitted_files.format_flagfile(export.file.record))
         target_files = itertools.chain.from_iterable(result.files.items() for result in export.targets.values())
         for suffix, content in target_files:
             storage.write_bytes(output / f"{export.file.name.removesuffix('.tflite')}{suffix}", content)
@@ -295,6 +305,8 @@ def print_table(record: Mapping[str, Any]) -> None:
         print(f"latency: {FLAGS.latency_runs} runs, {FLAGS.threads} thread(s), LiteRT with XNNPACK")
     print()
     for entry in files:
+        for line in fitted_files.describe_margins(entry) if FLAGS.fit else ():
+            print(f"{entry['file']}, {line}")
         for target, measurements in entry["targets"].items():
             numbers = {key: value for key, value in measurements.items() if _is_number(value)}
             print(

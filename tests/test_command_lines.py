@@ -12,7 +12,8 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 from absl import flags as absl_flags
-from helpers.bad_commands import BAD_COMMANDS, TRAIN
+from helpers.bad_commands import BAD_COMMANDS
+from helpers.bad_training_commands import TRAIN
 from PIL import Image
 
 from tf_repvgg import cli, runs, storage

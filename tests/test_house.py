@@ -40,6 +40,7 @@ FLOORS = (
     ("quantization", "runs"),
     ("quantization.ptq", "quantization.qat"),
     ("tflite",),
+    ("quantization.fitting",),
     ("training",),
     ("report",),
     ("cli", "image_flags"),

@@ -33,6 +33,7 @@ def test_the_committed_page_is_what_the_program_writes(results):
 def test_the_committed_pages_are_what_the_experiments_write(results):
     """Without low_bit.md, which test_low_bit.py renders from the fine-tunings."""
     from harness.any_model import page as any_model
+    from harness.fit import page as fit
     from harness.oabn_limit import clip_page, codebook_page
     from harness.pages import int8_collapse, min_max, recipes, targets
     from harness.ptq import page as ptq
@@ -42,6 +43,7 @@ def test_the_committed_pages_are_what_the_experiments_write(results):
         "any_model": any_model,
         "clip_limit": clip_page,
         "codebook_limit": codebook_page,
+        "fit": fit,
         "int8_collapse": int8_collapse,
         "min_max": min_max,
         "ptq": ptq,

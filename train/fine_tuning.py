@@ -41,11 +41,11 @@ flags.DEFINE_string(
     "Bits of LSQ's weights, 2 to 8, by default 4; or by layer name, 'stem=8,logits=8,.*=4', of which the first match "
     "wins.",
 )
-flags.DEFINE_enum(
+flags.DEFINE_string(
     "granularity",
     "per_tensor",
-    list(GRANULARITIES),
-    "Whether each layer or each output channel has its own codebook or grid.",
+    "Whether each layer or each output channel has its own codebook or grid: per_tensor or per_channel; or by layer "
+    "name, 'stem=per_channel,.*=per_tensor', of which the first match wins.",
 )
 flags.DEFINE_enum(
     "cluster_centroids_init",
@@ -244,13 +244,12 @@ class FineTuning:
 
     def _prepare(self, network, steps):
         """The network to train; `network` and `steps` are those of `_start`."""
-        per_channel = FLAGS.granularity == "per_channel"
         match FLAGS.quantize:
             case "lsq":
                 return quantization.learned_step_quantize(
                     network,
                     FLAGS.weight_bits,
-                    per_channel,
+                    FLAGS.granularity,
                     steps=steps,
                     activation_bits=int(FLAGS.activation_bits),
                     calibration=self._calibration(),
@@ -260,7 +259,7 @@ class FineTuning:
                     network,
                     FLAGS.number_of_clusters,
                     self._centroids_init(),
-                    per_channel,
+                    FLAGS.granularity,
                     self._gradient_aggregation(),
                     centroid_update_rate=FLAGS.centroid_update_rate,
                     centroid_update_steps=FLAGS.centroid_update_steps,
@@ -276,7 +275,7 @@ class FineTuning:
                     self._base,
                     FLAGS.number_of_clusters,
                     self._centroids_init() or kmeans_plus_plus,
-                    per_channel,
+                    FLAGS.granularity == "per_channel",
                     self._gradient_aggregation(),
                 )
             case "tfmot_quantization":
@@ -295,7 +294,7 @@ class FineTuning:
         quantized = quantization.ptq.quantize(
             self._base,
             FLAGS.ptq_start,
-            per_channel=FLAGS.granularity == "per_channel",
+            per_channel=FLAGS.granularity,
             calibration=self._calibration(),
             activation_bits=int(FLAGS.activation_bits),
             seed=self._seed,
@@ -322,6 +321,14 @@ class FineTuning:
 
 
 def _check_flags(init_from):
+    if "=" in FLAGS.granularity and FLAGS.quantize == "tfmot_clustering":
+        raise ValueError(
+            f"--granularity={FLAGS.granularity} does not go with --quantize=tfmot_clustering, which takes one for all "
+            f"layers: {', '.join(GRANULARITIES)}"
+        )
+    names = [part.rpartition("=")[2] for part in FLAGS.granularity.split(",")]
+    if unknown := [name for name in names if name not in GRANULARITIES]:
+        raise ValueError(f"--granularity holds {unknown[0]!r}; known: {', '.join(GRANULARITIES)}")
     methods = _PTQ_STARTS.get(FLAGS.quantize, ())
     if FLAGS.ptq_start and FLAGS.ptq_start not in methods:
         raise ValueError(

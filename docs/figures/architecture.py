@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "docs" / "images" / "architecture.svg"
 PACKAGE = "tf_repvgg"
 # Packages drawn apart from the package around them.
-WINGS = ("quantization.ptq", "quantization.qat", "tflite.targets")
+WINGS = ("quantization.fitting", "quantization.ptq", "quantization.qat", "tflite.targets")
 PROGRAMS = ("train/", "export/", "experiments/", "benchmarks/")
 
 WIDTH, ROW, BOX_HEIGHT, MARGIN = 900, 92, 40, 20

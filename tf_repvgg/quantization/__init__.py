@@ -1,8 +1,9 @@
 """Number formats for weights and activations, and the methods that bring a network into them.
 
 Every method ends in a Keras model of `QuantizedLayer`s and `ActivationQuantizer`s, which `tf_repvgg.tflite.convert`
-writes code for code. `qat` holds quantization-aware training, `ptq` post-training quantization. Both are imported on
-first use, since tensorflow-model-optimization, which `qat` extends, takes more than a second to import.
+writes code for code. `qat` holds quantization-aware training, `ptq` post-training quantization, and `fitting` the
+choice of levels for a budget, which needs the files of `tf_repvgg.tflite`. All are imported on first use, since
+tensorflow-model-optimization, which `qat` extends, takes more than a second to import.
 """
 
 import importlib
@@ -23,7 +24,8 @@ from tf_repvgg.quantization.quantized_model import QuantizedModel
 from tf_repvgg.quantization.uniform import GRANULARITIES, QuantizedKernel, quantize_min_max
 
 if TYPE_CHECKING:
-    from tf_repvgg.quantization import ptq, qat
+    from tf_repvgg.quantization import fitting, ptq, qat
+    from tf_repvgg.quantization.fitting import fit
     from tf_repvgg.quantization.qat import (
         cluster_quantize,
         learned_step_quantize,
@@ -42,6 +44,8 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedModel",
     "cluster_quantize",
+    "fit",
+    "fitting",
     "learned_step_quantize",
     "make_quantized_layer",
     "ptq",
@@ -53,17 +57,18 @@ __all__ = [
     "strip_learned_step",
 ]
 
-_LAZY_MODULES = ("ptq", "qat")
+_LAZY_MODULES = ("fitting", "ptq", "qat")
 
 lazy_layers.register()
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `ptq` and `qat`, and functions of the latter, on first use."""
+    """Imports `fitting`, `ptq` and `qat`, and functions of the first and the last, on first use."""
     if name in _LAZY_MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
-        return getattr(importlib.import_module(f"{__name__}.qat"), name)
+        wing = "fitting" if name == "fit" else "qat"
+        return getattr(importlib.import_module(f"{__name__}.{wing}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

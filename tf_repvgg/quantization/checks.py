@@ -3,6 +3,7 @@
 import numbers
 from collections.abc import Mapping
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
@@ -10,7 +11,7 @@ from tf_repvgg import by_name, graph
 from tf_repvgg.layers import ReparameterizedBlock
 from tf_repvgg.quantization.codebooks import NUMBERS_OF_CLUSTERS
 from tf_repvgg.quantization.quantized_layers import WEIGHTED_LAYERS, holds_float_kernel, name_weighted_layers
-from tf_repvgg.quantization.uniform import WEIGHT_BITS
+from tf_repvgg.quantization.uniform import GRANULARITIES, WEIGHT_BITS
 
 
 def check_fused(model: keras.Model) -> None:
@@ -94,6 +95,46 @@ def clusters_by_layer(
     return _numbers_by_layer(model, number_of_clusters, "numbers of clusters", NUMBERS_OF_CLUSTERS, classes)
 
 
+def per_channel_by_layer(
+    model: keras.Model,
+    per_channel: bool | str | Mapping[str, bool],
+    classes: tuple[type, ...] = WEIGHTED_LAYERS,
+) -> dict[str, bool]:
+    """Resolves for each layer of a model whether every output channel has a scale or a codebook of its own.
+
+    Args:
+      model: Functional model.
+      per_channel: Whether it has, or that by pattern of layer names, first match wins; also as text with names of
+        granularities: "stem=per_channel,.*=per_tensor".
+      classes: Classes of the layers.
+
+    Returns:
+      {layer name as in `tf_repvgg.graph.unique_names`: whether it has}.
+
+    Raises:
+      ValueError: If a granularity is unknown, a pattern matches no layer or comes too late, or a layer matches no
+        pattern.
+
+    Example:
+      >>> import tf_keras as keras
+      >>> from tf_repvgg.quantization import checks
+      >>> model = keras.Sequential([keras.layers.Dense(2, name="stem"), keras.layers.Dense(2, name="logits")])
+      >>> model.build((None, 3))
+      >>> checks.per_channel_by_layer(model, "stem=per_channel,.*=per_tensor")
+      {'stem': True, 'logits': False}
+    """
+
+    def parse_granularity(value):
+        if value in GRANULARITIES:
+            return value == "per_channel"
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"a granularity is {value!r}; known: {', '.join(GRANULARITIES)}")
+        return bool(value)
+
+    values = by_name.parse(per_channel, parse_granularity, "granularities")
+    return by_name.resolve(values, _find_weighted_layers(model, classes), "granularities")
+
+
 def _numbers_by_layer(model, value, description, allowed, classes):
     def parse_number(number):
         if isinstance(number, str) and number.isascii() and number.isdigit():
@@ -106,6 +147,11 @@ def _numbers_by_layer(model, value, description, allowed, classes):
         return int(number)
 
     values = by_name.parse(value, parse_number, description)
+    return by_name.resolve(values, _find_weighted_layers(model, classes), description)
+
+
+def _find_weighted_layers(model, classes):
+    """The names of the layers of some classes whose weights are not on a grid already; at least one."""
     unique_names = graph.unique_names(model)
     layer_names = [unique_names[id(layer)] for layer in graph.leaves(model) if holds_float_kernel(layer, classes)]
     if not layer_names:
@@ -113,4 +159,4 @@ def _numbers_by_layer(model, value, description, allowed, classes):
             f"{model.name!r} has no {name_weighted_layers('or')} layer of its own, whose weights could be "
             "quantized; tf_repvgg.tflite.convert writes its other weights with 8 bits"
         )
-    return by_name.resolve(values, layer_names, description)
+    return layer_names

@@ -1,7 +1,8 @@
 """The plots of a report. Each function returns SVG, and takes the height in inches as a keyword."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -128,15 +129,20 @@ def draw_size_and_accuracy(axes: Axes, runs: Sequence[Run]) -> str:
     sizes, accuracies = [point[0] for point in front], [point[1] for point in front]
     axes.plot(sizes, accuracies, color=INK, linewidth=0.8, alpha=0.6, label="Pareto front")
     axes.scatter(sizes, accuracies, s=80, facecolor="none", edgecolor=INK, linewidth=0.8)
+    _label_sizes(axes, "file size")
+    return "Top-1 by file size. On the Pareto front: " + "; ".join(
+        f"{' '.join(filter(None, [title, label]))} {size:,} bytes {top1:.1f} %" for size, top1, label, title, _ in front
+    )
+
+
+def _label_sizes(axes, label):
+    """Labels a logarithmic axis of bytes, and one of accuracy."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.xaxis.set_minor_formatter(EngFormatter(unit="B"))
     axes.tick_params(axis="x", which="both", labelrotation=30)
-    axes.set(xlabel="file size", ylabel="top-1, percent")
+    axes.set(xlabel=label, ylabel="top-1, percent")
     add_legend(axes)
-    return "Top-1 by file size. On the Pareto front: " + "; ".join(
-        f"{' '.join(filter(None, [title, label]))} {size:,} bytes {top1:.1f} %" for size, top1, label, title, _ in front
-    )
 
 
 def _list_sizes(run):
@@ -148,6 +154,30 @@ def _list_sizes(run):
                 yield entry["file_bytes"], entry["top1_percent"], f"{file.label}, {target}", run.title, True
         if file.packed_bytes < file.record["file_bytes"]:
             yield file.packed_bytes, file.top1, file.label, run.title, False
+
+
+@return_svg
+def draw_fit_curve(axes: Axes, curve: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Top-1 by size of the target's file: fitted levels as a line, uniform ones as points, by granularity."""
+    series = {"fitted to the size": list(curve["fitted"])}
+    for point in curve["uniform"]:
+        series.setdefault(f"uniform, {point['name'].partition(' ')[2]}", []).append(point)
+    for number, (name, points) in enumerate(series.items()):
+        axes.plot(
+            [point["file_bytes"] for point in points],
+            [point["top1_percent"] for point in points],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle=":" if number else "-",
+            linewidth=0.8 if number else 1.4,
+            markersize=5,
+            label=name,
+        )
+    _label_sizes(axes, "size of the target's file")
+    return "Top-1 by size of the target's file. " + "; ".join(
+        f"{name}: " + ", ".join(f"{point['file_bytes']:,} bytes {point['top1_percent']:.1f} %" for point in points)
+        for name, points in series.items()
+    )
 
 
 @return_svg

@@ -64,6 +64,7 @@ def render(runs: Sequence[Run]) -> str:
         outliers=figures.draw_outliers(runs, height=1.2 + 0.22 * layers),
         sizes=figures.draw_size_and_accuracy(runs, height=_height_with_legend(2 * len(runs) + 1)),
         latencies=_draw_latencies(runs, name),
+        fit_curves=_draw_fit_curves(runs),
         details=[_describe_predictions(run, run.find_file(name)) for run in detailed],
         targets=_tabulate_targets(runs),
         extreme_factor=outliers.EXTREME_FACTOR,
@@ -124,6 +125,12 @@ def _draw_latencies(runs, name):
     threads = files[0].record["latency_threads"]
     titles = {f"LiteRT, {threads} thread{'s' * (threads > 1)}": measured, "Ethos-U, estimated by Vela": estimated}
     return [figures.draw_latency(bars, title, height=0.9 + 0.38 * len(bars)) for title, bars in titles.items() if bars]
+
+
+def _draw_fit_curves(runs):
+    """[(title of a run, figure)] of the exports that have measured budgets."""
+    curves = [(run.title, export["fit_curve"]) for run in runs for export in run.exports if "fit_curve" in export]
+    return [(title, figures.draw_fit_curve(curve, height=_height_with_legend(3))) for title, curve in curves]
 
 
 def _height_with_legend(entries):

@@ -71,7 +71,7 @@ class Cell:
     def find_inputs(self, settings: Settings) -> dict:
         """Everything that the result depends on, except the program itself."""
         return {
-            "model_sha256": _hash_model(self.workdir),
+            "model_sha256": hash_model(self.workdir),
             "method": self.method,
             "weight_bits": self.bits,
             "granularity": self.granularity,
@@ -96,7 +96,7 @@ def _end_with_parent():
 
 def measure(cell: Cell, settings: Settings) -> dict:
     """Quantizes the model of a cell, writes the file and runs it over the test split."""
-    fused, data = _load_fused(cell.workdir), _load_data(cell.workdir, settings)
+    fused, data = load_fused(cell.workdir), load_data(cell.workdir, settings)
     per_channel = cell.granularity == "per_channel"
     started, notes = time.monotonic(), []
     if cell.method.startswith(AI_EDGE):
@@ -129,23 +129,34 @@ def measure(cell: Cell, settings: Settings) -> dict:
 
 def measure_float(workdir: str, settings: Settings) -> float:
     """Top-1 in percent of the float model."""
-    return _percent(_classify_in_float(workdir, settings) == _load_data(workdir, settings).labels)
+    return _percent(_classify_in_float(workdir, settings) == load_data(workdir, settings).labels)
 
 
 @functools.lru_cache
-def _hash_model(workdir):
+def hash_model(workdir: str) -> str:
+    """The hash of the model in a workdir."""
     return runs.model_sha256(workdir)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Data:
+class Data:
+    """Images of a model, normalized.
+
+    Attributes:
+      calibration: Calibration images, without labels.
+      images: Test images.
+      labels: Their classes.
+      input_range: Lowest and highest value of a normalized image.
+    """
+
     calibration: np.ndarray
     images: np.ndarray
     labels: np.ndarray
     input_range: tuple[float, float]
 
 
-def _load_data(workdir, settings):
+def load_data(workdir: str, settings: Settings) -> Data:
+    """The images of the model in a workdir."""
     # By content: models that were trained on the same images share them.
     return _load_images(json.dumps(runs.read_input(workdir)), settings)
 
@@ -160,23 +171,24 @@ def _load_images(metadata, settings):
     calibration = np.stack(list(data.calibration(settings.calibration_images).as_numpy_iterator()))
     images, labels = map(np.concatenate, zip(*data.evaluation("test").as_numpy_iterator(), strict=True))
     count = settings.test_images
-    return _Data(calibration, images[:count], labels[:count], preprocessing.range())
+    return Data(calibration, images[:count], labels[:count], preprocessing.range())
 
 
 @functools.lru_cache(1)
-def _load_fused(workdir):
+def load_fused(workdir: str) -> keras.Model:
+    """The fused model in a workdir."""
     return fusion.fuse(runs.load_model(workdir))
 
 
 @functools.lru_cache(1)
 def _load_float_file(workdir):
-    return tflite.convert_float(_load_fused(workdir))
+    return tflite.convert_float(load_fused(workdir))
 
 
 @functools.lru_cache(8)
 def _classify_in_float(workdir, settings):
-    predict = _load_fused(workdir).predict
-    return np.argmax(predict(_load_data(workdir, settings).images, batch_size=250, verbose=0), axis=1)
+    predict = load_fused(workdir).predict
+    return np.argmax(predict(load_data(workdir, settings).images, batch_size=250, verbose=0), axis=1)
 
 
 def _percent(matches):

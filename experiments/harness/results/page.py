@@ -8,6 +8,7 @@ import jinja2
 
 from harness.any_model import page as any_model_page
 from harness.commands import CHECKPOINTS
+from harness.fit import page as fit_page
 from harness.low_bit import page as low_bit_page
 from harness.mobileone import page as mobileone_page
 from harness.oabn_limit import clip_page, codebook_page
@@ -19,6 +20,7 @@ from harness.pages import targets as targets_page
 from harness.ptq import page as ptq_page
 from harness.reliability import page as reliability_page
 from harness.results import cost_tables, headline, sources
+from harness.results.fit_source import Fit
 from harness.results.mobileone_source import MobileOneCifar, MobileOneImageNet
 from harness.tables import make_bits_table, wrap_page
 
@@ -83,6 +85,7 @@ def _make_sources(results, folder):
         "ptq_methods": headline.count_ptq_methods(results["ptq"]),
         "targets": sources.Targets(results["targets"]),
         "imagenet": MobileOneImageNet(results["mobileone"]),
+        "fit": Fit(results["fit"]),
         "mobileone_cifar": MobileOneCifar(results["mobileone_cifar"]),
         "low_bit": sources.LowBit(results["low_bit"], folder / "low_bit"),
         "codebook_limit": sources.CodebookLimit(results["codebook_limit"]),
@@ -120,6 +123,7 @@ def _make_tables(results):
         "reliability": reliability_page.make_total_table(results["reliability"]),
         "targets": targets_page.make_runtimes_table(results["targets"]),
         "imagenet": mobileone_page.make_methods_table(results["mobileone"]["rows"]),
+        "fit": fit_page.make_tables(results["fit"], "tflm_lut"),
         "mobileone_cifar": mobileone_cifar_page.make_models_table(results["mobileone_cifar"]),
         "mobileone_weights": mobileone_cifar_page.make_weights_table(results["mobileone_cifar"]),
         "lead": low_bit_page.make_lead_table(results["low_bit"]["peers"]),

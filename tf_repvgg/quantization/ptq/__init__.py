@@ -42,7 +42,7 @@ def quantize(
     model: keras.Model,
     method: str = "min_max",
     weight_bits: int | str | Mapping[str, int] = 8,
-    per_channel: bool = False,
+    per_channel: bool | str | Mapping[str, bool] = False,
     calibration: Any = None,
     **options: Any,
 ) -> QuantizedModel:
@@ -53,7 +53,8 @@ def quantize(
       method: Name in `METHODS`, or several in the order in which they are applied: "equalize+adaquant".
       weight_bits: Width of weights, 2 to 8, or widths by name pattern, first match wins: "stem=8,.*=4" as text or as
         {pattern: bits}.
-      per_channel: Whether each output channel has a weight scale of its own.
+      per_channel: Whether each output channel has a weight scale of its own, or that by name pattern:
+        "stem=per_channel,.*=per_tensor" as text or as {pattern: whether it has}.
       calibration: Images as for training the model, in any form that `tf_repvgg.quantization.samples.read_samples`
         takes: an array, a list, a generator or a `tf.data.Dataset`, with or without labels and a batch dimension,
         dictionaries for several inputs; None for a method that needs none (see `needs_calibration`).
@@ -87,7 +88,7 @@ def quantize_network(
     model: keras.Model,
     method: str = "min_max",
     weight_bits: int | str | Mapping[str, int] = 8,
-    per_channel: bool = False,
+    per_channel: bool | str | Mapping[str, bool] = False,
     calibration: Any = None,
     **options: Any,
 ) -> Network:

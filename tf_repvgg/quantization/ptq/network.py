@@ -1,17 +1,17 @@
 """The network that a method of post-training quantization works on: float and quantized form, side by side."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tf_keras as keras
 from tqdm import tqdm
 
-from tf_repvgg import fusion
+from tf_repvgg import fusion, graph
 from tf_repvgg.quantization.activation_quantizer import ActivationQuantizer
 from tf_repvgg.quantization.activations import copy_without_rounding, quantize_activations, quantizer_before
-from tf_repvgg.quantization.checks import check_finite, clusters_by_layer
+from tf_repvgg.quantization.checks import check_finite, clusters_by_layer, per_channel_by_layer
 from tf_repvgg.quantization.ptq.calibration import Calibration
 from tf_repvgg.quantization.ptq.options import Options
 from tf_repvgg.quantization.quantized_layers import (
@@ -38,7 +38,7 @@ class Network:
       images: Calibration images, float32 [count, height, width, channels]; for several inputs, a list of such arrays
         in the order of `model.inputs`; None for methods that need none.
       bits: {layer name: weight bits}.
-      per_channel: Whether each output channel has a weight scale of its own.
+      per_channel: Whether each output channel has a weight scale of its own, or that by name pattern.
       options: Settings of the methods.
 
     Attributes:
@@ -46,6 +46,7 @@ class Network:
       quantized: Quantized form of the model.
       layers: {name: float layer with weights}, in execution order.
       bits: {name: weight bits}.
+      per_channel: {name: whether each output channel has a weight scale of its own}.
       clusters: {name: number of clusters of the layer's codebooks}.
       quantizers: {name: quantizer of activations in the quantized form}.
       kernels: {name: quantized kernel that was set last}.
@@ -74,17 +75,19 @@ class Network:
         model: keras.Model,
         images: np.ndarray | Sequence[np.ndarray] | None,
         bits: dict[str, int],
-        per_channel: bool,
+        per_channel: bool | str | Mapping[str, bool],
         options: Options,
     ) -> None:
-        self.per_channel, self.options, self.bits = per_channel, options, bits
+        self.options, self.bits = options, bits
+        self.per_channel = per_channel_by_layer(model, per_channel)
         self.calibration = Calibration(images)
         self._model = model
         self._range_rule: Callable[[Network], None] | None = None
         self.float = copy_without_rounding(model)
+        names = graph.unique_names(model)
         self.quantized = quantize_activations(
             model,
-            lambda layer, changes: make_quantized_layer(layer, per_channel, **changes),
+            lambda layer, changes: make_quantized_layer(layer, self.per_channel[names[id(layer)]], **changes),
             bits=options.activation_bits,
         )
         self.layers = {layer.name: layer for layer in self.float.layers if holds_float_kernel(layer)}

@@ -49,7 +49,7 @@ class Walk:
             str(id(tensor)): batches for tensor, batches in zip(model.inputs, inputs, strict=True)
         }
         self._batches, self._count = len(inputs[0]), calibration.count
-        self._runner = _Runner(autocast=False)
+        self._runner = NodeRunner(autocast=False)
 
     def compute(self, tensor: Any) -> np.ndarray:
         """Values [count, ...] of a tensor.
@@ -106,7 +106,7 @@ class Walk:
         self._frontier |= batches
 
 
-class _Runner(keras.layers.Layer):
+class NodeRunner(keras.layers.Layer):
     """Runs nodes of a functional model. A Keras layer, so that the layers inside of user's layers do not train either.
 
     Its weights are those of the nodes' layers, which it does not own.

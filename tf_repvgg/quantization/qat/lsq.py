@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from tf_repvgg.quantization.checks import bits_by_layer, check_finite
+from tf_repvgg.quantization.checks import bits_by_layer, check_finite, per_channel_by_layer
 from tf_repvgg.quantization.qat import wrapping
 from tf_repvgg.quantization.quantized_layers import (
     apply_kernel,
@@ -26,7 +26,7 @@ _SMALLEST_STEP = 1e-8
 def learned_step_quantize(
     model: keras.Model,
     weight_bits: int | str | Mapping[str, int] = 8,
-    per_channel: bool = False,
+    per_channel: bool | str | Mapping[str, bool] = False,
     *,
     steps: Mapping[str, np.ndarray] | None = None,
     activation_bits: int | None = 8,
@@ -40,7 +40,8 @@ def learned_step_quantize(
         Dense.
       weight_bits: Bits of a weight, from 2 to 8, or bits by pattern of layer names, first match wins; also as text:
         "stem=8,.*=4".
-      per_channel: Whether every output channel has its own step size; otherwise the kernel has one.
+      per_channel: Whether every output channel has its own step size, otherwise the kernel has one; or that by pattern
+        of layer names: "stem=per_channel,.*=per_tensor" as text or as {pattern: whether it has}.
       steps: Initial step sizes by layer name, each of shape [1] or [channels], such as the scales of post-training
         quantization. Layers that are not in it start with the step size of the paper.
       activation_bits: Bits of activations, 8 or 16, quantized with running ranges, input included; None leaves
@@ -67,13 +68,13 @@ def learned_step_quantize(
       ['learned_step_conv/step:0', 'conv/kernel:0', 'conv/bias:0']
     """
     model, inputs = wrapping.prepare_model(model, calibration)
-    bits = bits_by_layer(model, weight_bits)
+    bits, granularity = bits_by_layer(model, weight_bits), per_channel_by_layer(model, per_channel)
     steps = steps or {}
     if unknown := steps.keys() - bits.keys():
         raise ValueError(f"steps: {sorted(unknown)[0]!r} is no layer with weights; there are {', '.join(bits)}")
     return wrapping.wrap_layers(
         model,
-        lambda layer, name: LearnedStep(layer, bits[name], per_channel, steps.get(name)),
+        lambda layer, name: LearnedStep(layer, bits[name], granularity[name], steps.get(name)),
         activation_bits,
         range_momentum,
         inputs,

@@ -43,7 +43,7 @@ def build(file: bytes, accelerator: str) -> Built:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.tflite"
         source.write_bytes(file)
-        arguments = ["--accelerator-config", accelerator, "--output-dir", folder, str(source)]
+        arguments = ["--accelerator-config", accelerator, "--verbose-performance", "--output-dir", folder, str(source)]
         program = "import sys; from ethosu.vela.vela import main; sys.exit(main())"
         outcome = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         compiled = Path(folder) / "model_vela.tflite"
@@ -51,8 +51,8 @@ def build(file: bytes, accelerator: str) -> Built:
             lines = (outcome.stdout + outcome.stderr).strip().splitlines()
             raise ValueError(f"Vela refused the file: {lines[-1] if lines else 'it printed nothing'}")
         (summary,) = Path(folder).glob("model_summary_*.csv")
-        with summary.open(newline="", encoding="utf-8") as table:
-            (row,) = csv.DictReader(table)
+        (row,) = _read_table(summary)
+        operators = _read_table(Path(folder) / "model_per-layer.csv")
         record: dict[str, Any] = {key: _round(float(row[column]) * factor, key) for key, column, factor in _COLUMNS}
         content = compiled.read_bytes()
     record |= {
@@ -60,9 +60,21 @@ def build(file: bytes, accelerator: str) -> Built:
         "encoded_over_raw": round(record["encoded_weight_bytes"] / raw_weight_bytes, 4),
         "cpu_operators": _read_count("CPU operators", outcome.stdout),
         "npu_operators": _read_count("NPU operators", outcome.stdout),
+        "layers": [_describe_operator(operator) for operator in operators],
         "file_bytes": len(content),
     }
     return Built({f"_{accelerator.replace('-', '_')}_vela.tflite": content}, record)
+
+
+def _read_table(path):
+    with path.open(newline="", encoding="utf-8") as table:
+        return list(csv.DictReader(table))
+
+
+def _describe_operator(row):
+    """Cycles of an operator, and bytes that it reads from flash: its weights as encoded, scales and biases."""
+    flash_bytes = sum(int(float(row[column])) for column in ("OnFlash AC", "OffFlash AC"))
+    return {"operator": row["Name"], "flash_bytes": flash_bytes, "cycles_estimated": int(float(row["Op Cycles"]))}
 
 
 def _round(value, key):

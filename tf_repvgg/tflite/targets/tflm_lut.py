@@ -86,12 +86,25 @@ def size_with_tables(weights: Weights) -> tuple[int, int]:
     Returns:
       (bits of an index, bytes of indices and tables). A tensor with too many codes for tables keeps its bytes.
     """
-    count = count_codes(weights)
-    bits = max(1, int(np.ceil(np.log2(count))))
-    if bits > _MAX_BITS:
-        return bits, weights.codes.size
     tables = weights.codes.shape[-1] if weights.is_per_channel else 1
-    return bits, -(-weights.codes.size * bits // 8) + tables * count + _HEADER_BYTES
+    return compute_size(weights.codes.size, count_codes(weights), tables)
+
+
+def compute_size(weights: int, codes: int, tables: int) -> tuple[int, int]:
+    """Size of a number of weights with tables.
+
+    Args:
+      weights: Number of weights.
+      codes: Number of distinct codes in a table.
+      tables: Number of tables.
+
+    Returns:
+      (bits of an index, bytes of indices and tables); as many bytes as weights if there are too many codes for tables.
+    """
+    bits = max(1, int(np.ceil(np.log2(codes))))
+    if bits > _MAX_BITS:
+        return bits, weights
+    return bits, -(-weights * bits // 8) + tables * codes + _HEADER_BYTES
 
 
 def arena_bytes(file: bytes) -> int:

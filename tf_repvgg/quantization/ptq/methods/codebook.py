@@ -19,21 +19,53 @@ def codebook(network: Network) -> None:
     layers = [network.quantized.get_layer(name) for name in network.layers if not network.is_shared(name)]
     walk = Walk(network.calibration, network.quantized, [layer.input for layer in layers])
     for name in network.show_progress(network.layers, "codebooks"):
-        kernel, clusters = network.kernel(name), network.clusters[name]
-        importance = np.broadcast_to(_second_moment(network, walk, name, kernel.shape), kernel.shape)
-        columns = kernel.shape[-1] if network.per_channel else 1
-        values, weights = (array.reshape(-1, columns) for array in (kernel, importance))
-        books = [k_means(values[:, column], weights[:, column], clusters) for column in range(columns)]
-        network.set_kernel(name, _round_to_books(kernel, books, network.min_scale(name)))
+        kernel = network.kernel(name)
+        inputs = None if network.is_shared(name) else walk.compute(network.quantized.get_layer(name).input)
+        importance = compute_importance(inputs, kernel.shape)
+        network.set_kernel(
+            name,
+            cluster_kernel(
+                kernel, importance, network.clusters[name], network.per_channel[name], network.min_scale(name)
+            ),
+        )
 
 
-def _second_moment(network, walk, name, shape):
-    """E[x^2] of each weight's factor x; of shape [inputs, outputs], either of which may be 1."""
-    if network.is_shared(name):
+def compute_importance(inputs: np.ndarray | None, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """E[x^2] of the factor x of each weight.
+
+    Args:
+      inputs: Inputs [images, ..., channels] of the layer; None for a layer that is called more than once.
+      kernel_shape: Shape of its kernel.
+
+    Returns:
+      Array [inputs, outputs], either of which may be 1.
+    """
+    if inputs is None:
         return np.ones([1, 1], np.float32)
-    inputs = walk.compute(network.quantized.get_layer(name).input)
     moment = np.mean(np.square(inputs), axis=tuple(range(inputs.ndim - 1)))
-    return spread_over_kernel(moment, shape)
+    return spread_over_kernel(moment, kernel_shape)
+
+
+def cluster_kernel(
+    kernel: np.ndarray,
+    importance: np.ndarray,
+    number_of_clusters: int,
+    per_channel: bool,
+    min_scale: float | np.ndarray = 0.0,
+) -> QuantizedKernel:
+    """Replaces the weights of a kernel by a few int8 codes, by weighted k-means.
+
+    Args:
+      kernel: Float kernel [..., output channels].
+      importance: Weight of each squared error, as `compute_importance` returns it.
+      number_of_clusters: Number of centroids of a codebook.
+      per_channel: Whether each output channel has a codebook and a scale of its own.
+      min_scale: Smallest scale allowed: a number, or one for each output channel.
+    """
+    columns = kernel.shape[-1] if per_channel else 1
+    values, weights = (array.reshape(-1, columns) for array in (kernel, np.broadcast_to(importance, kernel.shape)))
+    books = [k_means(values[:, column], weights[:, column], number_of_clusters) for column in range(columns)]
+    return _round_to_books(kernel, books, min_scale)
 
 
 def _round_to_books(kernel, books, min_scale):

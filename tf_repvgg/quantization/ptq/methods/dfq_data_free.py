@@ -45,7 +45,7 @@ def dfq_data_free(network: Network) -> None:
         network.quantizers[name].set_range(float(activations.low.min()), float(activations.high.max()))
     for name in network.layers:
         kernel = network.kernel(name)
-        quantized = quantize_min_max(kernel, network.bits[name], network.per_channel, network.min_scale(name))
+        quantized = quantize_min_max(kernel, network.bits[name], network.per_channel[name], network.min_scale(name))
         shift = 0.0
         if not network.is_shared(name):
             mean_inputs = spread_over_kernel(final.inputs[name].mean, kernel.shape)

@@ -49,7 +49,7 @@ def equalize(network: Network, look_at_images: bool = True) -> None:
     images = network.calibration if look_at_images else Calibration(None)
     groups, smallest = _respect_limits(network, find_channel_groups(network), images)
     # With one scale per tensor, weights lose more to activations' ranges than activations gain.
-    activations = _measure_activations(network, groups, images) if network.per_channel else {}
+    activations = _measure_activations(network, groups, images) if all(network.per_channel.values()) else {}
     weights = {name: layer.get_weights() for name, layer in network.layers.items()}
     divisors, before = dict(network.divisors), _compute_probes(network)
     scale_channels(network, groups, np.exp(_balance(network, groups, smallest, activations)))

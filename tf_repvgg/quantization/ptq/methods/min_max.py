@@ -11,7 +11,9 @@ def min_max(network: Network) -> None:
     for name in network.layers:
         network.set_kernel(
             name,
-            quantize_min_max(network.kernel(name), network.bits[name], network.per_channel, network.min_scale(name)),
+            quantize_min_max(
+                network.kernel(name), network.bits[name], network.per_channel[name], network.min_scale(name)
+            ),
         )
 
 

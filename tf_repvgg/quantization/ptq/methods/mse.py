@@ -21,7 +21,7 @@ def set_kernels_mse(network: Network) -> None:
     for name in network.layers:
         network.set_kernel(
             name,
-            search_grid(network.kernel(name), network.bits[name], network.per_channel, network.min_scale(name)),
+            search_grid(network.kernel(name), network.bits[name], network.per_channel[name], network.min_scale(name)),
         )
 
 

@@ -18,7 +18,7 @@ def octav(network: Network) -> None:
     network.set_ranges(set_ranges_mse)
     for name in network.layers:
         kernel, bits = network.kernel(name), network.bits[name]
-        largest = find_optimal_clip(kernel, bits, network.per_channel)
+        largest = find_optimal_clip(kernel, bits, network.per_channel[name])
         network.set_kernel(name, round_to_grid(kernel, largest, bits, network.min_scale(name)))
 
 

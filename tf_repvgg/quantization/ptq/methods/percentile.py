@@ -17,7 +17,7 @@ def percentile(network: Network) -> None:
     share = network.options.percentile / 100
     for name in network.layers:
         kernel = network.kernel(name)
-        axes = tuple(range(kernel.ndim - 1)) if network.per_channel else None
+        axes = tuple(range(kernel.ndim - 1)) if network.per_channel[name] else None
         largest = np.quantile(np.abs(kernel), share, axis=axes).reshape(-1)
         network.set_kernel(name, round_to_grid(kernel, largest, network.bits[name], network.min_scale(name)))
 

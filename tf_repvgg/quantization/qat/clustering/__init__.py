@@ -17,7 +17,7 @@ from tensorflow_model_optimization.python.core.clustering.keras.clusterable_laye
 
 from tf_repvgg import graph
 from tf_repvgg.layers import ReparameterizedBlock
-from tf_repvgg.quantization.checks import clusters_by_layer
+from tf_repvgg.quantization.checks import clusters_by_layer, per_channel_by_layer
 from tf_repvgg.quantization.qat import wrapping
 from tf_repvgg.quantization.qat.clustering.block import BATCH_NORM_STATISTICS, ClusterQuantizeBlock
 from tf_repvgg.quantization.qat.clustering.callbacks import ClusterLog, FreezeClusters
@@ -42,7 +42,7 @@ def cluster_quantize(
     model: keras.Model,
     number_of_clusters: int | str | Mapping[str, int],
     cluster_centroids_init: CentroidInitialization | None = None,
-    cluster_per_channel: bool = False,
+    cluster_per_channel: bool | str | Mapping[str, bool] = False,
     cluster_gradient_aggregation: GradientAggregation = GradientAggregation.SUM,
     *,
     centroid_update_rate: float = 0.1,
@@ -63,7 +63,8 @@ def cluster_quantize(
       number_of_clusters: Number of clusters in a codebook, from 2 to 256, or numbers by pattern of layer names, first
         match wins; also as text: "stem=256,logits=256,.*=8".
       cluster_centroids_init: Initialization of the centroids, one of tfmot's; None for k-means.
-      cluster_per_channel: Whether every output channel has its own codebook; otherwise the kernel has one.
+      cluster_per_channel: Whether every output channel has its own codebook, otherwise the kernel has one; or that by
+        pattern of layer names: "stem=per_channel,.*=per_tensor" as text or as {pattern: whether it has}.
       cluster_gradient_aggregation: Aggregation of tfmot's gradient to a centroid over its weights; has an effect with
         `train_centroids` only.
       centroid_update_rate: Share of the way to the mean of its weights that a centroid moves, from 0 to 1.
@@ -102,12 +103,13 @@ def cluster_quantize(
     _check_algorithms(model)
     classes = (*WEIGHTED_LAYERS, ClusterableLayer, *([ReparameterizedBlock] if in_training_form else []))
     clusters = clusters_by_layer(model, number_of_clusters, classes)
+    per_channel = per_channel_by_layer(model, cluster_per_channel, classes)
 
     def make_wrapper(layer, name):
         training = CodebookTraining(
             clusters[name],
             cluster_centroids_init,
-            cluster_per_channel,
+            per_channel[name],
             cluster_gradient_aggregation,
             centroid_update_rate,
             centroid_update_steps,

@@ -1,0 +1,1 @@
+"""Parts of experiments/fit.py: cells of the tables, reference choices, correlations, and the page."""
