@@ -1,11 +1,17 @@
 """Local search: damages do not quite add up, so neighbours of a choice are measured whole."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from tf_repvgg.quantization.fitting.assignment import Level
 from tf_repvgg.quantization.fitting.choice import Costs, Damages
 
 Levels = dict[str, Level]
+
+# Changes of one layer; their pairs are listed in memory.
+_MOST_CHANGES = 2000
 
 
 def fits(levels: Levels, costs: Costs, limits: Sequence[float]) -> bool:
@@ -46,18 +52,17 @@ def search(
     """
     errors = {_key(levels): measure(levels) for levels in starts}
     best = min(starts, key=lambda levels: errors[_key(levels)])
-    while evaluations > 0:
-        neighbours = [levels for levels in _list_neighbours(best, damages, costs, limits) if _key(levels) not in errors]
-        improved = None
-        for levels in neighbours[:evaluations]:
+    is_improving = True
+    while evaluations > 0 and is_improving:
+        neighbours = _find_neighbours(best, damages, costs, limits)
+        new = (levels for levels in neighbours if _key(levels) not in errors)
+        is_improving = False
+        for levels in itertools.islice(new, evaluations):
             evaluations -= 1
             errors[_key(levels)] = measure(levels)
             if errors[_key(levels)] < errors[_key(best)]:
-                improved = levels
+                best, is_improving = levels, True
                 break
-        if improved is None:
-            break
-        best = improved
     return best, errors[_key(best)]
 
 
@@ -65,18 +70,33 @@ def _key(levels):
     return tuple(levels.items())
 
 
-def _list_neighbours(levels, damages, costs, limits) -> list[Levels]:
+def _find_neighbours(levels, damages, costs, limits) -> Iterator[Levels]:
     """Neighbours within the limits, those with the smallest sum of damages first."""
+    changes = [(layer, level) for layer in damages for level in _list_other_levels(layer, levels, costs, damages)]
+    if not changes:
+        return
+    layers = np.array([list(damages).index(layer) for layer, _ in changes])
+    damage = np.array([damages[layer][level] - damages[layer][levels[layer]] for layer, level in changes])
+    cost = np.array([np.subtract(costs[layer][level], costs[layer][levels[layer]]) for layer, level in changes])
+    slack = np.subtract(limits, np.sum([costs[layer][level] for layer, level in levels.items()], axis=0))
+    # A change alone, then all pairs of changes in different layers.
+    (single,) = np.nonzero(np.all(cost <= slack, axis=1))
+    is_pair = np.triu(layers[:, np.newaxis] != layers)
+    for kind, limit in enumerate(slack):
+        is_pair &= cost[:, np.newaxis, kind] + cost[:, kind] <= limit
+    first, second = np.nonzero(is_pair)
+    order = np.argsort(np.concatenate([damage[single], damage[first] + damage[second]]), kind="stable")
+    for number in order:
+        pair = number - len(single)
+        indices = (single[number],) if pair < 0 else (first[pair], second[pair])
+        yield levels | dict(changes[index] for index in indices)
 
-    def damage(changes):
-        return sum(damages[layer][level] - damages[layer][levels[layer]] for layer, level in changes.items())
 
-    changes = [change for change in _list_changes(levels, damages) if fits(levels | change, costs, limits)]
-    return [levels | change for change in sorted(changes, key=damage)]
-
-
-def _list_changes(levels, damages) -> Iterator[Levels]:
-    single = [{layer: level} for layer in damages for level in damages[layer] if level != levels[layer]]
-    yield from single
-    for number, first in enumerate(single):
-        yield from (first | second for second in single[number + 1 :] if first.keys() != second.keys())
+def _list_other_levels(layer, levels, costs, damages):
+    """The levels to which a layer may change: all, or in networks of many layers those of the most similar bytes."""
+    others = [level for level in damages[layer] if level != levels[layer]]
+    number = max(2, _MOST_CHANGES // len(damages))
+    if len(others) <= number:
+        return others
+    (size, *_) = costs[layer][levels[layer]]
+    return sorted(others, key=lambda level: abs(costs[layer][level][0] - size))[:number]
