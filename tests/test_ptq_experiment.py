@@ -12,6 +12,11 @@ from tf_repvgg import runs, storage, tflite
 from tf_repvgg.storage import FinishedWork
 
 ROOT = Path(__file__).resolve().parents[1]
+# As train/main.py writes those of configs/digits_oabn.flags.
+SETTINGS = (
+    "--dataset=digits --novalidation --crop_padding=1 --variant=digits --block=repvgg --norm=oabn --oabn_k=0.1 "
+    "--epochs=30 --batch_size=64 --learning_rate=0.1 --weight_decay=0.005 --seed=0"
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +25,7 @@ def workdir(trained_digits, digits, tmp_path_factory):
     folder.mkdir()
     trained_digits.save(folder / runs.MODEL_NAME)
     storage.write_json(folder / runs.INPUT_NAME, digits.metadata())
+    (folder / runs.CONFIG_NAME).write_text(SETTINGS.replace(" ", "\n"))
     return folder
 
 

@@ -226,7 +226,7 @@ def test_rand_augment_depends_on_its_seed_alone(channels):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rand_augment_operations": -1}, "number of operations is -1; it must be 0 or more"),
+        ({"rand_augment_operations": -1}, "number of operations is -1; it must be from 0 to 16"),
         ({"rand_augment_operations": 1, "rand_augment_magnitude": 30.5}, "magnitude is 30.5; it must be from 0 to 30"),
         ({"mixup_alpha": -0.1}, "mixup's alpha is -0.1; it must be 0 or more"),
         ({"mixup_alpha": float("nan")}, "mixup's alpha is nan"),
