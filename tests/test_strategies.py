@@ -129,6 +129,13 @@ def test_differing_flags_are_refused_by_all(forked_programs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_clusterqat_is_refused_by_all_workers(single, forked_programs, tmp_path):
+    command = ["--quantize=clusterqat", f"--init_from={single}", f"--workdir={tmp_path / 'run'}"]
+    for line in read_refusals(Workers(forked_programs, tmp_path, [command] * 2)):
+        assert "--quantize=clusterqat trains in one process only" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unreachable_worker_is_named(forked_programs, tmp_path):
     """Only one of two workers is started."""
     ports = find_free_ports(2)

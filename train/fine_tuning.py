@@ -222,7 +222,8 @@ class FineTuning:
             import tensorflow_model_optimization as tfmot  # takes seconds
 
             return tfmot.clustering.keras.strip_clustering(model)
-        return model
+        # A copy: statistics that workers share can be read by all together only, but the chief alone saves.
+        return graph.rebuild(model, graph.copy_layer)
 
     def _load_base(self, init_from, trust_model):
         """The network to fine-tune in float: fused, unless its branches are to train."""

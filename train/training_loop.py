@@ -112,6 +112,11 @@ def check_flags_for_fine_tuning(replicas: int) -> None:
             f"--quantize={FLAGS.quantize} trains on one device only, since tfmot's variables would differ between "
             "devices; leave --strategy out"
         )
+    if replicas > 1 and FLAGS.quantize == "clusterqat" and FLAGS.strategy == "multi_worker":
+        raise ValueError(
+            "--quantize=clusterqat trains in one process only, since TensorFlow does not send assignments to others; "
+            "use --strategy=mirrored, or --quantize=lsq"
+        )
     if replicas > 1 and FLAGS.batch_norm_statistics == "running":
         raise ValueError(
             "--batch_norm_statistics=running trains on one device only; use --batch_norm_statistics=frozen, or leave "
