@@ -1,6 +1,7 @@
 """Fine-tuning with quantization: its flags, and the network that they describe."""
 
 import new_network
+import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
@@ -190,6 +191,7 @@ class FineTuning:
         self._base = self._load_base(init_from, trust_model)
         network, steps = self._start()
         with distribution.scope():
+            self._has_strategy = tf.distribute.has_strategy()
             self.model = self._prepare(network, steps)
 
     def print_summary(self) -> None:
@@ -222,8 +224,8 @@ class FineTuning:
             import tensorflow_model_optimization as tfmot  # takes seconds
 
             return tfmot.clustering.keras.strip_clustering(model)
-        # A copy: statistics that workers share can be read by all together only, but the chief alone saves.
-        return graph.rebuild(model, graph.copy_layer)
+        # Statistics that workers share can be read by all together only, but the chief alone saves.
+        return graph.rebuild(model, graph.copy_layer) if self._has_strategy else model
 
     def _load_base(self, init_from, trust_model):
         """The network to fine-tune in float: fused, unless its branches are to train."""
@@ -281,8 +283,8 @@ class FineTuning:
                 )
             case "tfmot_quantization":
                 return quantization.qat.tfmot_baseline.tfmot_quantize(self._base)
-        # A copy, since a strategy needs variables of its own.
-        return graph.rebuild(network, graph.copy_layer)
+        # A strategy needs variables that were made in its scope.
+        return graph.rebuild(network, graph.copy_layer) if self._has_strategy else network
 
     def _start(self):
         """The float network that training starts from and, after --ptq_start, its weight scales by layer, or None."""

@@ -171,7 +171,7 @@ def make_trainer(
         raise ValueError(
             f"--early_crop={FLAGS.early_crop} is larger than the images, {data.preprocessing.size}; use a smaller crop"
         )
-    if teacher:
+    if teacher and tf.distribute.has_strategy():
         teacher = graph.rebuild(teacher, graph.copy_layer)  # with variables in the scope
     trainer = (
         distillation.Distiller(model, teacher, FLAGS.distill_weight, FLAGS.distill_temperature) if teacher else model
