@@ -25,8 +25,8 @@ from tf_repvgg.tflite.weights import describe_wide_weights
 
 FLAGS = flags.FLAGS
 
-# Of the methods that do not learn, the best on held-out images of CIFAR-10 and ImageNet, for a tenth of the time of an
-# export. Its files have no method in their names.
+# As good as min_max on CIFAR-10, and much better on ImageNet's photographs; see docs/ptq.md. Its files have no method
+# in their names.
 DEFAULT_METHOD = "relative+bias_correct"
 flags.DEFINE_list("weight_bits", ["8"], "Widths of the uniform weight grid, from 2 to 8; one file for each.")
 flags.DEFINE_list(

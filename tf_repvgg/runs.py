@@ -93,8 +93,8 @@ class Run:
             for name in (CONFIG_NAME, INPUT_NAME):
                 if has_begun and not (self.path / name).exists():
                     raise ValueError(
-                        f"workdir {str(self.path)!r} holds a run without {name}, which says how it was trained; put "
-                        "the file back, or use another workdir"
+                        f"workdir {str(self.path)!r} holds a run without {name}; put the file back, or use "
+                        "another workdir"
                     )
             storage.claim_folder(self.path)
 

@@ -52,7 +52,7 @@ BAD_TRAINING_COMMANDS = {
     "name of a dataset elsewhere": (
         TRAIN,
         ["--workdir={new}", "--dataset=huggingface:mnist"],
-        "dataset 'huggingface:mnist' is no name of TFDS",
+        "'huggingface:mnist' cannot be the name of a TFDS dataset",
         "NAME/CONFIG",
     ),
     "unknown configuration of a dataset": (

@@ -95,8 +95,10 @@ class TfdsSource:
 
 
 def _make_builder(name, data_dir):
-    if not _NAME.fullmatch(name):  # TFDS reads other names as arguments of functions, or looks for them in a network
-        raise ValueError(f"dataset {name!r} is no name of TFDS: NAME, NAME/CONFIG or NAME:1.2.3, with both if need be")
+    if not _NAME.fullmatch(name):  # TFDS would read arguments of its builders from it, or look for it on the network
+        raise ValueError(
+            f"{name!r} cannot be the name of a TFDS dataset; write NAME, NAME/CONFIG, NAME:1.2.3 or NAME/CONFIG:1.2.3"
+        )
     if data_dir is not None and "://" not in data_dir:
         _check_files(Path(data_dir, re.split("[/:]", name)[0]))
     try:
